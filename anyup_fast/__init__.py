@@ -1,0 +1,32 @@
+"""AnyUp feature upsampling: features of any vision encoder at pixel resolution, guided by the image.
+
+The public names are resolved when they are first used, so that importing the package stays cheap:
+it loads torch and numpy and nothing heavier.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "load_image": "api",
+    "extract_dinov2_features": "api",
+    "extract_features": "api",
+    "upsample_features_with_anyup": "api",
+    "visualize_feature_comparison": "api",
+    "AnyUp": "model",
+}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'anyup_fast' has no attribute {name!r}")
+    value = getattr(import_module(f"anyup_fast.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Fused Triton kernels and their launchers; installed as anyup_fast.kernels."""

@@ -1,0 +1,54 @@
+"""Packaging of anyup-fast; the tables of pytest and ruff are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "anyup_fast" / "__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
+
+# The folder kernels/ is installed as anyup_fast.kernels, never as a top-level package of that name.
+PACKAGES = find_packages(include=["anyup_fast", "anyup_fast.*"])
+PACKAGES += ["anyup_fast.kernels"] + [f"anyup_fast.kernels.{name}" for name in find_packages("kernels")]
+
+ENCODERS = ["transformers>=4.48", "onnx>=1.16"]
+VIZ = ["matplotlib>=3.7"]
+DEMO = ["scikit-image>=0.22"]
+TRAIN = ["tqdm>=4.60"]
+DEV = ["pytest>=8", "pytest-benchmark>=4", "ruff>=0.6", "build>=1.2", "setuptools>=64"]
+
+setup(
+    name="anyup-fast",
+    version=VERSION,
+    description="AnyUp feature upsampling: features of any encoder at pixel resolution, fast",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=PACKAGES,
+    package_dir={"anyup_fast.kernels": "kernels"},
+    package_data={"anyup_fast.weights": ["*.safetensors", "*.md"], "anyup_fast.kernels": ["tuned/*.json"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "numpy>=1.24",
+        "pillow>=10.1",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "encoders": ENCODERS,
+        "viz": VIZ,
+        "demo": ENCODERS + VIZ + DEMO,
+        "train": TRAIN,
+        "dev": ENCODERS + VIZ + DEMO + TRAIN + DEV,
+    },
+    entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)
