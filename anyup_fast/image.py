@@ -1,0 +1,336 @@
+"""Pictures in, tensors out, and back: decoding, EXIF orientation, modes, resizing, ImageNet statistics.
+
+Every picture becomes float32 RGB in [0, 1] first; compositing and resizing happen there, so that 16-bit and
+float pictures keep their precision, and 8-bit ones are rounded only when they are written again.
+"""
+
+import io
+import os
+import re
+import struct
+import threading
+import warnings
+from numbers import Integral
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
+
+_ROUNDING = 1e-4  # how far float pictures may leave [0, 1] and still be clipped without complaint
+_URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:\w+/", re.IGNORECASE)
+_DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_pillow_limit = threading.Lock()
+
+
+def normalize(image):
+    """Subtract the ImageNet mean and divide by the ImageNet standard deviation, channel by channel.
+
+    Args:
+        image: floating point tensor (..., 3, H, W) with values in [0, 1], on any device.
+
+    Returns:
+        Tensor of the same shape, dtype and device (float16 and bfloat16 are computed in float32).
+
+    Raises:
+        ValueError: `image` is not a floating point tensor (..., 3, H, W).
+    """
+    wide, mean, std = _with_statistics(image)
+    return ((wide - mean) / std).to(image.dtype)
+
+
+def denormalize(image):
+    """Undo `normalize` and clamp the result to [0, 1].
+
+    Args:
+        image: ImageNet-normalised floating point tensor (..., 3, H, W), on any device.
+
+    Returns:
+        Tensor of the same shape, dtype and device, values in [0, 1] (NaN stays NaN).
+
+    Raises:
+        ValueError: `image` is not a floating point tensor (..., 3, H, W).
+    """
+    wide, mean, std = _with_statistics(image)
+    return (wide * std + mean).clamp(0, 1).to(image.dtype)
+
+
+def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS):
+    """Read a picture of any common kind as an ImageNet-normalised tensor.
+
+    EXIF orientation is applied (unreadable EXIF data: a warning, and the picture as it is stored). Palette,
+    greyscale, CMYK, 1-bit and other modes become RGB; transparent parts are composited over white. 16-bit
+    grey pictures are divided by 65535; mode I counts as 16-bit when it comes from a PNG or PPM file or holds
+    a value above 255. Pillow decodes 16-bit *colour* files to 8 bits; to keep all 16, read them with another
+    library and pass the array. Embedded colour profiles are not applied. Of an animation the first frame is
+    taken; of a PIL image, the frame it stands on.
+
+    Resizing, at most one, is bicubic with antialiasing in float32, clamped to [0, 1].
+
+    Args:
+        source: one picture, as
+            - str or path of a file,
+            - binary file object; it is read from its start and left open,
+            - PIL image,
+            - numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or float in [0, 1],
+            - torch tensor (H, W), (1, H, W) or (3, H, W), uint8 or float in [0, 1].
+        size: None keeps the size; an int is the length of the shorter side in pixels, aspect ratio kept;
+            (height, width) is taken exactly.
+        patch_multiple: when given, both sides are afterwards brought to the nearest multiple of this int
+            (upwards from half way, never below one multiple) by resizing, not by cropping.
+        max_pixels: files and PIL images with more pixels are refused before they are decoded, and so is
+            resizing to more; None lifts both limits.
+
+    Returns:
+        Contiguous (3, H, W) float32 tensor, ImageNet-normalised; on the CPU, or on the device of a tensor
+        `source`.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        TypeError: `source` is of none of these types.
+        ValueError: a URL, a folder, not a picture, a truncated or damaged one, one that is empty or has more
+            than `max_pixels`; an array or tensor of another shape or dtype, not finite or outside [0, 1]; a
+            `size`, `patch_multiple` or `max_pixels` that is no positive int.
+
+    Note:
+        A program that sets Pillow's process-wide `ImageFile.LOAD_TRUNCATED_IMAGES` gets truncated pictures
+        here as everywhere else.
+    """
+    if size is not None and not _is_positive_int(size):
+        if not (isinstance(size, (tuple, list)) and len(size) == 2 and all(map(_is_positive_int, size))):
+            raise ValueError(f"size must be None, a positive int or (height, width), got {size!r}")
+    for name, value in (("patch_multiple", patch_multiple), ("max_pixels", max_pixels)):
+        if value is not None and not _is_positive_int(value):
+            raise ValueError(f"{name} must be None or a positive int, got {value!r}")
+
+    if isinstance(source, torch.Tensor):
+        picture = _from_tensor(source)
+    elif isinstance(source, np.ndarray):
+        picture = _from_array(source)
+    else:
+        picture = _from_file_or_pil(source, max_pixels)
+
+    target = _target_size(picture.shape[1:], size, patch_multiple)
+    if target != picture.shape[1:]:
+        name = f"size={size!r}, patch_multiple={patch_multiple!r}: the resized picture"
+        _refuse_enormous(*target, max_pixels, name)
+        picture = F.interpolate(picture[None], target, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return normalize(picture).contiguous()
+
+
+def to_pil(image, normalized=True):
+    """Turn an image tensor into a PIL picture, every value rounded to the nearest of 256 levels.
+
+    Args:
+        image: floating point tensor (3, H, W), on any device.
+        normalized: True for ImageNet-normalised values (what falls outside [0, 1] is clipped), False for
+            values in [0, 1].
+
+    Returns:
+        PIL.Image.Image of mode RGB. `to_pil(load_image(picture))` equals an 8-bit RGB picture exactly.
+
+    Raises:
+        ValueError: `image` is not a floating point (3, H, W) tensor, is empty, has NaN or infinity, or leaves
+            [0, 1] with `normalized=False`.
+    """
+    from PIL import Image
+
+    _check_float_image(image)
+    if image.dim() != 3 or image.numel() == 0:
+        raise ValueError(f"image must be one non-empty (3, H, W) tensor, got {tuple(image.shape)}")
+    image = image.detach().float()
+    if not normalized:
+        image = _in_unit_range(image, "image")
+    elif image.isfinite().all():
+        image = denormalize(image)
+    else:
+        raise ValueError("image has NaN or infinite values; replace them before making a picture")
+    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def _check_float_image(image):
+    if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, torch.Tensor) else type(image).__name__
+        raise ValueError(f"image must be a floating point tensor, got {got}; load_image reads other sources")
+    if image.dim() < 3 or image.shape[-3] != 3:
+        raise ValueError(f"image must have the shape (..., 3, H, W), got {tuple(image.shape)}")
+
+
+def _with_statistics(image):
+    _check_float_image(image)
+    wide = image.to(torch.promote_types(image.dtype, torch.float32))
+    mean, std = (wide.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return wide, mean, std
+
+
+def _is_positive_int(value):
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+def _target_size(shape, size, patch_multiple):
+    height, width = shape
+    if isinstance(size, Integral):
+        short = min(height, width)
+        height, width = (max(1, (2 * side * int(size) + short) // (2 * short)) for side in (height, width))
+    elif size is not None:
+        height, width = map(int, size)
+    if patch_multiple is not None:
+        patch = int(patch_multiple)
+        height, width = (max(1, (2 * side + patch) // (2 * patch)) * patch for side in (height, width))
+    return height, width
+
+
+def _refuse_enormous(height, width, max_pixels, name):
+    if max_pixels is not None and height * width > max_pixels:
+        raise ValueError(
+            f"{name} has {width} x {height} = {height * width} pixels, more than max_pixels={max_pixels}; "
+            "raise max_pixels (None: no limit) if that is intended"
+        )
+
+
+def _in_unit_range(values, name):
+    """`values` clamped to [0, 1], or the reason why they can't be a picture."""
+    low, high = (bound.item() for bound in values.detach().aminmax())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{name} has NaN or infinite values; replace them, pictures hold values in [0, 1]")
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(
+            f"{name} has values from {low:g} to {high:g}, floating point pictures hold values in [0, 1]; "
+            "divide 8-bit values by 255 (or pass them as uint8), clamp what resizing overshot; "
+            "already normalised images go to the tensor functions directly"
+        )
+    return values.clamp(0, 1)
+
+
+def _from_tensor(tensor):
+    if tensor.dim() == 2:
+        tensor = tensor[None]
+    if tensor.dim() != 3 or tensor.shape[0] not in (1, 3):
+        raise ValueError(
+            f"source: a tensor must be (3, H, W), (1, H, W) or (H, W), got {tuple(tensor.shape)}; "
+            "pass one picture at a time, channels first (permute(2, 0, 1) turns (H, W, 3) into it)"
+        )
+    if tensor.numel() == 0:
+        raise ValueError(f"source: the tensor has no pixels, its shape is {tuple(tensor.shape)}")
+    if tensor.dtype == torch.uint8:
+        picture = tensor.float() / 255
+    elif tensor.is_floating_point():
+        picture = _in_unit_range(tensor.float(), "source: the tensor")
+    else:
+        raise ValueError(f"source: a tensor must be uint8 or float in [0, 1], got {tensor.dtype}")
+    return picture.expand(3, -1, -1)
+
+
+def _from_array(array, name="the array"):
+    """(H, W[, 1 | 3 | 4]) uint8, uint16 or float -> (3, H, W) float32 in [0, 1], alpha over white."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(
+            f"source: {name} must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}; "
+            "pass one picture at a time, channels last (transpose(1, 2, 0) turns (3, H, W) into it)"
+        )
+    if array.size == 0:
+        raise ValueError(f"source: {name} has no pixels, its shape is {array.shape}")
+    full_scale = {"u1": 255, "u2": 65535}.get(array.dtype.str[1:])
+    if full_scale is None and array.dtype.kind != "f":
+        raise ValueError(f"source: {name} must be uint8, uint16 or float in [0, 1], got {array.dtype}")
+    picture = torch.from_numpy(array.transpose(2, 0, 1).astype(np.float32, order="C"))
+    picture = picture.div_(full_scale) if full_scale else _in_unit_range(picture, f"source: {name}")
+    if len(picture) == 4:
+        alpha = picture[3:]
+        picture = picture[:3] * alpha + (1 - alpha)
+    return picture.expand(3, -1, -1)
+
+
+def _from_file_or_pil(source, max_pixels):
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _from_pil(source, "the PIL image", max_pixels)
+    if isinstance(source, (str, os.PathLike)):
+        path, name = os.fspath(source), repr(str(source))
+        if _URL.match(str(source)):
+            raise ValueError(f"source: {name} is a URL, not a path; download it first and pass the path")
+        if os.path.isdir(path):
+            raise ValueError(f"source: {name} is a folder; pass the path of one picture in it")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"source: there is no file {name}; check the path")
+        with open(path, "rb") as file:
+            return _from_pil(_opened(file, name, max_pixels), name, max_pixels)
+    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
+        return _from_pil(_opened(source, name, max_pixels), name, max_pixels)
+    raise TypeError(
+        "source must be a path, a binary file object (opened with 'rb', or io.BytesIO around bytes), "
+        f"a PIL image, a numpy array or a torch tensor, got {type(source).__name__}"
+    )
+
+
+def _opened(file, name, max_pixels):
+    """The header of a binary file as a lazy PIL image; Pillow's own size limit yields to a higher one."""
+    from PIL import Image
+
+    try:
+        if max_pixels is not None and max_pixels <= MAX_PIXELS:
+            return Image.open(file)
+        with _pillow_limit:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(file)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"source: {name} is too large for max_pixels={max_pixels} or Pillow's own limit: {error} "
+            "Raise max_pixels (None: no limit) if that is intended"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"source: {name} is damaged or not a picture that Pillow reads ({error})") from error
+
+
+def _from_pil(image, name, max_pixels):
+    from PIL import ImageOps
+
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ValueError(f"source: {name} has no pixels, its size is {width} x {height}")
+    _refuse_enormous(height, width, max_pixels, f"source: {name}")
+    from_16_bit_file = image.format in ("PNG", "PPM")
+    try:
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except (SyntaxError, struct.error) as error:
+            warnings.warn(f"{name}: its EXIF data is unreadable ({error}), orientation unknown", stacklevel=4)
+        if image.mode not in (*_DEEP_GREY, "F"):
+            if image.mode == "La":
+                image = image.convert("LA")
+            see_through = image.mode in ("P", "PA", "LA", "RGBA", "RGBa") or "transparency" in image.info
+            image = image.convert("RGBA" if see_through else "RGB")
+        array = np.asarray(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"source: {name} (mode {image.mode}) cannot be decoded, it is truncated, damaged or of an "
+            f"unsupported kind ({type(error).__name__}: {error})"
+        ) from error
+    if image.mode not in _DEEP_GREY:
+        return _from_array(array, name)
+
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(
+            f"source: {name} (mode {image.mode}) has values from {low} to {high}, not from 0 to 65535; "
+            "scale them to [0, 1] and pass a floating point array"
+        )
+    sixteen_bit = image.mode != "I" or from_16_bit_file or high > 255
+    picture = _from_array(array.astype(np.uint16 if sixteen_bit else np.uint8), name)
+    if "transparency" in image.info:
+        picture = picture.masked_fill(torch.from_numpy(array == image.info["transparency"]), 1.0)
+    return picture
