@@ -1,0 +1,165 @@
+"""The layers of AnyUp in plain PyTorch: the specification that every fused kernel is checked against."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .ops import feature_unification
+
+ROPE_THETA = 100.0
+
+
+def wide_dtype(dtype):
+    """The dtype in which coordinates, statistics and softmax are computed for inputs of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm whose statistics are exact to float32 rounding however many pixels there are.
+
+    torch's own loses up to 4e-5 over 448x448 channels-last pixels on a CPU, ten times more than everything else in
+    AnyUp together. It is kept where gradients are recorded, for its speed and fused backward pass.
+    """
+
+    def forward(self, x):
+        if x.requires_grad:
+            return super().forward(x)
+        pixels = x.permute(0, 2, 3, 1).to(wide_dtype(x.dtype))
+        count = pixels.shape[1] * pixels.shape[2]
+        mean = pixels.sum(2).double().sum(1) / count
+        spread = (pixels - mean.to(pixels.dtype)[:, None, None]).square_().sum(2).double().sum(1) / count
+        mean, spread = (value.unflatten(1, (self.num_groups, -1)) for value in (mean, spread))
+        group_mean = mean.mean(2, keepdim=True)
+        variance = (spread + (mean - group_mean).square()).mean(2, keepdim=True)
+        scale = (variance + self.eps).rsqrt().expand_as(mean).flatten(1) * self.weight.double()
+        shift = self.bias.double() - group_mean.expand_as(mean).flatten(1) * scale
+        normalised = torch.addcmul(
+            shift.to(pixels.dtype)[:, None, None], pixels, scale.to(pixels.dtype)[:, None, None]
+        )
+        return normalised.permute(0, 3, 1, 2).to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """`skip(x) + conv(silu(norm(conv(silu(norm(x))))))`, all convolutions 1x1 without bias.
+
+    Maps (B, in_channels, H, W) to (B, out_channels, H, W); the skip is the identity where the widths agree, and a
+    1x1 convolution (`shortcut`) where they don't. GroupNorm with 8 groups couples all pixels of an image.
+    """
+
+    def __init__(self, in_channels, out_channels, num_groups=8):
+        super().__init__()
+        self.block = nn.Sequential(
+            GroupNorm(num_groups, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            GroupNorm(num_groups, out_channels),
+            nn.SiLU(),
+            nn.Conv2d(out_channels, out_channels, 1, bias=False),
+        )
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.block(x) + self.shortcut(x)
+
+
+class FeatureUnification(nn.Module):
+    """Feature-agnostic layer: (B, C, h, w) -> (B, out_channels, h, w) for any C, in float32 (or float64).
+
+    `basis` (out_channels, 1, k, k) are the filters shared by all channels; see
+    `anyup_fast.ops.reference.feature_unification` for the formula.
+    """
+
+    def __init__(self, out_channels, kernel_size=5, init_gaussian_derivatives=False):
+        super().__init__()
+        if init_gaussian_derivatives:
+            basis = gaussian_derivatives(out_channels, kernel_size)
+        else:
+            basis = torch.randn(out_channels, kernel_size, kernel_size)
+        self.basis = nn.Parameter(basis[:, None])
+
+    def forward(self, features):
+        return feature_unification(features, self.basis)
+
+
+def gaussian_derivatives(count, size):
+    """A bank (count, size, size) of Gaussian derivatives: every (row, column) order up to `size - 1`, lowest total
+    order first, at one width after the other; each filter has unit norm."""
+    orders = sorted(((i, j) for i in range(size) for j in range(size)), key=lambda order: (sum(order), order))
+    x = torch.arange(size) - (size - 1) / 2
+    bank = []
+    while len(bank) < count:
+        sigma = size / 5 * 1.25 ** (len(bank) // len(orders))
+        profiles = []
+        hermite, previous = torch.ones_like(x), torch.zeros_like(x)
+        for order in range(size):
+            profiles.append(hermite * torch.exp(-(x**2) / (2 * sigma**2)))
+            hermite, previous = x / sigma * hermite - order * previous, hermite
+        bank += [torch.outer(profiles[i], profiles[j]) for i, j in orders]
+    bank = torch.stack(bank[:count])
+    return bank / bank.flatten(1).norm(dim=1)[:, None, None]
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position encoding over coordinates `linspace(0, 1)` per axis, rows first, with learned frequencies.
+
+    `freqs` (2, dim): `angle = row * freqs[0] + col * freqs[1]`, and `x * cos(angle) + rotate_half(x) * sin(angle)`
+    with `rotate_half(x) = cat(-x2, x1)`. Angles are computed in float32 (or float64), whatever the dtype of x.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        octaves = ROPE_THETA ** torch.linspace(0, -1, dim // 4)
+        freqs = torch.zeros(2, dim)
+        freqs[0, : dim // 2] = octaves.repeat(2)
+        freqs[1, dim // 2 :] = octaves.repeat(2)
+        self.freqs = nn.Parameter(2 * math.pi * freqs)
+
+    def forward(self, x):
+        compute = wide_dtype(x.dtype)
+        rows, cols = (torch.linspace(0, 1, n, dtype=compute, device=x.device) for n in x.shape[-2:])
+        freqs = self.freqs.to(compute)
+        angle = freqs[0, :, None, None] * rows[:, None] + freqs[1, :, None, None] * cols
+        wide = x.to(compute)
+        first, second = wide.chunk(2, 1)
+        return (wide * angle.cos() + torch.cat((-second, first), 1) * angle.sin()).to(x.dtype)
+
+
+class ReflectConv2d(nn.Conv2d):
+    """Convolution without bias that keeps (H, W) by reflect padding; an axis too short to reflect repeats its edge."""
+
+    def __init__(self, in_channels, out_channels, kernel_size):
+        super().__init__(in_channels, out_channels, kernel_size, bias=False)
+
+    def forward(self, x):
+        pad = self.kernel_size[0] // 2
+        if pad:
+            x = F.pad(x, (pad, pad, 0, 0), mode="reflect" if x.shape[-1] > pad else "replicate")
+            x = F.pad(x, (0, 0, pad, pad), mode="reflect" if x.shape[-2] > pad else "replicate")
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last axis, in float32 (or float64), with float32's epsilon."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = x.to(wide_dtype(x.dtype))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+def encoder(in_channels, out_channels, first):
+    """`first`, then two ResBlocks; `first` is a module that gives `in_channels`."""
+    return nn.Sequential(first, ResBlock(in_channels, out_channels), ResBlock(out_channels, out_channels))
+
+
+def unit_channels(features):
+    """`features / max(|features|_2 over channels, 1e-12)`, in float32 (or float64)."""
+    return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)

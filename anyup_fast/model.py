@@ -1,0 +1,232 @@
+"""AnyUp as an nn.Module: the published parameter names, the published function."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import (
+    FeatureUnification,
+    ReflectConv2d,
+    RMSNorm,
+    RotaryEmbedding,
+    encoder,
+    unit_channels,
+)
+from .ops import window_bounds, windowed_attention
+
+
+class CrossAttention(nn.Module):
+    """Windowed cross-attention whose values are the raw features: no value projection, no output projection.
+
+    `attention` only holds `in_proj_*` (its first two thirds are used) and `out_proj` (unused) under the names of
+    the published state dict.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.norm_q = RMSNorm(dim)
+        self.norm_k = RMSNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def project(self, query, key):
+        """Normalise and project (B, ..., dim) queries and keys to (B, ..., heads, head_dim)."""
+        dim, heads = self.attention.embed_dim, self.attention.num_heads
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        q = F.linear(self.norm_q(query), weight[:dim], bias[:dim])
+        k = F.linear(self.norm_k(key), weight[dim : 2 * dim], bias[dim : 2 * dim])
+        return q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))
+
+
+class CrossDecode(nn.Module):
+    """3x3 convolution of the queries (zero padding), then windowed cross-attention to the low-res features."""
+
+    def __init__(self, dim, num_heads, window_ratio):
+        super().__init__()
+        self.window_ratio = window_ratio
+        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.cross_attn = CrossAttention(dim, num_heads)
+
+    def forward(self, query, key, value, q_chunk_size=None):
+        """query (B, dim, H', W'), key (B, dim, h, w), value (B, C, h, w) -> (B, C, H', W')."""
+        query = self.conv2d(query).permute(0, 2, 3, 1)
+        query, key = self.cross_attn.project(query, key.permute(0, 2, 3, 1))
+        value = value.permute(0, 2, 3, 1)
+        row_bounds = window_bounds(query.shape[1], key.shape[1], self.window_ratio)
+        col_bounds = window_bounds(query.shape[2], key.shape[2], self.window_ratio)
+        rows = q_chunk_size or query.shape[1]
+        bands = [
+            windowed_attention(band, key, value, bounds, col_bounds)
+            for band, bounds in zip(query.split(rows, 1), row_bounds.split(rows), strict=True)
+        ]
+        return torch.cat(bands, 1).permute(0, 3, 1, 2)
+
+
+class AnyUp(nn.Module):
+    """Upsamples the features of any vision encoder to any resolution, guided by the image.
+
+    Args:
+        input_dim: channels of the image.
+        qk_dim: width of queries and keys; a multiple of 8 and of 4.
+        kernel_size: of the first convolution on the image (reflect padding).
+        kernel_size_lfu: of the filters of the feature-agnostic layer.
+        window_ratio: half width of the attention window as a share of the picture; zero or less is global.
+        num_heads: attention heads.
+        init_gaussian_derivatives: start the feature-agnostic filters from Gaussian derivatives, not noise.
+        lfu_dim: number of those filters; None means qk_dim.
+
+    The parameters carry the names and shapes of the published checkpoints (73 tensors, 878,080 numbers at the
+    defaults), so that their state dicts load strictly.
+
+    Source: "AnyUp: Universal Feature Upsampling", arXiv 2510.12764.
+    """
+
+    def __init__(
+        self,
+        input_dim=3,
+        qk_dim=128,
+        kernel_size=1,
+        kernel_size_lfu=5,
+        window_ratio=0.1,
+        num_heads=4,
+        init_gaussian_derivatives=False,
+        lfu_dim=None,
+    ):
+        super().__init__()
+        lfu_dim = qk_dim if lfu_dim is None else lfu_dim
+        first = ReflectConv2d(input_dim, qk_dim, kernel_size)
+        unify = FeatureUnification(lfu_dim, kernel_size_lfu, init_gaussian_derivatives)
+        merge = ReflectConv2d(2 * qk_dim, qk_dim, 3)
+        self.input_dim = input_dim
+        self.image_encoder = encoder(qk_dim, qk_dim, first)
+        self.rope = RotaryEmbedding(qk_dim)
+        self.query_encoder = encoder(qk_dim, qk_dim, nn.Conv2d(qk_dim, qk_dim, 1, bias=False))
+        self.key_encoder = encoder(qk_dim, qk_dim, nn.Conv2d(qk_dim, qk_dim, 1, bias=False))
+        self.key_features_encoder = encoder(lfu_dim, qk_dim, unify)
+        self.aggregation = encoder(qk_dim, qk_dim, merge)
+        self.cross_decode = CrossDecode(qk_dim, num_heads, window_ratio)
+
+    @classmethod
+    def from_pretrained(cls, weights="embedded", *, device=None):
+        """AnyUp with trained weights, in eval mode.
+
+        Args:
+            weights: "embedded" (shipped with the package), "anyup_multi_backbone" or "anyup_paper" (published,
+                downloaded once), or a path or URL of a checkpoint.
+            device: where the model goes; None means the CPU.
+
+        Raises:
+            ValueError, FileNotFoundError, RuntimeError: see `anyup_fast.checkpoints.load_checkpoint`.
+        """
+        from .checkpoints import load_checkpoint
+
+        state_dict, config = load_checkpoint(weights)
+        model = cls(**config)
+        model.load_state_dict(state_dict)
+        return model.to(device or "cpu").eval()
+
+    @property
+    def window_ratio(self):
+        """Half width of the attention window as a share of the picture."""
+        return self.cross_decode.window_ratio
+
+    def guidance(self, image):
+        """Position-encoded guide (B, qk_dim, H, W) from which queries and keys are made."""
+        return self.rope(self.image_encoder(image))
+
+    def queries(self, guide, output_size):
+        """Queries (B, qk_dim, H', W') before the 3x3 convolution."""
+        return F.adaptive_avg_pool2d(self.query_encoder(guide), output_size)
+
+    def keys(self, guide, features):
+        """Keys (B, qk_dim, h, w) from the pooled guide and the features."""
+        from_image = F.adaptive_avg_pool2d(self.key_encoder(guide), features.shape[-2:])
+        unified, *blocks = self.key_features_encoder
+        from_features = unified(unit_channels(features))
+        dtype = from_image.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            # 1/M plus a few parts in a hundred thousand: the first normalisation must still see float32.
+            from_features = _wide_block(blocks[0], from_features).to(dtype)
+            blocks = blocks[1:]
+        for block in blocks:
+            from_features = block(from_features)
+        return self.aggregation(torch.cat((from_image, from_features), 1))
+
+    def forward(self, image, features, output_size=None, q_chunk_size=None, vis_attn=False):
+        """Upsample `features` to the resolution of `image`, or to `output_size`.
+
+        Args:
+            image: (B, input_dim, H, W), ImageNet-normalised, any float dtype.
+            features: (B, C, h, w), any C >= 1, any float dtype.
+            output_size: (H', W'); None means (H, W).
+            q_chunk_size: rows of output computed at a time; accepted for compatibility, memory is flat without it.
+            vis_attn: also return where each output pixel looks, as an RGB picture (B, 3, H', W') in [0, 1]: red is
+                the attention-weighted mean row, green the mean column, of the low-res cells (0 first, 1 last).
+
+        Returns:
+            hr_features (B, C, H', W') in the dtype of `features`; with `vis_attn` the pair (hr_features, picture).
+
+        Raises:
+            ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which.
+        """
+        output_size = self._check(image, features, output_size, q_chunk_size)
+        guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
+        query = self.queries(guide, output_size)
+        key = self.keys(guide, features)
+        if not vis_attn:
+            return self.cross_decode(query, key, features, q_chunk_size)
+        picture = _cell_colours(features)
+        value = torch.cat((features, picture.to(features.dtype)), 1)
+        return self.cross_decode(query, key, value, q_chunk_size).tensor_split((features.shape[1],), 1)
+
+    def _check(self, image, features, output_size, q_chunk_size):
+        weight = self.image_encoder[0].weight
+        for name, tensor in (("image", image), ("features", features)):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: need a floating-point tensor, got {kind}")
+            if tensor.ndim != 4:
+                raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}")
+            if 0 in tensor.shape:
+                raise ValueError(f"{name}: no dimension may be 0, got shape {tuple(tensor.shape)}")
+            if tensor.device != weight.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, the model on {weight.device}: move one of them with .to(...)"
+                )
+        if image.shape[1] != self.input_dim:
+            raise ValueError(f"image: need {self.input_dim} channels, got shape {tuple(image.shape)}")
+        if image.shape[0] != features.shape[0]:
+            raise ValueError(
+                f"image and features differ in batch size: {tuple(image.shape)} and {tuple(features.shape)}"
+            )
+        if q_chunk_size is not None and not _is_count(q_chunk_size):
+            raise ValueError(f"q_chunk_size: need a positive number of rows or None, got {q_chunk_size!r}")
+        return checked_output_size(output_size, image.shape[-2:])
+
+
+def checked_output_size(output_size, default):
+    """`output_size` as a pair of positive ints, `default` where it is None; ValueError for anything else."""
+    if output_size is None:
+        return tuple(default)
+    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
+        raise ValueError(f"output_size: need (height, width) or None, got {output_size!r}")
+    if not all(_is_count(n) for n in output_size):
+        raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
+    return tuple(int(n) for n in output_size)
+
+
+def _is_count(n):
+    return hasattr(n, "__index__") and not isinstance(n, bool) and int(n) > 0
+
+
+def _wide_block(block, x):
+    """Run a ResBlock in float32 although its parameters are 16-bit."""
+    wide = {name: parameter.float() for name, parameter in block.named_parameters()}
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.func.functional_call(block, wide, (x,))
+
+
+def _cell_colours(features):
+    batch, _, h, w = features.shape
+    rows = torch.linspace(0, 1, h, device=features.device).view(1, 1, h, 1).expand(batch, 1, h, w)
+    cols = torch.linspace(0, 1, w, device=features.device).view(1, 1, 1, w).expand(batch, 1, h, w)
+    return torch.cat((rows, cols, 1 - torch.maximum(rows, cols)), 1)

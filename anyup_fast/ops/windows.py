@@ -1,0 +1,69 @@
+"""Window rules: which low-resolution rows or columns each output row or column attends to.
+
+Flooring a float is a discontinuity, so the rules are evaluated once, on the CPU, and every back end receives
+the same integers.
+"""
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=256)
+def window_bounds(n_query, n_key, ratio):
+    """Bounds along one axis of the windows that cover `ratio` of the axis on either side of a query.
+
+    With `pos = (i + 0.5) / n_query` the window of query `i` is
+    `[floor(clamp(pos - ratio, 0, 1) * n_key), ceil(clamp(pos + ratio, 0, 1) * n_key))`, evaluated in float32
+    in this order of operations: the published weights were trained with it, and float64 gives other windows
+    for many sizes (720 queries on 64 keys, for one).
+
+    Args:
+        n_query: number of output rows (or columns), at least 1.
+        n_key: number of low-resolution rows (or columns), at least 1.
+        ratio: half width of the window as a share of the axis; zero or less means every key.
+
+    Returns:
+        int32 tensor (n_query, 2) on the CPU, half-open `[start, end)`, never empty, monotone in both columns.
+        It is shared between calls: copy it before writing to it.
+
+    Source: AnyUp (arXiv 2510.12764), section on local window attention.
+    """
+    if ratio <= 0:
+        return torch.tensor([[0, n_key]], dtype=torch.int32).repeat(n_query, 1)
+    position = (torch.arange(n_query, dtype=torch.float32, device="cpu") + 0.5) / n_query
+    start = ((position - ratio).clamp(0.0, 1.0) * n_key).floor()
+    end = ((position + ratio).clamp(0.0, 1.0) * n_key).ceil()
+    return torch.stack((start, end), 1).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def neighborhood_bounds(n_query, n_key, ratio):
+    """Bounds along one axis of the published "NATTEN" variant: a fixed number of cells around the query's own.
+
+    The window of query `i` holds `k = max(3, round(2 * ratio * n_key))` keys, made odd by adding one, around the
+    key `i // (n_query // n_key)`, and is shifted, not cut, at the borders. Python's `round` is meant: halves go
+    to the even neighbour. The rule was made for sizes that divide; elsewhere the queries beyond the last whole
+    cell belong to the last key, and with fewer queries than keys the query's key is the one under its centre.
+
+    Args:
+        n_query: number of output rows (or columns), at least 1.
+        n_key: number of low-resolution rows (or columns), at least 1; never are more than these attended to.
+        ratio: half width of the window as a share of the axis; outside (0, 0.5) every key.
+
+    Returns:
+        int32 tensor (n_query, 2) as from `window_bounds`, shared between calls in the same way.
+
+    Source: AnyUp (arXiv 2510.12764), published code, neighborhood attention.
+    """
+    if not 0 < ratio < 0.5:
+        return torch.tensor([[0, n_key]], dtype=torch.int32).repeat(n_query, 1)
+    size = max(3, round(2 * ratio * n_key))
+    size = min(size + 1 - size % 2, n_key)
+    query = torch.arange(n_query, device="cpu")
+    if n_query >= n_key:
+        cell = (query // (n_query // n_key)).clamp(max=n_key - 1)
+    else:
+        cell = (2 * query + 1) * n_key // (2 * n_query)
+    start = (cell - size // 2).clamp(0, n_key - size)
+    return torch.stack((start, start + size), 1).to(torch.int32)
