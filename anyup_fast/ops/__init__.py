@@ -1,9 +1,11 @@
 """Public operators: contract and checks here, one file per back end beside this one."""
 
+import torch
+
 from . import reference, torch_backend
 from .windows import neighborhood_bounds, window_bounds
 
-__all__ = ["feature_unification", "neighborhood_bounds", "window_bounds", "windowed_attention"]
+__all__ = ["backends", "feature_unification", "neighborhood_bounds", "window_bounds", "windowed_attention"]
 
 _WINDOWED_ATTENTION = {
     "torch": torch_backend.windowed_attention,
@@ -46,6 +48,16 @@ def windowed_attention(
         raise ValueError(f"backend: no back end {backend!r}; use one of {known}")
     run = _WINDOWED_ATTENTION[backend]
     return run(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
+
+
+def backends(device):
+    """Back ends of `windowed_attention` in the order in which "auto" tries them, for tensors on `device`.
+
+    Returns:
+        dict from name to None, or to the sentence that says why it can't run there.
+    """
+    torch.device(device)  # an unknown one raises here
+    return dict.fromkeys(_WINDOWED_ATTENTION)
 
 
 def feature_unification(features, basis):
