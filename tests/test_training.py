@@ -1,0 +1,403 @@
+"""Training: the terms of the loss, the cache of targets, resuming, determinism."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from anyup_fast import AnyUp, training
+from anyup_fast.training import TargetCache, TrainConfig, train
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    scenes, stamps = tiny.picture_folders(root)
+    name = tiny.encoder_folder(root / "encoder")
+    return TrainConfig(
+        scenes=str(scenes),
+        stamps=str(stamps),
+        held_out=False,
+        encoders=(name,),
+        pictures=4,
+        size=112,
+        steps=6,
+        native_weight=1.0,
+        batch=2,
+        guide_pixels=576,
+        warmup=2,
+        bf16=False,
+        model=tiny.CONFIG,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    TargetCache(folder, config).fill()
+    return folder
+
+
+def weights_of(path):
+    return AnyUp.from_pretrained(path).state_dict()
+
+
+def test_a_run_gives_weights_and_metrics(config, cache, tmp_path):
+    path = train(config, tmp_path / "run", cache=cache)
+    trained, fresh = weights_of(path), tiny.model(config.seed).state_dict()
+    assert trained.keys() == fresh.keys()
+    assert any(not torch.equal(trained[name], fresh[name]) for name in trained)
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(config.steps))
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert any(row["main"] for row in rows) and any(row["dense"] for row in rows)
+
+
+def assert_equal_weights(one, other):
+    one, other = weights_of(one), weights_of(other)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def interrupted_before(last):
+    def progress(steps):
+        for step in steps:
+            if step == last:
+                raise KeyboardInterrupt
+            yield step
+
+    return progress
+
+
+def losses(folder):
+    return [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(config, cache, tmp_path, bf16):
+    config = replace(config, bf16=bf16)
+    whole = train(config, tmp_path / "whole", cache=cache)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "broken", cache=cache, save_every=3, progress=interrupted_before(4))
+    assert not (tmp_path / "broken" / "anyup.safetensors").exists()
+    resumed = train(config, tmp_path / "broken", cache=cache)
+    assert_equal_weights(resumed, whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+
+
+def test_a_step_without_a_loss_resumes_like_any_other(config, tmp_path, monkeypatch):
+    """Without cut-outs a step that maps a grid to itself has no loss, but weight decay and momentum go on."""
+    config = replace(config, stamps=None, steps=4)
+    real = training.training_loss
+
+    def no_loss_at_step_2(model, sample, rng, settings):
+        loss, terms = real(model, sample, rng, settings)
+        step = len(losses(tmp_path / run)) - 1
+        return (torch.zeros((), requires_grad=True), {}) if step == 2 else (loss, terms)
+
+    monkeypatch.setattr(training, "training_loss", no_loss_at_step_2)
+    run = "whole"
+    whole = train(config, tmp_path / run, cache=tmp_path / "cache")
+    run = "broken"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / run, cache=tmp_path / "cache", save_every=1, progress=interrupted_before(2))
+    assert_equal_weights(train(config, tmp_path / run, cache=tmp_path / "cache"), whole)
+
+
+def test_a_run_that_stopped_before_its_first_save_starts_anew(config, cache, tmp_path):
+    config = replace(config, steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "broken", cache=cache, progress=interrupted_before(1))
+    with open(tmp_path / "broken" / "metrics.csv", "a") as file:
+        file.write("1,0.2")
+    train(config, tmp_path / "broken", cache=cache)
+    train(config, tmp_path / "whole", cache=cache)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 3
+
+
+def test_a_finished_run_is_not_repeated(config, cache, tmp_path):
+    config = replace(config, steps=1)
+    before = train(config, tmp_path, cache=cache).rename(tmp_path / "before.safetensors")
+    metrics = (tmp_path / "metrics.csv").read_bytes()
+    assert_equal_weights(train(config, tmp_path, cache=cache), before)
+    assert (tmp_path / "metrics.csv").read_bytes() == metrics
+
+
+def test_a_failing_write_of_the_state_leaves_the_older_one(config, cache, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, cache=cache, save_every=2, progress=interrupted_before(2))
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def fail(state, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(config, tmp_path, cache=cache)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "metrics.csv", "config.json"}
+
+
+def test_training_fits_one_picture(config, tmp_path):
+    config = replace(config, pictures=1, batch=1, steps=100, lr=3e-3, ema=0.9, plain_share=0.0)
+    targets = TargetCache(tmp_path / "cache", config)
+    targets.fill()
+    trained = AnyUp.from_pretrained(train(config, tmp_path / "run", cache=tmp_path / "cache"))
+    samples = [training.draw_sample(targets, np.random.default_rng(seed)) for seed in range(100, 112)]
+
+    @torch.no_grad()
+    def loss_of(model):
+        return np.mean(
+            [
+                training.training_loss(model, sample, np.random.default_rng(seed), config)[0].item()
+                for seed, sample in enumerate(samples)
+            ]
+        )
+
+    fresh = tiny.model(config.seed)
+    assert loss_of(trained) < 0.9 * loss_of(fresh)
+
+
+def test_the_smallest_pictures_train(config, tmp_path):
+    config = replace(config, size=56, pictures=2, batch=1, steps=8, encoders=(f"{config.encoders[0]}:1",))
+    weights = weights_of(train(config, tmp_path))
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_run_goes_on_from_weights(config, cache, tmp_path):
+    path = tiny.checkpoint(tmp_path / "start.safetensors", seed=5)
+    trained = weights_of(train(replace(config, steps=1, lr=1e-9, init=str(path)), tmp_path / "run", cache=cache))
+    for name, tensor in tiny.model(5).state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=0)
+    other = replace(config, steps=1, init=str(path), model={"qk_dim": 64})
+    with pytest.raises(ValueError, match="init: .*start.safetensors holds another architecture than `model` asks for"):
+        train(other, tmp_path / "other", cache=cache)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_native_steps_have_no_finer_target(config, cache, share):
+    config = replace(config, native_share=share)
+    targets = TargetCache(cache, config)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        sample = training.draw_sample(targets, rng)
+        assert (sample.target.shape == sample.features.shape) == bool(share)
+        terms = training.training_loss(tiny.model(), sample, rng, config)[1]
+        assert ("native" in terms, "main" in terms) == (bool(share), not share)
+
+
+def test_native_losses_see_whole_cells():
+    for start, stop, expected in ((0, 48, (0, 42)), (5, 53, (0, 42)), (7, 55, (7, 49)), (15, 19, (14, 21))):
+        assert training._whole_cells(slice(start, stop), 7) == slice(*expected)
+
+
+def test_folders_may_be_paths(config, cache, tmp_path):
+    one = train(replace(config, steps=1), tmp_path, cache=cache)
+    paths = replace(config, steps=1, scenes=Path(config.scenes), stamps=Path(config.stamps))
+    assert train(paths, tmp_path, cache=cache) == one
+
+
+def test_another_seed_gives_other_weights(config, cache, tmp_path):
+    one = train(replace(config, steps=1), tmp_path / "one", cache=cache)
+    other = train(replace(config, steps=1, seed=1), tmp_path / "other", cache=cache)
+    assert any(not torch.equal(a, b) for a, b in zip(weights_of(one).values(), weights_of(other).values(), strict=True))
+
+
+def test_other_settings_in_the_same_folder_are_refused(config, cache, tmp_path):
+    train(replace(config, steps=1), tmp_path, cache=cache)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train(replace(config, steps=2), tmp_path, cache=cache)
+
+
+def test_the_cache_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    targets = TargetCache(tmp_path, config)
+    with pytest.raises(RuntimeError, match="stop"):
+        targets.fill(lambda missing: stop_after(missing, 2))
+    kept = {path: path.stat().st_mtime_ns for path in targets.folder.glob("0*.safetensors")}
+    assert len(kept) == 2
+    computed = []
+    monkeypatch.setattr(targets, "_compute", lambda index, encoders: computed.append(index))
+    targets.fill()
+    assert computed == [2, 3]
+    assert {path: path.stat().st_mtime_ns for path in targets.folder.glob("0*.safetensors")} == kept
+
+
+def test_a_full_cache_needs_no_encoder(config, cache, monkeypatch):
+    monkeypatch.setattr("anyup_fast.encoders.load_encoder", lambda name: pytest.fail("loaded an encoder"))
+    TargetCache(cache, config).fill()
+    with pytest.raises(pytest.fail.Exception, match="loaded an encoder"):
+        TargetCache(cache, replace(config, pictures=5)).fill()
+
+
+def test_a_cache_of_other_pictures_is_refused(config, tmp_path):
+    scenes, _ = tiny.picture_folders(tmp_path / "pictures")
+    config = replace(config, scenes=str(scenes), stamps=None, pictures=1)
+    TargetCache(tmp_path, config).fill()
+    TargetCache(tmp_path, config).fill()
+    tiny.photograph(next(scenes.iterdir()), size=(90, 70))
+    with pytest.raises(ValueError, match="cache: .* was filled from other pictures of the same names; remove it"):
+        TargetCache(tmp_path, config).fill()
+
+
+def stop_after(items, count):
+    for index, item in enumerate(items):
+        if index == count:
+            raise RuntimeError("stop")
+        yield item
+
+
+def test_targets_are_the_encoders_features(config, cache):
+    from anyup_fast.encoders import load_encoder
+    from anyup_fast.image import normalize
+
+    tensors = TargetCache(cache, config)[1]
+    name = config.encoders[0]
+    assert {key: tuple(value.shape) for key, value in tensors.items()} == {
+        "image": (3, 112, 112),
+        "instances": (112, 112),
+        f"{name}/4": (32, 2, 2),
+        f"{name}/2": (32, 4, 4),
+        f"{name}/1": (32, 8, 8),
+    }
+    features = load_encoder(name)(normalize(tensors["image"][None] / 255))[0]
+    torch.testing.assert_close(tensors[f"{name}/1"].float(), features, rtol=2e-3, atol=2e-3)
+
+
+def test_samples_are_aligned_crops(config, cache, monkeypatch):
+    """The position of a crop can be read off features that hold their own coordinates, and off the picture."""
+    targets, name = TargetCache(cache, config), config.encoders[0]
+
+    def coordinates(n):
+        return (torch.arange(n) + 0.5) / n
+
+    def picture(n):
+        rows, cols = torch.meshgrid(coordinates(n), coordinates(n), indexing="ij")
+        return torch.stack((rows, cols, torch.zeros_like(rows)))
+
+    whole = {f"{name}/{shrink}": picture(8 // shrink) for shrink in (4, 2, 1)}
+    whole |= {"image": picture(112) * 255, "instances": torch.zeros(112, 112)}
+    monkeypatch.setattr(TargetCache, "__getitem__", lambda self, index: whole)
+    shapes = set()
+    for seed in range(20):
+        sample = training.draw_sample(targets, np.random.default_rng(seed))
+        shapes.add((sample.features.shape[-1], sample.target.shape[-1]))
+        for tensor in (sample.guide, sample.target):
+            pooled = F.adaptive_avg_pool2d(tensor[:, :2], sample.features.shape[-2:])
+            torch.testing.assert_close(pooled, sample.features[:, :2], atol=0.02, rtol=0)
+    assert len(shapes) > 3
+
+
+def test_loss_is_zero_for_equal_and_known_for_simple_features():
+    target = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
+    assert training.feature_loss(target, target).item() == pytest.approx(0, abs=1e-6)
+    # (2, 1) against (1, 3): cosine 5 / sqrt(5 * 10); differences 1 and -2 over a range of 2: (0.25 + 1) / 2.
+    output = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1)
+    expected = 1 - 5 / 50**0.5 + 0.625
+    assert training.feature_loss(output, target).item() == pytest.approx(expected, rel=1e-5)
+    pair, weight = torch.cat((output, target), 3), torch.tensor([[[1.0, 0.0]]])
+    assert training.feature_loss(pair, target.expand_as(pair), weight).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_instance_targets_do_not_mix_instances():
+    instances = torch.zeros(1, 32, 32)
+    instances[:, :, 13:] = 1
+    features = torch.zeros(1, 2, 4, 4)
+    features[:, 0, :, 0] = 1
+    features[:, 1, :, 1:] = 1
+    features[:, :, :, 1] = torch.tensor([5 / 8, 3 / 8])[:, None]
+    target, weight = training.instance_target(features, instances)
+    inside = weight[0] > 0
+    assert inside[:, 4:20].any() and not inside[:, -2:].any()
+    left, right = target[0, :, 5, 12], target[0, :, 5, 13]
+    bilinear = F.interpolate(features, (32, 32), mode="bilinear")[0, :, 5]
+    assert (left[0] - right[0]) > 0.5, "the step at the boundary is kept"
+    assert (bilinear[0, 12] - bilinear[0, 13]) < 0.1, "which plain interpolation blurs"
+
+
+@torch.no_grad()
+def test_regions_equal_the_whole():
+    model = tiny.model()
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 32, 20, 24, generator=generator), torch.randn(2, 32, 5, 6, generator=generator)
+    features = torch.randn(2, 7, 5, 6, generator=generator)
+    whole = model.cross_decode(query, key, features)
+    for rows, cols in ((slice(0, 20), slice(0, 24)), (slice(0, 3), slice(20, 24)), (slice(7, 12), slice(5, 6))):
+        part = training.decode_region(model, query, key, features, rows, cols)
+        torch.testing.assert_close(part, whole[..., rows, cols], rtol=1e-5, atol=1e-5)
+
+
+def test_photometric_changes_stay_in_range_and_are_changes():
+    image = torch.rand(3, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+    changed = training.photometric(image, np.random.default_rng(0))
+    assert changed.shape == image.shape
+    assert 0 <= changed.min() and changed.max() <= 1
+    assert (changed - image).abs().mean() > 0.02
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = TrainConfig(scenes="x", steps=100, warmup=10, lr=1e-2)
+    rates = [training.learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-2)
+    assert rates[-1] < 2e-4 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"size": 100}, "size: .* needs a multiple of 56 pixels, got 100; nearest is 112"),
+        ({"size": 110}, "size: must be a multiple of 4 pixels, got 110"),
+        ({"encoders": "dinov2_vits14"}, "encoders: need a tuple with at least one name, got 'dinov2_vits14'"),
+        ({"encoders": ()}, "encoders: need .* at least one name"),
+        ({"steps": 0}, "steps: must be at least 1, got 0"),
+        ({"native_share": 1.5}, "native_share: must lie from 0 to 1, got 1.5"),
+        ({"max_cells": 4}, "max_cells: must be at least 8, got 4"),
+        ({"init": "anyup_best"}, "weights: no checkpoint is called 'anyup_best'"),
+        ({"lr": 2.0}, "lr: must lie between 0 and 1"),
+        ({"encoders": ("dinov2_vits15",)}, "unknown encoder name 'dinov2_vits15'"),
+    ],
+)
+def test_bad_settings_are_named(config, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing was computed"
+
+
+def test_more_bad_arguments_are_named(config, tmp_path):
+    with pytest.raises(ValueError, match="save_every: must be at least 1, got 0"):
+        train(config, tmp_path, save_every=0)
+    with pytest.raises(FileNotFoundError, match="scenes: no folder .*nowhere"):
+        train(replace(config, scenes=str(tmp_path / "nowhere")), tmp_path)
+    with pytest.raises(ValueError, match="encoders: .*:7 must name a layer from 1 to 2, or its negative"):
+        train(replace(config, encoders=(f"{config.encoders[0]}:7",)), tmp_path)
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+def test_a_layer_can_be_chosen_with_the_encoder():
+    assert training.name_and_layer("dinov2_vits14") == ("dinov2_vits14", -1)
+    assert training.name_and_layer("dinov2_vits14:9") == ("dinov2_vits14", 9)
+    assert training.name_and_layer("hf:folder/model:-2") == ("hf:folder/model", -2)
+
+
+def test_an_exploding_loss_stops_the_run(config, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "feature_loss", lambda output, *rest: output.mean() * torch.nan)
+    with pytest.raises(RuntimeError, match="step 0: the gradient is nan; lower lr"):
+        train(config, tmp_path, cache=cache)
+
+
+def test_square_distance_of_a_look_at_one_cell():
+    """Attention on the cell (2, 4) alone, seen from every pixel of a region."""
+    features, rows, cols = torch.zeros(1, 5, 4, 6), slice(3, 9), slice(10, 20)
+    places, square_distance = training._places(features, (16, 24), rows, cols)
+    seen = places[:, :, 2, 4][:, :, None, None].expand(1, 3, 6, 10)
+    pixel_rows, pixel_cols = (torch.arange(3, 9) + 0.5) / 4, (torch.arange(10, 20) + 0.5) / 4
+    expected = (2.5 - pixel_rows[:, None]) ** 2 + (4.5 - pixel_cols) ** 2
+    torch.testing.assert_close(square_distance(seen)[0], expected)
