@@ -35,9 +35,7 @@ class GroupNorm(nn.GroupNorm):
         variance = (spread + (mean - group_mean).square()).mean(2, keepdim=True)
         scale = (variance + self.eps).rsqrt().expand_as(mean).flatten(1) * self.weight.double()
         shift = self.bias.double() - group_mean.expand_as(mean).flatten(1) * scale
-        normalised = torch.addcmul(
-            shift.to(pixels.dtype)[:, None, None], pixels, scale.to(pixels.dtype)[:, None, None]
-        )
+        normalised = torch.addcmul(shift.to(pixels.dtype)[:, None, None], pixels, scale.to(pixels.dtype)[:, None, None])
         return normalised.permute(0, 3, 1, 2).to(x.dtype)
 
 

@@ -145,8 +145,9 @@ class AnyUp(nn.Module):
         dtype = from_image.dtype
         if dtype in (torch.float16, torch.bfloat16):
             # 1/M plus a few parts in a hundred thousand: the first normalisation must still see float32.
-            from_features = _wide_block(blocks[0], from_features).to(dtype)
+            from_features = _wide_block(blocks[0], from_features)
             blocks = blocks[1:]
+        from_features = from_features.to(dtype)
         for block in blocks:
             from_features = block(from_features)
         return self.aggregation(torch.cat((from_image, from_features), 1))

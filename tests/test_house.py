@@ -163,9 +163,7 @@ def undocumented(sources):
     for path, source in sources.items():
         for node in ast.walk(ast.parse(source, path)):
             if isinstance(node, ast.ClassDef):
-                methods = {
-                    m.name for m in node.body if isinstance(m, DEFINITIONS[:2]) and ast.get_docstring(m)
-                }
+                methods = {m.name for m in node.body if isinstance(m, DEFINITIONS[:2]) and ast.get_docstring(m)}
                 described.setdefault(node.name, set()).update(methods)
     faults = []
 
@@ -289,9 +287,7 @@ def test_kernels_package_holds_a_docstring_only():
 
 
 def test_nobody_else_imports_the_folder_kernels_by_its_bare_name():
-    sources = {
-        name: text for name, text in python_sources("tests", "benchmarks", "hubconf.py", "setup.py").items()
-    }
+    sources = {name: text for name, text in python_sources("tests", "benchmarks", "hubconf.py", "setup.py").items()}
     assert "tests/test_house.py" in sources
     bare = [
         f"{path}:{line}"

@@ -41,12 +41,7 @@ def png_header(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 # ---- statistics
@@ -494,9 +489,7 @@ def test_resizing_does_not_overshoot():
     assert got.min() >= -1e-6 and got.max() <= 1 + 1e-6
 
 
-@pytest.mark.parametrize(
-    "size", [0, -3, 2.0, True, "448", (3,), (3, 4, 5), (0, 4), (4, -1), (4.0, 4), (True, 4), ()]
-)
+@pytest.mark.parametrize("size", [0, -3, 2.0, True, "448", (3,), (3, 4, 5), (0, 4), (4, -1), (4.0, 4), (True, 4), ()])
 def test_bad_size(size):
     with pytest.raises(ValueError, match=r"size must be None, a positive int or \(height, width\), got"):
         load_image(np.zeros((4, 4), np.uint8), size)
@@ -524,9 +517,7 @@ def test_missing_file_folder_and_url(tmp_path):
             load_image(url)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"GIF", b"hello, world, this is text", b"\x89PNG\r\n\x1a\n", png_header(0, 5)]
-)
+@pytest.mark.parametrize("data", [b"", b"GIF", b"hello, world, this is text", b"\x89PNG\r\n\x1a\n", png_header(0, 5)])
 def test_not_an_image(tmp_path, data):
     path = tmp_path / "broken.png"
     path.write_bytes(data)
@@ -615,9 +606,7 @@ def test_zero_sized():
         load_image(torch.zeros(3, 4, 0))
 
 
-@pytest.mark.parametrize(
-    "make", [np.array, torch.tensor, lambda values: Image.fromarray(np.array(values, np.float32))]
-)
+@pytest.mark.parametrize("make", [np.array, torch.tensor, lambda values: Image.fromarray(np.array(values, np.float32))])
 @pytest.mark.parametrize(
     "value, message",
     [

@@ -42,9 +42,7 @@ def golden_case(name, index):
     weights = tensors if name != "full" else tensors_of(GOLDEN / "full_weights.safetensors")[0]
     model = AnyUp(**json.loads(metadata["config"]))
     prefix = "state_dict."
-    model.load_state_dict(
-        {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-    )
+    model.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
     size = json.loads(metadata["cases"])[index]["output_size"]
     return model.eval(), *(tensors[f"case{index}.{part}"] for part in ("image", "features", "output")), size
 
@@ -105,14 +103,10 @@ def test_golden_vectors_see_the_window():
 def test_published_checkpoints_give_the_published_features(photo, name, start, step):
     folder = os.environ.get("ANYUP_FAST_REFERENCE")
     if not folder:
-        pytest.skip(
-            "needs the published checkpoints: name a folder with weights/ and golden/ in ANYUP_FAST_REFERENCE"
-        )
+        pytest.skip("needs the published checkpoints: name a folder with weights/ and golden/ in ANYUP_FAST_REFERENCE")
     tensors, _ = tensors_of(Path(folder, "golden", "published.safetensors"))
     model = AnyUp.from_pretrained(Path(folder, "weights", f"{name}.pth"))
-    output = model(tensors[f"{photo}.image"], tensors[f"{photo}.features"])[
-        ..., start[0] :: step, start[1] :: step
-    ]
+    output = model(tensors[f"{photo}.image"], tensors[f"{photo}.features"])[..., start[0] :: step, start[1] :: step]
     assert relative(output, tensors[f"{photo}.{name}.output_stride{step}"]) < PUBLISHED_TOLERANCE
 
 
@@ -137,9 +131,7 @@ def test_a_batch_equals_its_images():
 @torch.no_grad()
 def test_q_chunk_size_changes_nothing(rows):
     model, (image, features) = small_model(), inputs()
-    torch.testing.assert_close(
-        model(image, features, q_chunk_size=rows), model(image, features), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(model(image, features, q_chunk_size=rows), model(image, features), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 31, 32, 100])
@@ -150,9 +142,7 @@ def test_any_channels_and_output_size(channels, size):
     output = model(image, features, size)
     assert output.shape == (1, channels, *(size or image.shape[-2:]))
     low, high = features.amin((2, 3), keepdim=True), features.amax((2, 3), keepdim=True)
-    assert ((output >= low - 1e-4) & (output <= high + 1e-4)).all(), (
-        "outputs are convex combinations of the features"
-    )
+    assert ((output >= low - 1e-4) & (output <= high + 1e-4)).all(), "outputs are convex combinations of the features"
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 6), (5, 1), (2, 2)])
@@ -182,19 +172,27 @@ def test_vis_attn_shows_where_each_pixel_looks():
     assert picture.shape == (1, 3, 28, 35)
     rows = torch.linspace(0, 1, 28)
     assert (picture[0, 0].mean(1) - rows).abs().max() < 0.15, "red grows with the row"
-    assert (picture[0, 1].mean(0) - torch.linspace(0, 1, 35)).abs().max() < 0.15, (
-        "green grows with the column"
-    )
+    assert (picture[0, 1].mean(0) - torch.linspace(0, 1, 35)).abs().max() < 0.15, "green grows with the column"
 
 
 @pytest.mark.parametrize("image_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
 def test_mixed_dtypes_give_the_dtype_of_the_features(image_dtype, features_dtype):
     model, (image, features) = small_model(), inputs()
     output = model(image.to(image_dtype), features.to(features_dtype))
     assert output.dtype == features_dtype
     assert relative(output.float(), model(image, features)) < 0.02
+
+
+@torch.no_grad()
+def test_autocast_stays_near_float32():
+    model, image, features, expected, size = golden_case("small", 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(image, features, size)
+    assert output.dtype == features.dtype
+    # Measured 0.02 on the peaky random weights.
+    assert relative(output, expected) < 0.06
 
 
 @torch.no_grad()
@@ -252,9 +250,7 @@ def test_feature_unification_follows_its_formula(channels, filters):
         for j in range(4):
             taps = inside[0, 0, i : i + 3, j : j + 3].sum()
             patch = padded[0, :, i : i + 3, j : j + 3]
-            flat = [
-                (patch[n // filters] * basis[n % filters, 0]).sum() / taps for n in range(channels * filters)
-            ]
+            flat = [(patch[n // filters] * basis[n % filters, 0]).sum() / taps for n in range(channels * filters)]
             expected = torch.stack(flat).view(filters, channels).softmax(0).mean(1)
             torch.testing.assert_close(reference.feature_unification(features, basis)[0, :, i, j], expected)
 
@@ -277,9 +273,7 @@ def test_rotary_embedding_tells_positions_apart_in_bfloat16():
     assert (wide - narrow).abs().max() < 0.03
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 3e-7), (torch.float64, 1e-14), (torch.bfloat16, 3e-3)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-7), (torch.float64, 1e-14), (torch.bfloat16, 3e-3)])
 def test_group_norm_is_exact_over_many_pixels(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 16, 448, 448, generator=generator).contiguous(memory_format=torch.channels_last) + 3

