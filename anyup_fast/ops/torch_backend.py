@@ -1,34 +1,255 @@
-"""Exact operators in plain PyTorch, for any device; memory stays flat in the number of pixels."""
+"""Exact operators in plain PyTorch, for any device; memory stays flat in the number of pixels.
+
+Pixels of a small rectangle share almost the same window. Both axes are cut where windows change, so that the rectangle
+of keys that a tile needs is hardly larger than each pixel's own; tiles side by side are batched into dense products, a
+few megabytes at a time. Bounds are read on the CPU and nothing else is read: no device is waited for.
+"""
+
+from functools import lru_cache
+from itertools import groupby
 
 import torch
 
-from . import reference
-
-TILE = 16
+# Numbers held at once: the logits of a batch of tiles (a cache's worth), and any buffer at all.
+BATCH = 1 << 20
+LIMIT = 1 << 24
+# What one more tile along an axis costs, in queries times keys.
+TILE_COST = 16
+# Up to here, many keys are cheaper with one running sum per head than with all logits at once.
+FEW_CHANNELS = 64
 
 
 def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean"):
-    """`anyup_fast.ops.windowed_attention` tile by tile: each tile sees the rectangle its windows span."""
-    row_bounds, col_bounds = row_bounds.cpu(), col_bounds.cpu()
-    height, width = query.shape[1:3]
-    bands = []
-    for top in range(0, height, TILE):
-        rows = row_bounds[top : top + TILE]
-        r0, r1 = int(rows[:, 0].min()), int(rows[:, 1].max())
-        tiles = []
-        for left in range(0, width, TILE):
-            cols = col_bounds[left : left + TILE]
-            c0, c1 = int(cols[:, 0].min()), int(cols[:, 1].max())
-            tiles.append(
-                reference.windowed_attention(
-                    query[:, top : top + TILE, left : left + TILE],
-                    key[:, r0:r1, c0:c1],
-                    value[:, r0:r1, c0:c1],
-                    rows - r0,
-                    cols - c0,
-                    scale=scale,
-                    head_mode=head_mode,
-                )
-            )
-        bands.append(torch.cat(tiles, 2))
-    return torch.cat(bands, 1)
+    """Forward of `anyup_fast.ops.windowed_attention`, without recording gradients (the operator has its own backward).
+
+    Bounds that lie on an accelerator are copied to the CPU, which waits for it; bounds on the CPU cost no waiting.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    out = value.new_empty(batch, height, width, value.shape[3])
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
+        strips = [] if blocked else _strips(rows, cols, key.shape[2], heads, value.shape[3])
+        for q, k, v, o in zip(query, key, value, out, strict=True):
+            if blocked:
+                for row in rows:
+                    for col in cols:
+                        _blocked(row, col, q, k, v, o, scale, head_mode)
+            else:
+                for row in rows:
+                    for strip in strips:
+                        _forward(row, strip, q, k, v, o, scale, head_mode)
+    return out
+
+
+def windowed_attention_backward(grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean"):
+    """Gradients of `windowed_attention` for query, key and value; weights are computed again, a few tiles at a time."""
+    heads, head_dim = query.shape[3:]
+    scale = head_dim**-0.5 if scale is None else scale
+    compute = _compute_dtype(query, value)
+    grads = [torch.zeros(x.shape, dtype=compute, device=x.device) for x in (query, key, value)]
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        rows, cols, _ = _plan(row_bounds, col_bounds, heads, value.shape[3], blocks=False)
+        strips = _strips(rows, cols, key.shape[2], heads, value.shape[3])
+        for tensors in zip(grad, query, key, value, *grads, strict=True):
+            for row in rows:
+                for strip in strips:
+                    _backward(row, strip, *tensors, scale, head_mode)
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
+
+
+class Tile:
+    """Queries [start, stop) of one axis and the keys [low, high) that their windows span."""
+
+    def __init__(self, windows, start, stop):
+        self.start, self.stop, self.windows = start, stop, windows[start:stop]
+        self.low, self.high = min(low for low, _ in self.windows), max(high for _, high in self.windows)
+
+    def outside(self, low, high, length):
+        """Boolean (length, high - low): keys not seen; queries past the last see what it sees."""
+        windows = torch.tensor(self.windows + self.windows[-1:] * (length - len(self.windows)))
+        keys = torch.arange(low, high)
+        return (keys < windows[:, :1]) | (keys >= windows[:, 1:])
+
+
+class Strip:
+    """Neighbouring column tiles, padded to `length` queries and `n_keys` keys each."""
+
+    def __init__(self, tiles, n_key):
+        self.tiles = tiles
+        self.length = max(t.stop - t.start for t in tiles)
+        self.n_keys = max(t.high - t.low for t in tiles)
+        self.lows = [min(t.low, n_key - self.n_keys) for t in tiles]
+        self.outside = torch.stack(
+            [t.outside(low, low + self.n_keys, self.length) for t, low in zip(tiles, self.lows, strict=True)]
+        )
+
+    def queries(self, row, source, dtype):
+        """The queries of `source` (H', W', ...) inside, as (tiles, T, length, ...), zeros where padded."""
+        shape = len(self.tiles), row.stop - row.start, self.length, *source.shape[2:]
+        packed = torch.zeros(shape, dtype=dtype, device=source.device)
+        for tile, part in zip(self.tiles, packed, strict=True):
+            part[:, : tile.stop - tile.start] = source[row.start : row.stop, tile.start : tile.stop]
+        return packed
+
+    def keys(self, row, source, dtype):
+        """The keys of `source` (h, w, ...) inside, as (tiles, R, n_keys, ...)."""
+        parts = [source[row.low : row.high, low : low + self.n_keys] for low in self.lows]
+        return torch.stack(parts).to(dtype)
+
+    def bias(self, row, like):
+        """(tiles, 1, T, length, R, n_keys): minus infinity where a query does not look; None if all look everywhere."""
+        outside = row.outside(row.low, row.high, row.stop - row.start)
+        if not (outside.any() or self.outside.any()):
+            return None
+        rows, cols = (
+            torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(mask, float("-inf")).to(like.device)
+            for mask in (outside, self.outside)
+        )
+        return rows[:, None, :, None] + cols[:, None, None, :, None, :]
+
+
+@lru_cache(maxsize=64)
+def _cut(windows, longest):
+    """Cut one axis, at changes of window, into tiles of at most `longest` queries, for the least work."""
+    edges = [0]
+    for _, run in groupby(windows):
+        stop = edges[-1] + len(list(run))
+        edges += [*range(edges[-1] + longest, stop, longest), stop]
+    best = [(0, None)]
+    for i, stop in enumerate(edges[1:], 1):
+        low, high = windows[stop - 1]
+        options = []
+        for j in range(i - 1, -1, -1):
+            if stop - edges[j] > longest:
+                break
+            low, high = min(low, windows[edges[j]][0]), max(high, windows[edges[j]][1])
+            options.append((best[j][0] + TILE_COST + (stop - edges[j]) * (high - low), j))
+        best.append(min(options))
+    tiles, i = [], len(edges) - 1
+    while i:
+        i, stop = best[i][1], edges[i]
+        tiles.append(Tile(windows, edges[i], stop))
+    return tiles[::-1]
+
+
+def _plan(row_bounds, col_bounds, heads, channels, blocks=True):
+    """(row tiles, column tiles, whether the keys of a tile come in blocks), within the limits above."""
+    axes = [tuple(map(tuple, bounds.tolist())) for bounds in (row_bounds, col_bounds)]
+    for longest in (32, 16, 8, 4, 2, 1):
+        rows, cols = (_cut(windows, longest) for windows in axes)
+        logits = heads
+        for tiles in (rows, cols):
+            logits *= max(t.stop - t.start for t in tiles) * max(t.high - t.low for t in tiles)
+        if logits <= BATCH or (logits <= LIMIT and (channels > FEW_CHANNELS or not blocks)):
+            return rows, cols, False
+        if blocks and longest <= 16 and (channels <= FEW_CHANNELS or longest == 8):
+            return rows, cols, True
+    return rows, cols, False
+
+
+def _strips(rows, cols, n_key, heads, channels):
+    queries = max(t.stop - t.start for t in rows) * max(t.stop - t.start for t in cols)
+    keys = max(t.high - t.low for t in rows) * max(t.high - t.low for t in cols)
+    n = max(1, min(BATCH // (heads * queries * keys), LIMIT // (channels * (queries + keys))))
+    return [Strip(cols[i : i + n], n_key) for i in range(0, len(cols), n)]
+
+
+def _compute_dtype(query, value):
+    return torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+
+
+def _weights(row, strip, query, key, scale, dtype):
+    """Scaled queries (tiles, heads, P, d), keys (tiles, heads, K, d) and weights (tiles, heads, P, K) of one strip."""
+    q = strip.queries(row, query, dtype).mul_(scale).flatten(1, 2).transpose(1, 2).contiguous()
+    k = strip.keys(row, key, dtype).flatten(1, 2).transpose(1, 2).contiguous()
+    logits = q @ k.mT
+    bias = strip.bias(row, logits)
+    if bias is not None:
+        logits.view(*logits.shape[:2], *bias.shape[2:]).add_(bias)
+    return q, k, torch.softmax(logits, -1, out=logits)
+
+
+def _groups(x, heads, head_mode):
+    """Channels as (..., groups, C / groups): one group for each set of weights that serves them."""
+    return x.unflatten(-1, (heads if head_mode == "split" else 1, -1))
+
+
+def _forward(row, strip, query, key, value, out, scale, head_mode):
+    """Write the output (H', W', C) of one strip."""
+    weights = _weights(row, strip, query, key, scale, _compute_dtype(query, value))[2]
+    n, heads, queries, keys = weights.shape
+    if head_mode == "mean":
+        weights = weights.mean(1, keepdim=True)
+    value, out = (_groups(x, heads, head_mode) for x in (value, out))
+    step = max(1, LIMIT // (n * (queries + keys) * value.shape[2]))
+    for v, o in zip(value.split(step, -1), out.split(step, -1), strict=True):
+        v = strip.keys(row, v, weights.dtype).flatten(1, 2).transpose(1, 2)
+        result = (weights @ v).transpose(1, 2).unflatten(1, (-1, strip.length))
+        for tile, part in zip(strip.tiles, result, strict=True):
+            o[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
+
+
+def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_value, scale, head_mode):
+    """Write the query gradient of one strip, add to those of the keys and values it reads."""
+    q, k, weights = _weights(row, strip, query, key, scale, grad_value.dtype)
+    heads = weights.shape[1]
+    shared = weights.mean(1, keepdim=True) if head_mode == "mean" else weights
+    g = strip.queries(row, _groups(grad, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
+    v = strip.keys(row, _groups(value, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
+    for_value = (shared.mT @ g).transpose(1, 2).flatten(2)
+    slope = g @ v.mT / (heads // shared.shape[1])
+    slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
+    for_query = (slope @ k * scale).transpose(1, 2).unflatten(1, (-1, strip.length))
+    for_key = (slope.mT @ q).transpose(1, 2)
+    for tile, part in zip(strip.tiles, for_query, strict=True):
+        grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
+    for low, key_part, value_part in zip(strip.lows, for_key, for_value, strict=True):
+        seen = slice(row.low, row.high), slice(low, low + strip.n_keys)
+        grad_key[seen] += key_part.view_as(grad_key[seen])
+        grad_value[seen] += value_part.view_as(grad_value[seen])
+
+
+def _blocked(row, col, query, key, value, out, scale, head_mode):
+    """Write the output (H', W', C) of one tile whose window is long: block after block of keys, running softmax."""
+    heads = query.shape[2]
+    queries = (row.stop - row.start) * (col.stop - col.start)
+    value, out = (_groups(x, heads, head_mode) for x in (value, out))
+    q = query[row.start : row.stop, col.start : col.stop].to(_compute_dtype(query, value))
+    q = q.flatten(0, 1).transpose(0, 1) * scale
+    room = max(1, BATCH // (heads * queries))
+    n_cols = min(room, col.high - col.low)
+    n_rows = min(max(1, room // n_cols), row.high - row.low)
+    step = max(1, LIMIT // (heads * queries + n_rows * n_cols * value.shape[2]))
+    for v, o in zip(value.split(step, -1), out.split(step, -1), strict=True):
+        # Finite, so that a block a query does not see at all leaves no NaN: the first seen key wipes it out.
+        top = torch.full((heads, queries, 1), -1e30, dtype=q.dtype, device=q.device)
+        total, summed = torch.zeros_like(top), torch.zeros((), dtype=q.dtype, device=q.device)
+        for r in range(row.low, row.high, n_rows):
+            for c in range(col.low, col.high, n_cols):
+                seen = slice(r, min(r + n_rows, row.high)), slice(c, min(c + n_cols, col.high))
+                logits = q @ key[seen].to(q.dtype).flatten(0, 1).permute(1, 2, 0)
+                _hide(logits, row, col, *seen)
+                higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+                keep, top = torch.exp(top - higher), higher
+                logits.sub_(top).exp_()
+                total = total * keep + logits.sum(-1, keepdim=True)
+                summed = summed * keep + logits @ v[seen].to(q.dtype).flatten(0, 1).transpose(0, 1)
+        summed /= total
+        if head_mode == "mean":
+            summed = summed.mean(0, keepdim=True)
+        o[row.start : row.stop, col.start : col.stop] = summed.transpose(0, 1).unflatten(0, (-1, col.stop - col.start))
+
+
+def _hide(logits, row, col, row_keys, col_keys):
+    """Push keys outside a query's window far down in `logits` (heads, P, K), touching only what holds some."""
+    rows = row.outside(row_keys.start, row_keys.stop, row.stop - row.start)
+    cols = col.outside(col_keys.start, col_keys.stop, col.stop - col.start)
+    logits = logits.view(-1, len(rows), len(cols), rows.shape[1], cols.shape[1])
+    if rows.any():
+        logits.masked_fill_(rows.to(logits.device)[:, None, :, None], -1e30)
+    inner = [max(low for low, _ in col.windows), min(high for _, high in col.windows)]
+    first, last = (min(max(edge, col_keys.start), col_keys.stop) - col_keys.start for edge in inner)
+    for part in (slice(0, first), slice(max(first, last), None)):
+        if cols[:, part].any():
+            logits[..., part].masked_fill_(cols[:, part].to(logits.device)[:, None], -1e30)
