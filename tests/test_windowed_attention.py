@@ -120,6 +120,16 @@ def test_gradcheck(head_mode):
     )
 
 
+@pytest.mark.parametrize("rule", [window_bounds, neighborhood_bounds])
+def test_bounds_first_made_in_inference_serve_training(rule):
+    rule.cache_clear()
+    with torch.inference_mode():
+        rule(9, 4, 0.1), rule(7, 3, 0.1)
+    query, key = torch.randn(1, 9, 7, 1, 4, requires_grad=True), torch.randn(1, 4, 3, 1, 4)
+    ops.windowed_attention(query, key, torch.randn(1, 4, 3, 2), rule(9, 4, 0.1), rule(7, 3, 0.1)).sum().backward()
+    assert torch.isfinite(query.grad).all()
+
+
 def test_opcheck():
     arguments, _ = case(5)
     tensors = [t.contiguous().requires_grad_() for t in arguments[:3]]

@@ -10,6 +10,7 @@ import torch
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training as well
 def window_bounds(n_query, n_key, ratio):
     """Bounds along one axis of the windows that cover `ratio` of the axis on either side of a query.
 
@@ -38,6 +39,7 @@ def window_bounds(n_query, n_key, ratio):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training as well
 def neighborhood_bounds(n_query, n_key, ratio):
     """Bounds along one axis of the published "NATTEN" variant: a fixed number of cells around the query's own.
 
