@@ -104,8 +104,6 @@ def why_not(backend, device, dtype=torch.float32, value_dtype=None, head_dim=32)
         raise ValueError(f"backend: no back end {backend!r}; use one of {known}")
     if backend != "triton":
         return None
-    if find_spec("anyup_fast.kernels.windowed_attention") is None:
-        return "its kernels are not part of this version"
     if device.type not in _GPUS:
         return f"needs a GPU ({' or '.join(_GPUS)}), got tensors on {device.type}"
     if find_spec("triton") is None:

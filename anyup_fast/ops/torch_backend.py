@@ -13,8 +13,8 @@ import torch
 # Numbers held at once: the logits of a batch of tiles (a cache's worth), and any buffer at all.
 BATCH = 1 << 20
 LIMIT = 1 << 24
-# What one more tile along an axis costs, in queries times keys.
-TILE_COST = 16
+# What one more tile along an axis costs: as much as so many queries more.
+TILE_COST = 2
 # Up to here, many keys are cheaper with one running sum per head than with all logits at once.
 FEW_CHANNELS = 64
 
@@ -124,7 +124,7 @@ def _cut(windows, longest):
             if stop - edges[j] > longest:
                 break
             low, high = min(low, windows[edges[j]][0]), max(high, windows[edges[j]][1])
-            options.append((best[j][0] + TILE_COST + (stop - edges[j]) * (high - low), j))
+            options.append((best[j][0] + (TILE_COST + stop - edges[j]) * (high - low), j))
         best.append(min(options))
     tiles, i = [], len(edges) - 1
     while i:

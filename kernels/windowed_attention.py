@@ -1,0 +1,518 @@
+"""Windowed attention, forward: every output pixel against its own rectangle of low-resolution keys.
+
+A program owns a tile of BLOCK_H x BLOCK_W output pixels and the rectangle of keys that their windows span, which the
+host has computed per tile (`_spans`), for bounds of any order. Three designs, chosen in `tiling.py`:
+
+window    the whole rectangle is one block of keys: softmax per head in registers, probabilities summed over the heads,
+          then one product per block of channels. Bytes: the output once; keys and values come from the caches.
+two_pass  any window, any number of channels: log-sum-exp per pixel and head first (4 bytes each), then
+          probabilities, summed over the heads, times values. A block of keys is a piece of one row of the window.
+heads     any window, few channels: one pass, one running sum per head.
+
+In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is
+worked out once per column block. Where all logits are provably small (|q| |k| bounds them), a fixed offset replaces the
+running maximum: what is left per logit is one multiply-add, one exponential and the sum.
+"""
+
+import os
+from contextlib import nullcontext
+from functools import lru_cache, partial
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiling import Device, choose_tile
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = 1.4426950408889634
+# Largest offset, in powers of two, that may replace the running maximum: 2 ** (-2 * offset) has to be a normal number,
+# and float32 results must not lose digits to the size of the exponent.
+SAFE_OFFSET = {torch.bfloat16: 60.0, torch.float16: 0.0, torch.float32: 12.0}
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the raw bits of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _tile(pid, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+          BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+    """Image, pixels (P,), which of them exist, their windows (P,) and the window of the whole tile."""
+    image = pid // (n_tiles_h * n_tiles_w)
+    tile_h = pid // n_tiles_w % n_tiles_h
+    tile_w = pid % n_tiles_w
+    offs = tl.arange(0, BLOCK_H * BLOCK_W)
+    i = tile_h * BLOCK_H + offs // BLOCK_W
+    j = tile_w * BLOCK_W + offs % BLOCK_W
+    mask_pix = (i < height) & (j < width)
+    i = tl.minimum(i, height - 1)
+    j = tl.minimum(j, width - 1)
+    r0 = tl.load(row_ptr + 2 * i)
+    r1 = tl.load(row_ptr + 2 * i + 1)
+    c0 = tl.load(col_ptr + 2 * j)
+    c1 = tl.load(col_ptr + 2 * j + 1)
+    span_r0 = tl.load(row_tile_ptr + 4 * tile_h)
+    span_r1 = tl.load(row_tile_ptr + 4 * tile_h + 1)
+    all_r0 = tl.load(row_tile_ptr + 4 * tile_h + 2)
+    all_r1 = tl.load(row_tile_ptr + 4 * tile_h + 3)
+    span_c0 = tl.load(col_tile_ptr + 4 * tile_w)
+    span_c1 = tl.load(col_tile_ptr + 4 * tile_w + 1)
+    return image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, all_r0, all_r1, span_c0, span_c1
+
+
+@triton.jit
+def _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs_d = tl.arange(0, BLOCK_D)
+    offs = i.to(tl.int64) * q_h + j.to(tl.int64) * q_w
+    ptrs = q_ptr + image.to(tl.int64) * q_b + tl.cast(head, tl.int64) * q_n + offs[:, None] + offs_d[None, :]
+    return tl.load(ptrs, mask=mask_pix[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _window_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
+    height, width, channels, n_tiles_h, n_tiles_w, qk_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
+        tl.program_id(0), row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+        BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    offs_k = tl.arange(0, BLOCK_K)
+    key_r = offs_k // SPAN_W
+    key_c = offs_k % SPAN_W
+    mask_k = (key_r < span_r1 - span_r0) & (key_c < span_c1 - span_c0)
+    key_h = (span_r0 + key_r).to(tl.int64)
+    key_w = (span_c0 + key_c).to(tl.int64)
+    if PACKED:
+        # One bit per row and column of the rectangle: a key is seen if both of its bits are among the pixel's.
+        key_bits = tl.where(mask_k, (1 << key_r) | (1 << (key_c + 16)), -1)
+        row_bits = (1 << (r1 - span_r0)) - (1 << (r0 - span_r0))
+        col_bits = (1 << (c1 - span_c0)) - (1 << (c0 - span_c0))
+        pix_bits = row_bits | (col_bits << 16)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_c = tl.arange(0, BLOCK_C)
+    k_ptrs = k_ptr + image.to(tl.int64) * k_b + (key_h * k_h + key_w * k_w)[None, :] + offs_d[:, None]
+    if SPLIT:
+        v_ptrs = v_ptr + image.to(tl.int64) * v_b + (key_h * v_h + key_w * v_w)[:, None] + offs_c[None, :]
+        offs_out = ((image.to(tl.int64) * height + i) * width + j) * channels
+        out_ptrs = out_ptr + offs_out[:, None] + offs_c[None, :]
+    mask_key_dim = mask_k[None, :] & (offs_d < HEAD_DIM)[:, None]
+    per_head = channels // HEADS
+    weights = tl.zeros((P, BLOCK_K), tl.float32)
+    for head in tl.range(0, HEADS, num_stages=1):
+        q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
+        k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
+        s = _dot(q, k, None, PRECISION)
+        if PACKED:
+            seen = (key_bits[None, :] & pix_bits[:, None]) == key_bits[None, :]
+        else:
+            h, w = span_r0 + key_r, span_c0 + key_c
+            seen = mask_k[None, :] & (h[None, :] >= r0[:, None]) & (h[None, :] < r1[:, None])
+            seen = seen & (w[None, :] >= c0[:, None]) & (w[None, :] < c1[:, None])
+        s = tl.where(seen, s, float("-inf"))
+        e = tl.exp2(s * qk_scale - (tl.max(s, 1) * qk_scale)[:, None])
+        if SPLIT:
+            w = (e * (1.0 / tl.sum(e, 1))[:, None]).to(v_ptr.dtype.element_ty)
+            first = head * per_head
+            for c in tl.range(0, per_head, BLOCK_C, num_stages=STAGES):
+                mask_c = (c + offs_c < per_head)[None, :]
+                v = tl.load(v_ptrs + (first + c), mask=mask_k[:, None] & mask_c, other=0.0)
+                o = _dot(w, v, None, PRECISION).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptrs + (first + c), o, mask=mask_pix[:, None] & mask_c)
+        else:
+            weights += e * ((1.0 / HEADS) / tl.sum(e, 1))[:, None]
+    if not SPLIT:
+        w = weights.to(v_ptr.dtype.element_ty)
+        v_ptrs = v_ptr + image.to(tl.int64) * v_b + (key_h * v_h + key_w * v_w)[:, None] + offs_c[None, :]
+        offs_out = ((image.to(tl.int64) * height + i) * width + j) * channels
+        out_ptrs = out_ptr + offs_out[:, None] + offs_c[None, :]
+        for c in tl.range(0, channels, BLOCK_C, num_stages=STAGES):
+            mask_c = (c + offs_c < channels)[None, :]
+            v = tl.load(v_ptrs + c, mask=mask_k[:, None] & mask_c, other=0.0)
+            o = _dot(w, v, None, PRECISION).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptrs + c, o, mask=mask_pix[:, None] & mask_c)
+
+
+@triton.jit
+def _row(n, span_r0, all_r0, all_r1, EDGE: tl.constexpr):
+    """The n-th row that all pixels of the tile see, or the n-th (EDGE) that only some of them may see."""
+    if EDGE:
+        above = all_r0 - span_r0
+        row = tl.where(n < above, span_r0 + n, all_r1 + n - above)
+    else:
+        row = all_r0 + n
+    return row
+
+
+@triton.jit
+def _stats_rows(
+    q, k_ptrs, k_h, mask_key, bias, qk_scale, top, total, span_r0, span_r1, all_r0, all_r1, r0, r1,
+    EDGE: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n_rows = span_r1 - span_r0 - (all_r1 - all_r0) if EDGE else all_r1 - all_r0
+    for n in tl.range(0, n_rows, num_stages=STAGES):
+        row = _row(n, span_r0, all_r0, all_r1, EDGE)
+        k = tl.load(k_ptrs + row.to(tl.int64) * k_h, mask=mask_key, other=0.0)
+        x = _dot(q, k, None, PRECISION) * qk_scale + bias
+        if EDGE:
+            x = tl.where(((row >= r0) & (row < r1))[:, None], x, float("-inf"))
+        if FIXED:
+            total += tl.sum(tl.exp2(x), 1)
+        else:
+            higher = tl.maximum(top, tl.max(x, 1))
+            total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(x - higher[:, None]), 1)
+            top = higher
+    return top, total
+
+
+@triton.jit
+def _stats_window(
+    q, k_base, k_h, k_w, c0, c1, offset, qk_scale, span_r0, span_r1, all_r0, all_r1, span_c0, span_c1, r0, r1,
+    P: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    FIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Finite, so that a block nobody sees leaves no NaN.
+    top = tl.full((P,), -1.0e30, tl.float32)
+    total = tl.zeros((P,), tl.float32)
+    for first in tl.range(span_c0, span_c1, BLOCK_K, num_stages=1):
+        col = first + offs_k
+        k_ptrs = k_base + (col.to(tl.int64) * k_w)[None, :] + offs_d[:, None]
+        mask_key = (col < span_c1)[None, :] & (offs_d < HEAD_DIM)[:, None]
+        seen = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+        bias = tl.where(seen, -offset[:, None], float("-inf"))
+        top, total = _stats_rows(q, k_ptrs, k_h, mask_key, bias, qk_scale, top, total, span_r0, span_r1, all_r0,
+                                 all_r1, r0, r1, True, FIXED, PRECISION, STAGES)  # fmt: skip
+        top, total = _stats_rows(q, k_ptrs, k_h, mask_key, bias, qk_scale, top, total, span_r0, span_r1, all_r0,
+                                 all_r1, r0, r1, False, FIXED, PRECISION, STAGES)  # fmt: skip
+    return top, total
+
+
+@triton.jit
+def _stats_kernel(
+    q_ptr, k_ptr, norm_ptr, lse_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
+    height, width, n_tiles_h, n_tiles_w, qk_scale, safe_offset,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % HEADS
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, all_r0, all_r1, span_c0, span_c1 = _tile(
+        tl.program_id(0) // HEADS, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+        BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
+    k_base = k_ptr + image.to(tl.int64) * k_b + tl.cast(head, tl.int64) * k_n
+    q32 = q.to(tl.float32)
+    offset = tl.sqrt(tl.sum(q32 * q32, 1)) * tl.load(norm_ptr + image * HEADS + head) * qk_scale
+    if tl.max(offset, 0) <= safe_offset:
+        _, total = _stats_window(q, k_base, k_h, k_w, c0, c1, offset, qk_scale, span_r0, span_r1, all_r0, all_r1,
+                                 span_c0, span_c1, r0, r1, P, HEAD_DIM, BLOCK_D, BLOCK_K, True,
+                                 PRECISION, STAGES)  # fmt: skip
+        lse = offset + tl.log2(total)
+    else:
+        top, total = _stats_window(q, k_base, k_h, k_w, c0, c1, tl.zeros((P,), tl.float32), qk_scale, span_r0, span_r1,
+                                   all_r0, all_r1, span_c0, span_c1, r0, r1, P, HEAD_DIM, BLOCK_D, BLOCK_K, False,
+                                   PRECISION, STAGES)  # fmt: skip
+        lse = top + tl.log2(total)
+    if not SPLIT:  # the mean over the heads rides along
+        lse += tl.log2(HEADS * 1.0)
+    offs_pix = (image.to(tl.int64) * height + i) * width + j
+    tl.store(lse_ptr + offs_pix * HEADS + head, lse, mask=mask_pix)
+
+
+@triton.jit
+def _apply_rows(
+    acc, queries, lses, k_ptrs, v_ptrs, k_h, k_n, v_h, mask_key, mask_value, seen, qk_scale, first_head,
+    span_r0, span_r1, all_r0, all_r1, r0, r1,
+    EDGE: tl.constexpr, N_HEADS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n_rows = span_r1 - span_r0 - (all_r1 - all_r0) if EDGE else all_r1 - all_r0
+    for n in tl.range(0, n_rows, num_stages=STAGES):
+        row = _row(n, span_r0, all_r0, all_r1, EDGE).to(tl.int64)
+        v = tl.load(v_ptrs + row * v_h, mask=mask_value, other=0.0)
+        for h in tl.static_range(N_HEADS):
+            k = tl.load(k_ptrs + row * k_h + tl.cast(first_head + h, tl.int64) * k_n, mask=mask_key, other=0.0)
+            e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - lses[h][:, None])
+            w = e if h == 0 else w + e  # noqa: F821
+        if EDGE:
+            w = tl.where(seen & ((row >= r0) & (row < r1))[:, None], w, 0.0)
+        else:
+            w = tl.where(seen, w, 0.0)
+        acc = _dot(w.to(v.dtype), v, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _apply_kernel(
+    q_ptr, k_ptr, v_ptr, lse_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
+    height, width, channels, n_tiles_h, n_tiles_w, n_blocks_c, qk_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Channel blocks of one tile follow each other: they read the same keys.
+    block = tl.program_id(0) % n_blocks_c
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, all_r0, all_r1, span_c0, span_c1 = _tile(
+        tl.program_id(0) // n_blocks_c, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h,
+        n_tiles_w, BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    N_HEADS: tl.constexpr = 1 if SPLIT else HEADS
+    if SPLIT:
+        blocks = n_blocks_c // HEADS
+        first_head = block // blocks
+        c_end = (first_head + 1) * (channels // HEADS)
+        c_start = first_head * (channels // HEADS) + (block % blocks) * BLOCK_C
+    else:
+        first_head = block * 0
+        c_end = channels
+        c_start = block * BLOCK_C
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_c = c_start + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < c_end)[None, :]
+    offs_pix = (image.to(tl.int64) * height + i) * width + j
+    queries = ()
+    lses = ()
+    for h in tl.static_range(N_HEADS):
+        head = first_head + h
+        queries = queries + (_load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D),)
+        lses = lses + (tl.load(lse_ptr + offs_pix * HEADS + head, mask=mask_pix, other=0.0),)
+    k_base = k_ptr + image.to(tl.int64) * k_b
+    v_base = v_ptr + image.to(tl.int64) * v_b
+    acc = tl.zeros((P, BLOCK_C), tl.float32)
+    for first in tl.range(span_c0, span_c1, BLOCK_K, num_stages=1):
+        col = first + offs_k
+        k_ptrs = k_base + (col.to(tl.int64) * k_w)[None, :] + offs_d[:, None]
+        v_ptrs = v_base + (col.to(tl.int64) * v_w)[:, None] + offs_c[None, :]
+        mask_key = (col < span_c1)[None, :] & (offs_d < HEAD_DIM)[:, None]
+        mask_value = (col < span_c1)[:, None] & mask_c
+        seen = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+        acc = _apply_rows(acc, queries, lses, k_ptrs, v_ptrs, k_h, k_n, v_h, mask_key, mask_value, seen, qk_scale,
+                          first_head, span_r0, span_r1, all_r0, all_r1, r0, r1, True, N_HEADS, PRECISION,
+                          STAGES)  # fmt: skip
+        acc = _apply_rows(acc, queries, lses, k_ptrs, v_ptrs, k_h, k_n, v_h, mask_key, mask_value, seen, qk_scale,
+                          first_head, span_r0, span_r1, all_r0, all_r1, r0, r1, False, N_HEADS, PRECISION,
+                          STAGES)  # fmt: skip
+    out_ptrs = out_ptr + (offs_pix * channels)[:, None] + offs_c[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_pix[:, None] & mask_c)
+
+
+@triton.jit
+def _heads_rows(
+    acc, top, q, k_ptrs, v_ptrs, k_h, v_h, mask_key, mask_value, ones, bias, qk_scale,
+    span_r0, span_r1, all_r0, all_r1, r0, r1,
+    EDGE: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n_rows = span_r1 - span_r0 - (all_r1 - all_r0) if EDGE else all_r1 - all_r0
+    for n in tl.range(0, n_rows, num_stages=STAGES):
+        row = _row(n, span_r0, all_r0, all_r1, EDGE).to(tl.int64)
+        k = tl.load(k_ptrs + row * k_h, mask=mask_key, other=0.0)
+        v = tl.load(v_ptrs + row * v_h, mask=mask_value, other=0.0)
+        v = tl.where(ones, tl.full(v.shape, 1.0, tl.float32).to(v.dtype), v)
+        x = _dot(q, k, None, PRECISION) * qk_scale + bias
+        if EDGE:
+            x = tl.where(((row >= r0) & (row < r1))[:, None], x, float("-inf"))
+        if not FIXED:
+            higher = tl.maximum(top, tl.max(x, 1))
+            acc *= tl.exp2(top - higher)[:, None]
+            x -= higher[:, None]
+            top = higher
+        acc = _dot(tl.exp2(x).to(v.dtype), v, acc, PRECISION)
+    return acc, top
+
+
+@triton.jit
+def _heads_window(
+    q, k_base, v_base, k_h, k_w, v_h, v_w, c0, c1, offset, qk_scale, n_channels,
+    span_r0, span_r1, all_r0, all_r1, span_c0, span_c1, r0, r1,
+    P: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    FIXED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_c = tl.arange(0, BLOCK_C)
+    # The channel after the last is 1 everywhere: the product sums the weights along the way.
+    ones = (offs_c == n_channels)[None, :]
+    top = tl.full((P,), -1.0e30, tl.float32)
+    acc = tl.zeros((P, BLOCK_C), tl.float32)
+    for first in tl.range(span_c0, span_c1, BLOCK_K, num_stages=1):
+        col = first + offs_k
+        k_ptrs = k_base + (col.to(tl.int64) * k_w)[None, :] + offs_d[:, None]
+        v_ptrs = v_base + (col.to(tl.int64) * v_w)[:, None] + offs_c[None, :]
+        mask_key = (col < span_c1)[None, :] & (offs_d < HEAD_DIM)[:, None]
+        mask_value = (col < span_c1)[:, None] & (offs_c < n_channels)[None, :]
+        seen = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+        bias = tl.where(seen, -offset[:, None], float("-inf"))
+        acc, top = _heads_rows(acc, top, q, k_ptrs, v_ptrs, k_h, v_h, mask_key, mask_value, ones, bias, qk_scale,
+                               span_r0, span_r1, all_r0, all_r1, r0, r1, True, FIXED, PRECISION, STAGES)  # fmt: skip
+        acc, top = _heads_rows(acc, top, q, k_ptrs, v_ptrs, k_h, v_h, mask_key, mask_value, ones, bias, qk_scale,
+                               span_r0, span_r1, all_r0, all_r1, r0, r1, False, FIXED, PRECISION, STAGES)  # fmt: skip
+    total = tl.sum(tl.where(ones, acc, 0.0), 1)
+    return acc * (1.0 / total)[:, None]
+
+
+@triton.jit
+def _heads_kernel(
+    q_ptr, k_ptr, v_ptr, norm_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
+    height, width, channels, n_tiles_h, n_tiles_w, qk_scale, safe_offset,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, all_r0, all_r1, span_c0, span_c1 = _tile(
+        tl.program_id(0), row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+        BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    n_channels = channels // HEADS if SPLIT else channels
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_out = ((image.to(tl.int64) * height + i) * width + j) * channels
+    out_ptrs = out_ptr + offs_out[:, None] + offs_c[None, :]
+    mask_out = mask_pix[:, None] & (offs_c < n_channels)[None, :]
+    mean = tl.zeros((P, BLOCK_C), tl.float32)
+    for head in tl.range(0, HEADS, num_stages=1):
+        q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
+        k_base = k_ptr + image.to(tl.int64) * k_b + tl.cast(head, tl.int64) * k_n
+        v_base = v_ptr + image.to(tl.int64) * v_b
+        if SPLIT:
+            v_base += head * n_channels
+        q32 = q.to(tl.float32)
+        offset = tl.sqrt(tl.sum(q32 * q32, 1)) * tl.load(norm_ptr + image * HEADS + head) * qk_scale
+        if tl.max(offset, 0) <= safe_offset:
+            o = _heads_window(q, k_base, v_base, k_h, k_w, v_h, v_w, c0, c1, offset, qk_scale, n_channels,
+                              span_r0, span_r1, all_r0, all_r1, span_c0, span_c1, r0, r1,
+                              P, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_C, True, PRECISION, STAGES)  # fmt: skip
+        else:
+            o = _heads_window(q, k_base, v_base, k_h, k_w, v_h, v_w, c0, c1, tl.zeros((P,), tl.float32), qk_scale,
+                              n_channels, span_r0, span_r1, all_r0, all_r1, span_c0, span_c1, r0, r1,
+                              P, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_C, False, PRECISION, STAGES)  # fmt: skip
+        if SPLIT:
+            tl.store(out_ptrs + head * n_channels, o.to(out_ptr.dtype.element_ty), mask=mask_out)
+        else:
+            mean += o * (1.0 / HEADS)
+    if not SPLIT:
+        tl.store(out_ptrs, mean.to(out_ptr.dtype.element_ty), mask=mask_out)
+
+
+def _on(device):
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _frozen(bounds):
+    return tuple(map(tuple, bounds.tolist()))
+
+
+def _tile_table(bounds, block):
+    """(tiles, 4) int32 for tiles of `block` queries: the keys [a, b) that some and [c, d) that all of them see."""
+    n = -(-len(bounds) // block)
+    last = torch.arange(n * block, device=bounds.device).clamp(max=len(bounds) - 1)
+    start, end = bounds[last].view(n, block, 2).unbind(-1)
+    some = start.amin(1), end.amax(1)
+    common = start.amax(1) < end.amin(1)
+    every = torch.where(common, start.amax(1), some[1]), torch.where(common, end.amin(1), some[1])
+    return torch.stack((*some, *every), 1).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _frozen_tables(windows, block, device):
+    bounds = torch.tensor(windows, dtype=torch.int32)
+    table = _tile_table(bounds, block)
+    return bounds.to(device), table.to(device), int((table[:, 1] - table[:, 0]).max())
+
+
+def _tables(bounds, block, device):
+    """Bounds and table of tiles on `device`, and the most keys a tile spans (None if only the device knows)."""
+    if bounds.device.type == "cpu":
+        return _frozen_tables(_frozen(bounds), block, device)
+    return bounds.to(torch.int32).contiguous(), _tile_table(bounds, block), None
+
+
+def _spans(row_windows, col_windows, block_h, block_w):
+    cpu = torch.device("cpu")
+    return _frozen_tables(row_windows, block_h, cpu)[2], _frozen_tables(col_windows, block_w, cpu)[2]
+
+
+def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", tile=None):
+    """Launch the kernels for checked arguments (see `anyup_fast.ops.windowed_attention`).
+
+    Args:
+        tile: a `tiling.Tile`; None takes what `tiling.choose_tile` finds for this device.
+
+    Returns:
+        (B, H', W', C) in the dtype of `value`. Nothing here waits for the device; bounds on the CPU are copied to it
+        once and remembered by their content, so that a second call can be captured in a graph.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    channels = value.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
+    if scale < 0:
+        query, scale = -query, -scale
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = torch.empty(batch, height, width, channels, dtype=value.dtype, device=value.device)
+    split = head_mode == "split"
+    if tile is None:
+        spans = None
+        if row_bounds.device.type == col_bounds.device.type == "cpu":
+            spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds))
+        dtype = value.dtype if value.dtype == query.dtype else torch.float32
+        tile = choose_tile(Device.of(query.device), dtype, channels // heads if split else channels, spans)
+    rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
+    cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
+    if tile.design == "window" and (span_h is None or span_w is None):
+        raise ValueError("tile: the design 'window' needs bounds on the CPU")
+    n_tiles = len(row_tiles), len(col_tiles)
+    pointers = rows, cols, row_tiles, col_tiles
+    sizes = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
+    sizes.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
+    wide = torch.float32 in (query.dtype, value.dtype) and query.device.type == "cuda" and torch.version.hip is None
+    sizes.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    # Not zero, which would make NaN of the minus infinity of keys outside the window.
+    qk_scale = max(scale, 1e-30) * LOG2E
+    programs = batch * n_tiles[0] * n_tiles[1]
+    strides = (*query.stride()[:4], *key.stride()[:4])
+    with _on(query.device):
+        if tile.design == "window":
+            _window_kernel[(programs,)](
+                query, key, value, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,
+                qk_scale, **sizes, SPAN_W=span_w, PACKED=span_w <= 16 and span_h <= 16, BLOCK_C=tile.block_c, **options,
+            )  # fmt: skip
+            return out
+        # The longest key of each head bounds every logit: |q . k| <= |q| |k|.
+        norms = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax((1, 2)).contiguous()
+        safe = SAFE_OFFSET[value.dtype] if tile.design == "heads" else max(SAFE_OFFSET[query.dtype], 12.0)
+        if tile.design == "heads":
+            _heads_kernel[(programs,)](
+                query, key, value, norms, out, *pointers, *strides, *value.stride()[:3], height, width, channels,
+                *n_tiles, qk_scale, safe, **sizes, BLOCK_C=tile.block_c, **options,
+            )  # fmt: skip
+            return out
+        lse = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
+        sizes.update(BLOCK_K=tile.stats_block_k, STAGES=tile.stages)
+        _stats_kernel[(programs * heads,)](
+            query, key, norms, lse, *pointers, *strides, height, width, *n_tiles, qk_scale, safe, **sizes, **options
+        )
+        sizes.update(BLOCK_K=tile.block_k)
+        blocks = heads * triton.cdiv(channels // heads, tile.block_c) if split else triton.cdiv(channels, tile.block_c)
+        _apply_kernel[(programs * blocks,)](
+            query, key, value, lse, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,
+            blocks, qk_scale, **sizes, BLOCK_C=tile.block_c, **options,
+        )  # fmt: skip
+    return out
