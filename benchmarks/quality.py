@@ -12,8 +12,8 @@ averaged over the instances of a picture, then over pictures. Instances with few
 count as photograph; a picture without a cut-out, or without photograph left, is drawn again.
 
 **Reconstruction.** The features of a photograph at `size`, upsampled to the grid of the same photograph at twice the
-size and guided by that, against its features there: mean cosine, and mean squared error over the variance of the target
-(all its numbers, about their common mean).
+size and guided by that, against its features there: mean cosine, and mean squared error over the variance of the
+target (all its numbers, about their common mean).
 
 **Share of the gain.** (x - bilinear) / (reference - bilinear) in boundary IoU, averaged over the encoders.
 
