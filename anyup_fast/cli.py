@@ -123,6 +123,8 @@ def _parser():
         ("native-share", float, 0.3, "share of steps on features of the full picture"),
         ("native-weight", float, 0.0, "weight of giving each cell's features back in those steps"),
         ("spread-weight", float, 0.0, "weight of the attention's mean square distance, in cells"),
+        ("consistency-weight", float, 0.1, "weight of giving the same under changed colours"),
+        ("consistency-share", float, 0.1, "share of steps that compute it"),
         ("max-cells", int, 24, "low-res cells of a crop along one axis, at most"),
         ("seed", int, 0, "seed of everything random"),
         ("save-every", int, 200, "steps between two states on disk"),

@@ -4,7 +4,7 @@ A picture at full size S gives the targets (features of the whole picture at S);
 low-resolution features. A step crops both to the same cells, guides the upsampling by the crop resized to a few pixels
 per cell, and compares the output with the target crop:
 
-    loss = main + 0.1 * consistency + 0.1 * reconstruction
+    loss = main + consistency_weight * consistency + 0.1 * reconstruction
            + dense_weight * dense + native_weight * native + spread_weight * spread
 
 `main` is (1 - cosine) + MSE at the target's grid, after both were min-max normalised per pixel by the target's channel
@@ -43,7 +43,6 @@ logger = logging.getLogger("anyup_fast")
 
 REGION, REGION_CHANNELS = 48, 96
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
-CONSISTENCY_SHARE = 0.1  # of the steps; its weight makes up for it
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class TrainConfig:
     native_share: float = 0.3  # of the steps: features of the full picture at a guide's resolution, no finer target
     native_weight: float = 0.0  # weight of "native"
     spread_weight: float = 0.0  # weight of "spread"
+    consistency_weight: float = 0.1  # of "consistency", the paper's
+    consistency_share: float = 0.1  # of the steps compute "consistency"; its weight there makes up for the others
     max_cells: int = 24  # low-res cells of a crop along one axis, at most
     init: str | None = None  # weights to go on from, as for AnyUp.from_pretrained
     model: dict = field(default_factory=dict)
@@ -84,6 +85,8 @@ class TrainConfig:
             raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
         if not 0 <= self.native_share <= 1:
             raise ValueError(f"native_share: must lie from 0 to 1, got {self.native_share}")
+        if not 0 < self.consistency_share <= 1:
+            raise ValueError(f"consistency_share: must be above 0 and at most 1, got {self.consistency_share}")
         if self.max_cells < LEAST_CELLS:
             raise ValueError(f"max_cells: must be at least {LEAST_CELLS}, got {self.max_cells}")
         if not self.encoders or isinstance(self.encoders, str) or not all(isinstance(e, str) for e in self.encoders):
@@ -332,12 +335,12 @@ def training_loss(model, sample, rng, config):
     if config.dense_weight and sample.instances[:, rows, cols].any():
         target, weight = instance_target(sample.target[:, part], sample.instances)
         terms["dense"] = feature_loss(region, target[..., rows, cols], weight[:, rows, cols])
-    if rng.random() < CONSISTENCY_SHARE:
+    if rng.random() < config.consistency_share:
         guide = model.guidance(normalize(photometric(sample.guide, rng)).contiguous(memory_format=torch.channels_last))
         key = model.keys(guide, sample.features)
         other = decode_region(model, model.query_encoder(guide), key, features, rows, cols).float()
-        terms["consistency"] = feature_loss(other, region.detach()) / CONSISTENCY_SHARE
-    weights = {"main": 1.0, "reconstruction": 0.1, "consistency": 0.1}
+        terms["consistency"] = feature_loss(other, region.detach()) / config.consistency_share
+    weights = {"main": 1.0, "reconstruction": 0.1, "consistency": config.consistency_weight}
     weights |= {"dense": config.dense_weight, "native": config.native_weight, "spread": config.spread_weight}
     total = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), requires_grad=True))
     return total, {name: term.item() for name, term in terms.items()}
