@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .ops import feature_unification
+from .ops.guidance import RMS_EPS
 
 ROPE_THETA = 100.0
 
@@ -149,7 +150,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.to(wide_dtype(x.dtype))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
         return (wide * scale * self.weight).to(x.dtype)
 
 

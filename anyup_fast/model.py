@@ -12,7 +12,17 @@ from .layers import (
     encoder,
     unit_channels,
 )
-from .ops import window_bounds, windowed_attention
+from .ops import (
+    Block,
+    GuidanceWeights,
+    KeyWeights,
+    guidance,
+    project_keys,
+    project_queries,
+    window_bounds,
+    windowed_attention,
+)
+from .ops.choice import log_once
 
 
 class CrossAttention(nn.Module):
@@ -30,11 +40,14 @@ class CrossAttention(nn.Module):
 
     def project(self, query, key):
         """Normalise and project (B, ..., dim) queries and keys to (B, ..., heads, head_dim)."""
-        dim, heads = self.attention.embed_dim, self.attention.num_heads
-        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
-        q = F.linear(self.norm_q(query), weight[:dim], bias[:dim])
-        k = F.linear(self.norm_k(key), weight[dim : 2 * dim], bias[dim : 2 * dim])
+        heads = self.attention.num_heads
+        q = F.linear(self.norm_q(query), *self.in_projection(0))
+        k = F.linear(self.norm_k(key), *self.in_projection(1))
         return q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))
+
+    def in_projection(self, part):
+        """Weight (dim, dim) and bias (dim,) of the projection of queries (part 0) or keys (part 1)."""
+        return (tensor.chunk(3)[part] for tensor in (self.attention.in_proj_weight, self.attention.in_proj_bias))
 
 
 class CrossDecode(nn.Module):
@@ -50,13 +63,18 @@ class CrossDecode(nn.Module):
         """query (B, dim, H', W'), key (B, dim, h, w), value (B, C, h, w) -> (B, C, H', W')."""
         query = self.conv2d(query).permute(0, 2, 3, 1)
         query, key = self.cross_attn.project(query, key.permute(0, 2, 3, 1))
+        return self.attend(query, key, value, q_chunk_size)
+
+    def attend(self, query, key, value, q_chunk_size=None):
+        """Projected query (B, H', W', heads, d), key (B, h, w, heads, d), value (B, C, h, w) -> (B, C, H', W')."""
         value = value.permute(0, 2, 3, 1)
         row_bounds = window_bounds(query.shape[1], key.shape[1], self.window_ratio)
         col_bounds = window_bounds(query.shape[2], key.shape[2], self.window_ratio)
-        rows = q_chunk_size or query.shape[1]
+        if q_chunk_size is None:
+            return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)
         bands = [
             windowed_attention(band, key, value, bounds, col_bounds)
-            for band, bounds in zip(query.split(rows, 1), row_bounds.split(rows), strict=True)
+            for band, bounds in zip(query.split(q_chunk_size, 1), row_bounds.split(q_chunk_size), strict=True)
         ]
         return torch.cat(bands, 1).permute(0, 3, 1, 2)
 
@@ -170,14 +188,56 @@ class AnyUp(nn.Module):
             ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which.
         """
         output_size = self._check(image, features, output_size, q_chunk_size)
-        guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
-        query = self.queries(guide, output_size)
-        key = self.keys(guide, features)
-        if not vis_attn:
-            return self.cross_decode(query, key, features, q_chunk_size)
-        picture = _cell_colours(features)
-        value = torch.cat((features, picture.to(features.dtype)), 1)
-        return self.cross_decode(query, key, value, q_chunk_size).tensor_split((features.shape[1],), 1)
+        value = torch.cat((features, _cell_colours(features).to(features.dtype)), 1) if vis_attn else features
+        reason = self.why_not_fused(image, features)
+        if reason is None:
+            query, key = self._fused(image, features, output_size)
+            out = self.cross_decode.attend(query, key, value, q_chunk_size)
+        else:
+            log_once(f"AnyUp: the fused path is not taken: {reason}")
+            guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
+            query, key = self.queries(guide, output_size), self.keys(guide, features)
+            out = self.cross_decode(query, key, value, q_chunk_size)
+        return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+
+    def why_not_fused(self, image=None, features=None):
+        """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
+
+        Args:
+            image, features: what it would be called with; None means tensors that need no gradient.
+        """
+        given = [tensor for tensor in (image, features, *self.parameters()) if tensor is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            return "gradients are recorded; call it under torch.no_grad() or torch.inference_mode()"
+        size = self.image_encoder[0].kernel_size[0]
+        if size != 1:
+            return f"the first convolution on the image has kernel_size {size}, which couples pixels; it needs 1"
+        return None
+
+    def _fused(self, image, features, output_size):
+        """Projected queries (B, H', W', heads, d) and keys (B, h, w, heads, d)."""
+        device, dtype = image.device.type, self.image_encoder[0].weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        unify, *blocks = self.key_features_encoder
+        merge, *key_blocks = self.aggregation
+        attention = self.cross_decode.cross_attn
+        weights = GuidanceWeights(
+            *_matrices(self.image_encoder),
+            self.rope.freqs,
+            *_matrices(self.query_encoder),
+            *_matrices(self.key_encoder),
+        )
+        query, from_image = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
+        from_features = unify(unit_channels(features))
+        key_weights = KeyWeights(
+            _blocks(blocks), merge.weight, _blocks(key_blocks), attention.norm_k.weight, *attention.in_projection(1)
+        )
+        key = project_keys(from_image, from_features, key_weights)
+        conv = self.cross_decode.conv2d.weight
+        query = project_queries(query, conv, attention.norm_q.weight, *attention.in_projection(0))
+        heads = attention.attention.num_heads
+        return query.unflatten(-1, (heads, -1)), key.to(query.dtype).unflatten(-1, (heads, -1))
 
     def _check(self, image, features, output_size, q_chunk_size):
         weight = self.image_encoder[0].weight
@@ -217,6 +277,23 @@ def checked_output_size(output_size, default):
 
 def _is_count(n):
     return hasattr(n, "__index__") and not isinstance(n, bool) and int(n) > 0
+
+
+def _matrices(encoder):
+    """Matrix of the first 1x1 convolution of an encoder, and its ResBlocks."""
+    first, *blocks = encoder
+    return first.weight.flatten(1), _blocks(blocks)
+
+
+def _blocks(modules):
+    """ResBlocks as tuples of matrices."""
+    blocks = []
+    for module in modules:
+        norm_in, _, conv_in, norm_out, _, conv_out = module.block
+        skip = None if isinstance(module.shortcut, nn.Identity) else module.shortcut.weight.flatten(1)
+        matrices = conv_in.weight.flatten(1), norm_out.weight, norm_out.bias, conv_out.weight.flatten(1)
+        blocks.append(Block(norm_in.weight, norm_in.bias, *matrices, skip))
+    return tuple(blocks)
 
 
 def _wide_block(block, x):

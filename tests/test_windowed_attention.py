@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import ops
-from anyup_fast.ops import neighborhood_bounds, reference, torch_backend, window_bounds
+from anyup_fast.ops import choice, neighborhood_bounds, reference, torch_backend, window_bounds
 
 # Greatest difference over greatest value. Measured over the twelve cases: 4.3e-7, 3.2e-3, 3.9e-4.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -182,7 +182,7 @@ def test_back_ends_say_why_they_cannot_run():
 
 def test_the_choice_is_logged_once(caplog):
     arguments, _ = case(1)
-    ops._log_once.cache_clear()
+    choice.log_once.cache_clear()
     with caplog.at_level("INFO", logger="anyup_fast"):
         for _ in range(3):
             ops.windowed_attention(*arguments)

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import ops
-from anyup_fast.ops import library, reference, torch_backend, window_bounds, windowed_attention
+from anyup_fast.ops import choice, library, reference, torch_backend, window_bounds, windowed_attention
 
 
 def solve(problem, **options):
@@ -180,7 +180,7 @@ def test_reasons_against_triton_on_a_gpu(options, words, monkeypatch):
     options = {"capability": (9, 0), "installed": True, **options}
     capability, installed = options.pop("capability"), options.pop("installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(ops, "find_spec", lambda name: name if installed else None)
+    monkeypatch.setattr(choice, "find_spec", lambda name: name if installed else None)
     reason = ops.why_not("triton", "cuda", **options)
     assert reason is None if words is None else words in reason and "\n" not in reason
 

@@ -1,169 +1,23 @@
-"""Public operators: contract, checks and choice of back end here, one file per back end beside this one."""
+"""Public operators: contract, checks and choice of back end in a file each, the back ends in files beside them."""
 
-import logging
-from functools import cache
-from importlib.util import find_spec
-
-import torch
-
-from . import library, reference
+from .attention import backends, choose_backend, why_not, windowed_attention
+from .guidance import guidance, project_keys, project_queries
+from .unification import feature_unification
+from .weights import Block, GuidanceWeights, KeyWeights
 from .windows import neighborhood_bounds, window_bounds
 
 __all__ = [
+    "Block",
+    "GuidanceWeights",
+    "KeyWeights",
     "backends",
     "choose_backend",
     "feature_unification",
+    "guidance",
     "neighborhood_bounds",
+    "project_keys",
+    "project_queries",
     "why_not",
     "window_bounds",
     "windowed_attention",
 ]
-
-BACKENDS = ("triton", "torch", "reference")
-_GPUS = ("cuda", "xpu")
-_log = logging.getLogger(__name__)
-
-
-def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
-    """Attention of every output pixel to its own rectangle of low-resolution keys.
-
-    Equivalent to a softmax per head over the keys inside the window, the mean over the heads, and the weighted
-    sum of `value` (`anyup_fast.ops.reference.windowed_attention`). Differentiable once in query, key and value on
-    every back end; "reference" any number of times.
-
-    Args:
-        query: (B, H', W', heads, head_dim).
-        key: (B, h, w, heads, head_dim), in the dtype of `query`.
-        value: (B, h, w, C), any C; for `head_mode="split"` a multiple of heads.
-        row_bounds: integers (H', 2), half-open rows `[start, end)` of the low-resolution grid, none empty.
-        col_bounds: integers (W', 2), the same for columns. Keep both on the CPU: there they are checked.
-        scale: factor on the logits; None means `head_dim ** -0.5`.
-        head_mode: "mean" weighs every channel by the mean over the heads, "split" lets each head weigh its own
-            C / heads channels.
-        backend: "auto" (see `choose_backend`), "triton" (fused kernels on GPUs), "torch" (exact, any device, memory
-            flat in the number of pixels) or "reference" (the twin).
-
-    Returns:
-        (B, H', W', C) in the dtype of `value`; softmax and sums in float32 (float64 for float64 input).
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit together, an empty window, an unknown mode or back end.
-        RuntimeError: a back end asked for by name that can't run here; the message says why.
-
-    Source: AnyUp (arXiv 2510.12764), local window attention.
-    """
-    _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mode)
-    if backend == "auto":
-        backend = choose_backend(query, key, value)
-    elif reason := why_not(backend, query.device, query.dtype, value.dtype, query.shape[-1]):
-        raise RuntimeError(f"backend: {backend!r} can't run: {reason}")
-    if backend == "reference":
-        return reference.windowed_attention(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return library.windowed_attention(query, key, value, row_bounds, col_bounds, scale, head_mode, backend)
-
-
-def choose_backend(query, key, value):
-    """Name of the back end that `backend="auto"` takes: the first of `BACKENDS` with no reason against it.
-
-    Each reason that turned one away is logged once, at level INFO.
-    """
-    for name in BACKENDS:
-        reason = why_not(name, query.device, query.dtype, value.dtype, query.shape[-1])
-        if reason is None:
-            return name
-        _log_once(f"windowed_attention: {name!r} not taken: {reason}")
-    raise RuntimeError("backend: none can run")
-
-
-def backends(device):
-    """Back ends of `windowed_attention` in the order in which "auto" tries them, for float32 tensors on `device`.
-
-    Returns:
-        dict from name to None, or to the sentence that says why it can't run there.
-    """
-    return {name: why_not(name, device) for name in BACKENDS}
-
-
-def why_not(backend, device, dtype=torch.float32, value_dtype=None, head_dim=32):
-    """Why `backend` can't run `windowed_attention` on `device`: one sentence, or None if it can.
-
-    Args:
-        backend: "triton", "torch" or "reference".
-        device: a torch.device or its name.
-        dtype: of query and key.
-        value_dtype: of value; None means `dtype`.
-        head_dim: width of one head.
-
-    Raises:
-        ValueError: no such back end.
-    """
-    device = torch.device(device)
-    if backend not in BACKENDS:
-        known = ", ".join(repr(name) for name in ("auto", *BACKENDS))
-        raise ValueError(f"backend: no back end {backend!r}; use one of {known}")
-    if backend != "triton":
-        return None
-    if device.type not in _GPUS:
-        return f"needs a GPU ({' or '.join(_GPUS)}), got tensors on {device.type}"
-    if find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
-    for name in (dtype, dtype if value_dtype is None else value_dtype):
-        if name not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"needs float16, bfloat16 or float32, got {str(name).removeprefix('torch.')}"
-    if head_dim > 128:
-        return f"needs heads of at most 128 numbers, got {head_dim}"
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return "needs compute capability 8.0, got {}.{}".format(*capability)
-    return None
-
-
-def feature_unification(features, basis):
-    """Channel-agnostic description of `features` (B, C, h, w) by `basis` (M, 1, k, k): (B, M, h, w), float32.
-
-    See `anyup_fast.ops.reference.feature_unification` for the formula and its interleaving.
-    """
-    return reference.feature_unification(features, basis)
-
-
-@cache
-def _log_once(message):
-    _log.info(message)
-
-
-def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mode):
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.ndim != 5 or key.ndim != 5 or value.ndim != 4:
-        raise ValueError(
-            f"need query (B, H', W', heads, head_dim), key (B, h, w, heads, head_dim), value (B, h, w, C); got {shapes}"
-        )
-    if query.shape[0] != key.shape[0] or query.shape[3:] != key.shape[3:] or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"query, key and value do not fit together: {shapes}")
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        raise ValueError(f"no dimension may be 0: {shapes}")
-    if query.dtype != key.dtype or not query.is_floating_point() or not value.is_floating_point():
-        raise ValueError(
-            "query and key need one floating dtype, value may have another; "
-            f"got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if not query.device == key.device == value.device:
-        raise ValueError(f"query, key and value lie on {query.device}, {key.device} and {value.device}: move them")
-    if head_mode not in ("mean", "split"):
-        raise ValueError(f"head_mode must be 'mean' or 'split', got {head_mode!r}")
-    if head_mode == "split" and value.shape[3] % query.shape[3]:
-        raise ValueError(f"head_mode='split' needs C to be a multiple of the {query.shape[3]} heads: {shapes}")
-    for name, bounds, n_query, n_key in (
-        ("row_bounds", row_bounds, query.shape[1], key.shape[1]),
-        ("col_bounds", col_bounds, query.shape[2], key.shape[2]),
-    ):
-        if tuple(bounds.shape) != (n_query, 2) or bounds.dtype.is_floating_point:
-            raise ValueError(
-                f"{name} must be integers of shape ({n_query}, 2), got {bounds.dtype} {tuple(bounds.shape)}"
-            )
-        # Reading bounds that live on an accelerator would stall its queue; a graph being traced has none to read.
-        if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
-            start, end = bounds.unbind(1)
-            if (start < 0).any() or (end > n_key).any() or (start >= end).any():
-                raise ValueError(f"{name}: every window must satisfy 0 <= start < end <= {n_key}")

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, torch_forward
+from .weights import GuidanceWeights
 
 
 @torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=())
@@ -63,3 +64,67 @@ def _backward(ctx, grad):
 
 
 windowed_attention.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("anyup_fast::guidance", mutates_args=())
+def guidance(
+    image: Tensor,
+    weights: list[Tensor],
+    output_height: int,
+    output_width: int,
+    key_height: int,
+    key_width: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
+    sizes = (output_height, output_width), (key_height, key_width)
+    if backend == "triton":
+        from ..kernels.guidance import guidance_fwd as run
+    else:
+        run = torch_forward.guidance
+    return run(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
+
+
+@guidance.register_fake
+def _(image, weights, output_height, output_width, key_height, key_width, dtype, backend):
+    wide = torch.promote_types(dtype, torch.float32)
+    width = len(weights[0])
+    query = image.new_empty(
+        len(image), output_height, output_width, width, dtype=dtype if backend == "triton" else wide
+    )
+    return query, image.new_empty(len(image), key_height, key_width, width, dtype=wide)
+
+
+@torch.library.custom_op("anyup_fast::project_queries", mutates_args=())
+def project_queries(
+    query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+) -> Tensor:
+    """`anyup_fast.ops.project_queries` on a named back end, arguments unchecked."""
+    if backend == "triton":
+        from ..kernels.query_projection import project_queries_fwd as run
+    else:
+        run = torch_forward.project_queries
+    return run(query, conv, norm, weight, bias, eps=eps)
+
+
+@project_queries.register_fake
+def _(query, conv, norm, weight, bias, eps, backend):
+    dtype = query.dtype if backend == "triton" else torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape, dtype=dtype)
+
+
+@torch.library.custom_op("anyup_fast::feature_unification", mutates_args=())
+def feature_unification(features: Tensor, basis: Tensor, backend: str) -> Tensor:
+    """`anyup_fast.ops.feature_unification` on a named back end, arguments unchecked."""
+    if backend == "triton":
+        from ..kernels.feature_unification import feature_unification_fwd as run
+    else:
+        run = torch_forward.feature_unification
+    return run(features, basis)
+
+
+@feature_unification.register_fake
+def _(features, basis, backend):
+    shape = len(features), len(basis), *features.shape[2:]
+    return features.new_empty(shape, dtype=torch.promote_types(features.dtype, torch.float32))
