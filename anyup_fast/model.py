@@ -24,6 +24,8 @@ from .ops import (
 )
 from .ops.choice import log_once
 
+SMALL_BUFFERS = 12 << 20  # bytes that the pieces in work take, whatever the sizes
+
 
 class CrossAttention(nn.Module):
     """Windowed cross-attention whose values are the raw features: no value projection, no output projection.
@@ -151,6 +153,24 @@ class AnyUp(nn.Module):
         """Position-encoded guide (B, qk_dim, H, W) from which queries and keys are made."""
         return self.rope(self.image_encoder(image))
 
+    def guidance_weights(self):
+        """Weights of the image, query and key encoders, as `anyup_fast.ops.guidance` takes them."""
+        image, query, key = map(_matrices, (self.image_encoder, self.query_encoder, self.key_encoder))
+        return GuidanceWeights(*image, self.rope.freqs, *query, *key)
+
+    def key_weights(self):
+        """Weights of what makes keys of the pooled guide and the unified features, as `ops.project_keys` takes them."""
+        _, *feature_blocks = self.key_features_encoder
+        merge, *blocks = self.aggregation
+        attention = self.cross_decode.cross_attn
+        projection = attention.norm_k.weight, *attention.in_projection(1)
+        return KeyWeights(_blocks(feature_blocks), merge.weight, _blocks(blocks), *projection)
+
+    def query_projection(self):
+        """(conv, norm, weight, bias), as `anyup_fast.ops.project_queries` takes them."""
+        attention = self.cross_decode.cross_attn
+        return self.cross_decode.conv2d.weight, attention.norm_q.weight, *attention.in_projection(0)
+
     def queries(self, guide, output_size):
         """Queries (B, qk_dim, H', W') before the 3x3 convolution."""
         return F.adaptive_avg_pool2d(self.query_encoder(guide), output_size)
@@ -214,29 +234,49 @@ class AnyUp(nn.Module):
             return f"the first convolution on the image has kernel_size {size}, which couples pixels; it needs 1"
         return None
 
+    def estimate_memory(self, image_shape, features_shape, output_size=None, dtype=torch.float32, device="cpu"):
+        """Bytes that a call without gradients needs at its peak beyond its inputs, its output included.
+
+        Args:
+            image_shape: (B, input_dim, H, W).
+            features_shape: (B, C, h, w).
+            output_size: (H', W'); None means (H, W).
+            dtype: of the model, the image and the features.
+            device: a torch.device or its name; elsewhere than on CPUs 16-bit images stay 16-bit.
+
+        Returns:
+            int. From about a tenth of a gibibyte up within 15 % of what is measured; below, small buffers count.
+
+        Raises:
+            ValueError: shapes or sizes that do not fit.
+        """
+        for name, shape in (("image_shape", image_shape), ("features_shape", features_shape)):
+            if len(shape) != 4 or not all(_is_count(n) for n in shape):
+                raise ValueError(f"{name}: need four positive whole numbers (B, C, H, W), got {tuple(shape)}")
+        if image_shape[0] != features_shape[0]:
+            raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")
+        height, width = checked_output_size(output_size, image_shape[2:])
+        batch, channels, h, w = features_shape
+        dim = self.rope.freqs.shape[1]
+        compute = dtype if torch.device(device).type in ("cuda", "xpu") else torch.promote_types(dtype, torch.float32)
+        pixels = image_shape[2] * image_shape[3]
+        image, query = (n * dim * compute.itemsize for n in (pixels, batch * height * width))
+        keys = batch * h * w * dim * max(4, compute.itemsize)
+        encoders = (2 if height * width == pixels else 3) * image + pixels * self.input_dim * (16 + compute.itemsize)
+        output = batch * height * width * channels * dtype.itemsize
+        beside_query = max(encoders, 2 * keys + 9 * keys // batch, query + keys, output + keys)
+        return query + beside_query + SMALL_BUFFERS
+
     def _fused(self, image, features, output_size):
         """Projected queries (B, H', W', heads, d) and keys (B, h, w, heads, d)."""
         device, dtype = image.device.type, self.image_encoder[0].weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        unify, *blocks = self.key_features_encoder
-        merge, *key_blocks = self.aggregation
-        attention = self.cross_decode.cross_attn
-        weights = GuidanceWeights(
-            *_matrices(self.image_encoder),
-            self.rope.freqs,
-            *_matrices(self.query_encoder),
-            *_matrices(self.key_encoder),
-        )
-        query, from_image = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
-        from_features = unify(unit_channels(features))
-        key_weights = KeyWeights(
-            _blocks(blocks), merge.weight, _blocks(key_blocks), attention.norm_k.weight, *attention.in_projection(1)
-        )
-        key = project_keys(from_image, from_features, key_weights)
-        conv = self.cross_decode.conv2d.weight
-        query = project_queries(query, conv, attention.norm_q.weight, *attention.in_projection(0))
-        heads = attention.attention.num_heads
+        query, from_image = guidance(image, self.guidance_weights(), output_size, features.shape[-2:], dtype=dtype)
+        from_features = self.key_features_encoder[0](unit_channels(features))
+        key = project_keys(from_image, from_features, self.key_weights())
+        query = project_queries(query, *self.query_projection())
+        heads = self.cross_decode.cross_attn.attention.num_heads
         return query.unflatten(-1, (heads, -1)), key.to(query.dtype).unflatten(-1, (heads, -1))
 
     def _check(self, image, features, output_size, q_chunk_size):

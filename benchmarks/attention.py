@@ -81,14 +81,14 @@ def peak(shape, backend, rows=None):
 def _print_peak(shape, backend, rows):
     windowed_attention(*problem("16/4/8"), backend=backend)
     arguments = problem(shape, rows or None)
-    before = _resident(reset=True)
+    before = resident(reset=True)
     out = windowed_attention(*arguments, backend=backend)
-    after = _resident()
+    after = resident()
     del out
     print((after - before) / 2**30)
 
 
-def _resident(reset=False):
+def resident(reset=False):
     """Most bytes ever resident in this process; `reset` makes that what is resident now, where the system can."""
     status = Path("/proc/self/status")
     if not status.is_file():

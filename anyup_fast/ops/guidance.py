@@ -7,7 +7,7 @@ specification, and the path with gradients.
 
 import torch
 
-from . import library, torch_forward
+from . import library
 from .choice import choose, why_no_triton
 
 RMS_EPS = torch.finfo(torch.float32).eps
@@ -83,7 +83,7 @@ def project_keys(from_image, from_features, weights, *, eps=RMS_EPS):
 
     Source: AnyUp (arXiv 2510.12764), key encoder and aggregation.
     """
-    return torch_forward.project_keys(from_image, from_features, weights, eps=eps)
+    return library.project_keys(from_image, from_features, weights.flat(), eps)
 
 
 def _why_not_guidance(name, image, weights, dtype):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend, torch_forward
-from .weights import GuidanceWeights
+from .weights import GuidanceWeights, KeyWeights
 
 
 @torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=())
@@ -112,6 +112,17 @@ def project_queries(
 def _(query, conv, norm, weight, bias, eps, backend):
     dtype = query.dtype if backend == "triton" else torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape, dtype=dtype)
+
+
+@torch.library.custom_op("anyup_fast::project_keys", mutates_args=())
+def project_keys(from_image: Tensor, from_features: Tensor, weights: list[Tensor], eps: float) -> Tensor:
+    """`anyup_fast.ops.project_keys`, weights as `KeyWeights.flat()`."""
+    return torch_forward.project_keys(from_image, from_features, KeyWeights.from_flat(weights), eps=eps)
+
+
+@project_keys.register_fake
+def _(from_image, from_features, weights, eps):
+    return from_image.new_empty(from_image.shape)
 
 
 @torch.library.custom_op("anyup_fast::feature_unification", mutates_args=())

@@ -285,7 +285,7 @@ class _Network(_Walk):
                 self.blocks(x, hidden, moments, blocks, last)
             else:
                 self.blocks(x, hidden, moments, blocks)
-                if out.shape[:2] != self.size:
+                if out is key or not in_place:
                     out.view(-1, self.width).copy_(self._pooled(x, out))
 
     def _image(self, rgb, x, y):

@@ -1,6 +1,6 @@
 """Weights of the fused networks, by name."""
 
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -38,19 +38,13 @@ class GuidanceWeights(NamedTuple):
 
     def flat(self):
         """All tensors as one list, as a registered operator takes them."""
-        branches = ((self.image_conv, self.image, self.freqs), (self.query_conv, self.query), (self.key_conv, self.key))
-        parts = (part if isinstance(part, tuple) else ((part,),) for part in chain.from_iterable(branches))
-        return [tensor for tensor in chain.from_iterable(chain.from_iterable(parts)) if tensor is not None]
+        return _flat(self)
 
     @classmethod
     def from_flat(cls, tensors):
         """The inverse of `flat`."""
         rest = iter(tensors)
-
-        def blocks():
-            return tuple(Block(*(next(rest) for _ in range(6))) for _ in range(2))
-
-        return cls(next(rest), blocks(), next(rest), next(rest), blocks(), next(rest), blocks())
+        return cls(next(rest), _blocks(rest), next(rest), next(rest), _blocks(rest), next(rest), _blocks(rest))
 
 
 class KeyWeights(NamedTuple):
@@ -62,3 +56,23 @@ class KeyWeights(NamedTuple):
     norm: torch.Tensor  # (D,)
     weight: torch.Tensor  # (D, D)
     bias: torch.Tensor  # (D,)
+
+    def flat(self):
+        """All tensors as one list, as a registered operator takes them."""
+        return _flat(self)
+
+    @classmethod
+    def from_flat(cls, tensors):
+        """The inverse of `flat`; one tensor more than without it means that the first block has a skip."""
+        rest = iter(tensors)
+        return cls(_blocks(rest, skip=len(tensors) == 29), next(rest), _blocks(rest), *rest)
+
+
+def _flat(weights):
+    if not isinstance(weights, tuple):
+        return [] if weights is None else [weights]
+    return list(chain.from_iterable(map(_flat, weights)))
+
+
+def _blocks(tensors, skip=False):
+    return Block(*islice(tensors, 6 + skip)), Block(*islice(tensors, 6))
