@@ -211,7 +211,7 @@ class AnyUp(nn.Module):
         value = torch.cat((features, _cell_colours(features).to(features.dtype)), 1) if vis_attn else features
         reason = self.why_not_fused(image, features)
         if reason is None:
-            query, key = self._fused(image, features, output_size)
+            query, key, _ = self._fused(image, features, output_size)
             out = self.cross_decode.attend(query, key, value, q_chunk_size)
         else:
             log_once(f"AnyUp: the fused path is not taken: {reason}")
@@ -268,16 +268,17 @@ class AnyUp(nn.Module):
         return query + beside_query + SMALL_BUFFERS
 
     def _fused(self, image, features, output_size):
-        """Projected queries (B, H', W', heads, d) and keys (B, h, w, heads, d)."""
+        """Projected queries (B, H', W', heads, d), keys (B, h, w, heads, d) and the norms of the guidance network."""
         device, dtype = image.device.type, self.image_encoder[0].weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        query, from_image = guidance(image, self.guidance_weights(), output_size, features.shape[-2:], dtype=dtype)
+        weights = self.guidance_weights()
+        query, from_image, norms = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
         from_features = self.key_features_encoder[0](unit_channels(features))
         key = project_keys(from_image, from_features, self.key_weights())
         query = project_queries(query, *self.query_projection())
         heads = self.cross_decode.cross_attn.attention.num_heads
-        return query.unflatten(-1, (heads, -1)), key.to(query.dtype).unflatten(-1, (heads, -1))
+        return query.unflatten(-1, (heads, -1)), key.to(query.dtype).unflatten(-1, (heads, -1)), norms
 
     def _check(self, image, features, output_size, q_chunk_size):
         weight = self.image_encoder[0].weight

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import unit_channels
-from anyup_fast.ops import library, reference, torch_forward
+from anyup_fast.ops import library, reference, torch_forward, torch_guidance
 
 CHANNELS = [1, 3, 21, 100, 384, 768, 1024, 4096]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -112,7 +112,7 @@ def test_pieces_cover_every_pixel_once_in_order(height, width, most):
 @torch.no_grad()
 def test_guidance_pools_like_adaptive_average_pooling(size, pooled):
     model, (image, _) = peaky(), inputs(size)
-    query, key = ops.guidance(image, model.guidance_weights(), pooled, pooled, dtype=torch.float64)
+    query, key, _ = ops.guidance(image, model.guidance_weights(), pooled, pooled, dtype=torch.float64)
     guide = model.guidance(image)
     for actual, encoder in ((query, model.query_encoder), (key, model.key_encoder)):
         expected = F.adaptive_avg_pool2d(encoder(guide), pooled).permute(0, 2, 3, 1)
@@ -218,7 +218,7 @@ def test_guidance_holds_images_of_its_width_and_nothing_larger():
     model, image = peaky().float(), torch.randn(1, 3, 100, 130)
     weights = model.guidance_weights()
     with Largest() as seen:
-        torch_forward.guidance(image, weights, (100, 130), (7, 9), dtype=torch.float32)
+        torch_guidance.guidance(image, weights, (100, 130), (7, 9), dtype=torch.float32)
     assert seen.elements == 100 * 130 * 32
 
 

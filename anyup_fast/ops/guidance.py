@@ -19,15 +19,17 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
     Args:
         image: (B, channels, H, W), any float dtype.
         weights: GuidanceWeights, any float dtype.
-        output_size: (H', W') of the queries.
+        output_size: (H', W') of the queries; (0, 0) leaves them out.
         key_size: (h, w) of the keys.
         dtype: of what is stored for every pixel; statistics, coordinates and sums are float32 at least. In plain
             PyTorch 16-bit dtypes are computed, stored and returned as float32.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        query (B, H', W', D) in `dtype` and key (B, h, w, D), in float32 (float64 for float64). Pooling is that of
-        `adaptive_avg_pool2d`, for every pair of sizes.
+        query (B, H', W', D) in `dtype`; key (B, h, w, D) and norms (B, 12, 2, D) in float32 (float64 for float64).
+        Pooling is that of `adaptive_avg_pool2d`, for every pair of sizes. Norms are scale and shift of the twelve
+        normalisations, in the order in which image, query and key encoder have them: with them, any pixel can be
+        computed for itself (`guidance_pixels`).
 
     Raises:
         ValueError: shapes that do not fit. RuntimeError: a back end asked for by name that can't run.
@@ -38,7 +40,8 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         need = f"(B, {weights.image_conv.shape[1]}, H, W) with pixels"
         raise ValueError(f"image: need {need}, got shape {tuple(image.shape)}")
     for name, size in (("output_size", output_size), ("key_size", key_size)):
-        if len(size) != 2 or min(size) < 1:
+        left_out = name == "output_size" and tuple(size) == (0, 0)
+        if len(size) != 2 or (min(size) < 1 and not left_out):
             raise ValueError(f"{name}: need a positive height and width, got {tuple(size)}")
     backend = choose("guidance", backend, lambda name: _why_not_guidance(name, image, weights, dtype))
     return library.guidance(image, weights.flat(), *output_size, *key_size, dtype, backend)

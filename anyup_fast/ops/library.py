@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_forward
+from . import torch_backend, torch_forward, torch_guidance
 from .weights import GuidanceWeights, KeyWeights
 
 
@@ -76,13 +76,13 @@ def guidance(
     key_width: int,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
     sizes = (output_height, output_width), (key_height, key_width)
     if backend == "triton":
         from ..kernels.guidance import guidance_fwd as run
     else:
-        run = torch_forward.guidance
+        run = torch_guidance.guidance
     return run(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
 
 
@@ -93,7 +93,8 @@ def _(image, weights, output_height, output_width, key_height, key_width, dtype,
     query = image.new_empty(
         len(image), output_height, output_width, width, dtype=dtype if backend == "triton" else wide
     )
-    return query, image.new_empty(len(image), key_height, key_width, width, dtype=wide)
+    key = image.new_empty(len(image), key_height, key_width, width, dtype=wide)
+    return query, key, image.new_empty(len(image), torch_guidance.NORMS, 2, width, dtype=wide)
 
 
 @torch.library.custom_op("anyup_fast::project_queries", mutates_args=())

@@ -1,5 +1,5 @@
-"""What surrounds the attention, in plain PyTorch for any device: the fused guidance network, the projections and the
-feature-agnostic layer, a few thousand pixels at a time.
+"""What surrounds the attention, in plain PyTorch for any device: walks over images by pieces of a few thousand pixels,
+the projections of queries and keys, the feature-agnostic layer.
 
 A piece of the image goes through normalisation, activation, product, skip and statistics while it lies in the cache;
 only the products are written back. Products are matrix products throughout, 16-bit tensors are computed in float32.
@@ -8,25 +8,10 @@ only the products are written back. Products are matrix products throughout, 16-
 import torch
 import torch.nn.functional as F
 
-from .weights import GuidanceWeights
-
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
 MANY_PIXELS = 1 << 20  # of a piece elsewhere
 RESPONSES = 1 << 20  # of the feature-agnostic layer at once
 NORM_EPS = 1e-5
-
-
-def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
-    """`anyup_fast.ops.guidance`: (B, H', W', D) and (B, h, w, D), both in float32 at least."""
-    compute = torch.promote_types(dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        weights = GuidanceWeights.from_flat([tensor.to(compute) for tensor in weights.flat()])
-        network = _Network(weights, image.shape[-2:], num_groups)
-        query = image.new_empty(len(image), *output_size, network.width, dtype=compute)
-        key = image.new_empty(len(image), *key_size, network.width, dtype=compute)
-        for picture, q, k in zip(image, query, key, strict=True):
-            network(picture.to(compute).permute(1, 2, 0).reshape(-1, len(picture)), q, k)
-    return query, key
 
 
 def project_queries(query, conv, norm, weight, bias, *, eps):
@@ -36,7 +21,7 @@ def project_queries(query, conv, norm, weight, bias, *, eps):
         conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
         out = query.new_empty(query.shape, dtype=compute)
         height, width, dim = query.shape[1:]
-        walk = _Walk((height, width), dim, conv)
+        walk = Walk((height, width), dim, conv)
         convolve, folded = _Convolution(conv), (weight * norm).T.contiguous()
         for source, target in zip(query, out, strict=True):
             for flat, rows, cols in walk.pieces:
@@ -52,11 +37,11 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
     """`anyup_fast.ops.project_keys`."""
     compute = torch.promote_types(from_image.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(from_image.device.type, enabled=False):
-        weights = _cast(weights, compute)
+        weights = cast(weights, compute)
         batch, h, w, dim = from_image.shape
         out = from_image.new_empty(from_image.shape, dtype=compute)
         filters = from_features.shape[1]
-        walk = _Walk((h, w), max(2 * dim, filters), weights.merge, num_groups)
+        walk = Walk((h, w), max(2 * dim, filters), weights.merge, num_groups)
         convolve, folded = _Convolution(weights.merge), (weights.weight * weights.norm).T.contiguous()
         rows, cols = (_reflected(n, out.device) for n in (h, w))
         hidden, x = (out.new_empty(h * w, dim) for _ in range(2))
@@ -107,14 +92,14 @@ def pieces(height, width, most):
             yield slice(row, min(row + most // width, height)), slice(0, width)
 
 
-def _cast(weights, dtype):
+def cast(weights, dtype):
     """A tuple of tensors, None and such tuples, in another dtype."""
     if isinstance(weights, torch.Tensor):
         return weights.to(dtype)
     if weights is None:
         return None
-    cast = [_cast(part, dtype) for part in weights]
-    return type(weights)(*cast) if hasattr(weights, "_fields") else tuple(cast)
+    parts = [cast(part, dtype) for part in weights]
+    return type(weights)(*parts) if hasattr(weights, "_fields") else tuple(parts)
 
 
 def _inside(n, k, device):
@@ -164,8 +149,8 @@ class Moments:
     def __init__(self):
         self.counts, self.sums, self.spreads = [], [], []
 
-    def add(self, x, scratch):
-        """Take in the pixels `x` (P, D); `scratch` is written to."""
+    def add(self, x, scratch=None):
+        """Take in the pixels `x` (P, D); `scratch`, if given, is written to."""
         total = x.sum(0)
         torch.sub(x, total / len(x), out=scratch)
         self.counts.append(len(x))
@@ -173,7 +158,7 @@ class Moments:
         self.spreads.append(scratch.square_().sum(0))
 
     def affine(self, weight, bias, num_groups):
-        """(scale, shift), each (D,): GroupNorm over what was gathered, as `x * scale + shift`."""
+        """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
         counts = torch.full((len(self.counts), 1), self.counts[0], dtype=torch.float64, device=weight.device)
         for i, count in enumerate(self.counts):
             if count != self.counts[0]:
@@ -185,16 +170,16 @@ class Moments:
 
 
 def group_affine(mean, variance, weight, bias, num_groups):
-    """GroupNorm as (scale, shift), from mean and variance of every channel (D,) in float64."""
+    """GroupNorm as scale and shift (2, D), from mean and variance of every channel (D,) in float64."""
     grouped = mean.view(num_groups, -1)
     group_mean = grouped.mean(1, keepdim=True)
     spread = (variance.view(num_groups, -1) + (grouped - group_mean).square()).mean(1, keepdim=True)
     scale = ((spread + NORM_EPS).rsqrt() * weight.double().view(num_groups, -1)).flatten()
     shift = bias.double() - group_mean.expand_as(grouped).flatten() * scale
-    return scale.to(weight.dtype), shift.to(weight.dtype)
+    return torch.stack((scale, shift)).to(weight.dtype)
 
 
-class _Walk:
+class Walk:
     """Passes over the pixels of an image that lie as (H * W, D), one piece at a time."""
 
     def __init__(self, size, width, like, num_groups=8):
@@ -213,15 +198,11 @@ class _Walk:
         n = flat.stop - flat.start
         return self._room[i, : n * width].view(n, width)
 
-    def active(self, x, flat, affine):
-        """`silu(x * scale + shift)` of one piece, in scratch 0."""
-        scale, shift = affine
+    def active(self, x, flat, norm):
+        """`silu(x * scale + shift)` of one piece with the norm (2, D), in scratch 0."""
+        scale, shift = norm
         out = self.scratch(0, flat, x.shape[1])
         return F.silu(torch.addcmul(shift, x[flat], scale, out=out), inplace=True)
-
-    def affine(self, moments, weight, bias):
-        """GroupNorm over what `moments` gathered, as (scale, shift)."""
-        return moments.affine(weight, bias, self.num_groups)
 
     def moments(self, x):
         """Moments of all of `x`."""
@@ -230,125 +211,37 @@ class _Walk:
             moments.add(x[flat], self.scratch(1, flat, x.shape[1]))
         return moments
 
-    def hidden(self, x, affine, weight, out):
+    def hidden(self, x, norm, weight, out):
         """`weight @ active(x)` into `out`; returns its moments."""
         moments = Moments()
         for flat, _, _ in self.pieces:
-            product = torch.mm(self.active(x, flat, affine), weight.T, out=out[flat])
+            product = torch.mm(self.active(x, flat, norm), weight.T, out=out[flat])
             moments.add(product, self.scratch(1, flat, out.shape[1]))
         return moments
 
-    def blocks(self, x, hidden, moments, blocks, last=None):
-        """ResBlocks on `x`, in place where its width stays; `last(x, hidden, affine, block)` may end the last one."""
-        for block in blocks:
-            affine = self.affine(moments, block.norm_in_weight, block.norm_in_bias)
-            moments = self.hidden(x, affine, block.conv_in, hidden)
-            affine = self.affine(moments, block.norm_out_weight, block.norm_out_bias)
+    def blocks(self, x, hidden, moments, blocks, norms=None, last=None):
+        """ResBlocks on `x`, in place where its width stays.
+
+        Args:
+            x: (H * W, in). hidden: (H * W, D), written to. moments: those of `x`.
+            norms: (2 * blocks, 2, D), filled with the normalisations.
+            last: callable (x, hidden, norm, block) that ends the last block in its own way.
+        """
+        for i, block in enumerate(blocks):
+            outer = moments.affine(block.norm_in_weight, block.norm_in_bias, self.num_groups)
+            moments = self.hidden(x, outer, block.conv_in, hidden)
+            inner = moments.affine(block.norm_out_weight, block.norm_out_bias, self.num_groups)
+            if norms is not None:
+                norms[2 * i], norms[2 * i + 1] = outer, inner
             if last is not None and block is blocks[-1]:
-                return last(x, hidden, affine, block)
+                return last(x, hidden, inner, block)
             out = x if block.skip is None else hidden.new_empty(hidden.shape)
             moments = Moments()
             for flat, _, _ in self.pieces:
                 if block.skip is not None:
                     torch.mm(x[flat], block.skip.T, out=out[flat])
-                out[flat].addmm_(self.active(hidden, flat, affine), block.conv_out.T)
+                out[flat].addmm_(self.active(hidden, flat, inner), block.conv_out.T)
                 if block is not blocks[-1]:
                     moments.add(out[flat], self.scratch(1, flat, out.shape[1]))
             x = out
         return x
-
-
-class _Network(_Walk):
-    """The guidance network for images of one size; beside its results it holds two or three images of D channels."""
-
-    def __init__(self, weights, size, num_groups):
-        like = weights.image_conv
-        super().__init__(size, len(like), like, num_groups)
-        self.weights, self.width = weights, len(like)
-        # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
-        axes = [torch.linspace(0, 1, n, dtype=torch.float64, device=like.device) for n in size]
-        angles = [axis[:, None] * freqs for axis, freqs in zip(axes, weights.freqs.double(), strict=True)]
-        self.rows, self.cols = ((angle.cos().to(like.dtype), angle.sin().to(like.dtype)) for angle in angles)
-
-    def __call__(self, rgb, query, key):
-        """Fill `query` (H', W', D) and `key` (h, w, D) from the pixels `rgb` (H * W, channels)."""
-        in_place = query.shape[:2] == self.size
-        of_query = query.view(-1, self.width) if in_place else rgb.new_empty(len(rgb), self.width)
-        of_key, hidden = (rgb.new_empty(len(rgb), self.width) for _ in range(2))
-        query_moments, key_moments = self._image(rgb, of_query, of_key)
-        for x, moments, blocks, out in (
-            (of_key, key_moments, self.weights.key, key),
-            (of_query, query_moments, self.weights.query, query),
-        ):
-            if out.shape[0] * out.shape[1] < len(rgb):
-                last = self._pooled_last(out)
-                self.blocks(x, hidden, moments, blocks, last)
-            else:
-                self.blocks(x, hidden, moments, blocks)
-                if out is key or not in_place:
-                    out.view(-1, self.width).copy_(self._pooled(x, out))
-
-    def _image(self, rgb, x, y):
-        """Leave the first convolutions of the query and key branches in `x` and `y`; returns their moments."""
-        weights, (first, second) = self.weights, self.weights.image
-        affine = self._first_affine(rgb, first)
-        expand = weights.image_conv.T.contiguous()
-        scaled, shift = expand * affine[0], affine[1]
-        moments = Moments()
-        for flat, _, _ in self.pieces:
-            active = F.silu(torch.addmm(shift, rgb[flat], scaled, out=self.scratch(0, flat, self.width)), inplace=True)
-            moments.add(torch.mm(active, first.conv_in.T, out=x[flat]), self.scratch(1, flat, self.width))
-        affine = self.affine(moments, first.norm_out_weight, first.norm_out_bias)
-        moments = Moments()
-        for flat, _, _ in self.pieces:
-            active = self.active(x, flat, affine)
-            torch.mm(rgb[flat], expand, out=x[flat])
-            moments.add(x[flat].addmm_(active, first.conv_out.T), self.scratch(1, flat, self.width))
-        affine = self.affine(moments, second.norm_in_weight, second.norm_in_bias)
-        affine = self.affine(self.hidden(x, affine, second.conv_in, y), second.norm_out_weight, second.norm_out_bias)
-        of_query, of_key = Moments(), Moments()
-        for flat, rows, cols in self.pieces:
-            guide = x[flat].addmm_(self.active(y, flat, affine), second.conv_out.T)
-            guide = self._rotated(guide, flat, rows, cols)
-            for moments, weight, out in ((of_query, weights.query_conv, x), (of_key, weights.key_conv, y)):
-                moments.add(torch.mm(guide, weight.T, out=out[flat]), self.scratch(1, flat, self.width))
-        return of_query, of_key
-
-    def _pooled_last(self, out):
-        """End of the last ResBlock where its result is pooled to fewer pixels: what is linear comes after that."""
-
-        def last(x, hidden, affine, block):
-            for flat, _, _ in self.pieces:
-                hidden[flat] = self.active(hidden, flat, affine)
-            pooled = self._pooled(x, out), self._pooled(hidden, out)
-            return torch.addmm(*pooled, block.conv_out.T, out=out.view(-1, self.width))
-
-        return last
-
-    def _rotated(self, x, flat, rows, cols):
-        """Rotary embedding of one piece."""
-        row_cos, row_sin = (table[rows, None] for table in self.rows)
-        col_cos, col_sin = (table[None, cols] for table in self.cols)
-        x = x.view(rows.stop - rows.start, -1, self.width)
-        cos, sin, out = (self.scratch(i, flat, self.width).view_as(x) for i in range(3))
-        torch.mul(row_cos, col_cos, out=cos).addcmul_(row_sin, col_sin, value=-1)
-        torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
-        half = self.width // 2
-        torch.mul(x, cos, out=out)
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out.view(-1, self.width)
-
-    def _first_affine(self, rgb, block):
-        """The first normalisation follows from mean and covariance of the image."""
-        weight = self.weights.image_conv.double()
-        mean = rgb.mean(0, dtype=torch.float64)
-        centred = rgb.double() - mean
-        covariance = centred.T @ centred / len(rgb)
-        variance = ((weight @ covariance) * weight).sum(1)
-        return group_affine(weight @ mean, variance, block.norm_in_weight, block.norm_in_bias, self.num_groups)
-
-    def _pooled(self, x, out):
-        """Average of `x` (H * W, D) over the cells of `out` (h, w, D): (h * w, D)."""
-        picture = x.view(1, *self.size, self.width).permute(0, 3, 1, 2)
-        return F.adaptive_avg_pool2d(picture, out.shape[:2])[0].permute(1, 2, 0).flatten(0, 1)

@@ -1,0 +1,276 @@
+"""The guidance network in plain PyTorch: all pixels of an image at the speed of the cache, or any pixels on their own.
+
+Twelve normalisations couple the pixels of an image, two for each block of the image, query and key encoders, numbered
+in that order. Once they are known as `norms` (12, 2, D), a scale and a shift each, every pixel is computed for itself.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, pieces
+
+NORMS = 12
+BLOCK = 1 << 17  # pixels read at once
+IMAGE, QUERY, KEY = slice(0, 4), slice(4, 8), slice(8, 12)  # the normalisations of each encoder
+
+
+def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
+    """`anyup_fast.ops.guidance`: (B, H', W', D), (B, h, w, D) and (B, 12, 2, D), all in float32 at least."""
+    compute = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        network = _Stored(cast(weights, compute), image.shape[-2:], num_groups)
+        query = image.new_empty(len(image), *output_size, network.width, dtype=compute)
+        key = image.new_empty(len(image), *key_size, network.width, dtype=compute)
+        norms = image.new_empty(len(image), NORMS, 2, network.width, dtype=compute)
+        for picture, *results in zip(image, query, key, norms, strict=True):
+            network(picture.to(compute).permute(1, 2, 0).reshape(-1, len(picture)), *results)
+    return query, key, norms
+
+
+def statistics(read, weights, size, key_size, *, num_groups=8):
+    """Norms and keys of an image that is only read, row by row, and never held.
+
+    Nine passes: mean and covariance of the colours, one for each further level of normalisations (seven), and the
+    pooling of the keys. Every pass computes each pixel again from its colour.
+
+    Args:
+        read: callable (first, last) -> rows of the normalised image (last - first, W, channels), in the dtype and on
+            the device of the weights.
+        weights: GuidanceWeights in the dtype to compute in.
+        size: (H, W). key_size: (h, w).
+
+    Returns:
+        norms (12, 2, D), key (h, w, D).
+    """
+    height, width = size
+    guide = Guide(weights, size)
+    norms = weights.image_conv.new_empty(NORMS, 2, guide.width)
+    step = max(1, BLOCK // width)
+
+    def blocks():
+        for first in range(0, height, step):
+            rows = read(first, min(first + step, height))
+            for r, c in pieces(*rows.shape[:2], PIXELS):
+                yield rows[r, c], slice(first + r.start, first + r.stop), c
+
+    colours = Colours()
+    for rgb, _, _ in blocks():
+        colours.add(rgb.flatten(0, 1))
+    first = weights.image[0]
+    norms[0] = colours.affine(weights.image_conv, first.norm_in_weight, first.norm_in_bias, num_groups)
+
+    def measured(number, moments):
+        block = (*weights.image, *weights.query, *weights.key)[number // 2]
+        inner = number % 2
+        weight = block.norm_out_weight if inner else block.norm_in_weight
+        bias = block.norm_out_bias if inner else block.norm_in_bias
+        norms[number] = moments.affine(weight, bias, num_groups)
+
+    for number in range(IMAGE.start + 1, IMAGE.stop):
+        moments = Moments()
+        for rgb, _, _ in blocks():
+            moments.add(guide.image(rgb, norms, number).flatten(0, 1))
+        measured(number, moments)
+    for halves in range(4):
+        both = Moments(), Moments()
+        for rgb, rows, cols in blocks():
+            x = guide.guide(rgb, rows, cols, norms)
+            both[0].add(guide.queries(x, norms, halves).flatten(0, 1))
+            both[1].add(guide.keys(x, norms, halves).flatten(0, 1))
+        measured(QUERY.start + halves, both[0])
+        measured(KEY.start + halves, both[1])
+    pooled = Pool(size, key_size, guide.width, like=norms)
+    for rgb, rows, cols in blocks():
+        pooled.add(guide.keys(guide.guide(rgb, rows, cols, norms), norms), rows, cols)
+    return norms, pooled.mean()
+
+
+class Guide:
+    """The guidance network for images of one size, for any of their pixels.
+
+    Args:
+        weights: GuidanceWeights in the dtype to compute in.
+        size: (H, W) of the image.
+    """
+
+    def __init__(self, weights, size):
+        self.weights, self.size, self.width = weights, tuple(size), len(weights.image_conv)
+        like = weights.image_conv
+        # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
+        axes = [torch.linspace(0, 1, n, dtype=torch.float64, device=like.device) for n in size]
+        angles = [axis[:, None] * freqs for axis, freqs in zip(axes, weights.freqs.double(), strict=True)]
+        self.rows, self.cols = ((angle.cos().to(like.dtype), angle.sin().to(like.dtype)) for angle in angles)
+
+    def image(self, rgb, norms, halves=4):
+        """Image encoder of pixels (..., channels): (..., D) after so many halves of its two blocks."""
+        return self._encoded(rgb @ self.weights.image_conv.T, self.weights.image, norms[IMAGE], halves)
+
+    def guide(self, rgb, rows, cols, norms):
+        """Guide (..., D) of pixels (..., channels) that lie at `rows`, `cols`.
+
+        These are slices of the image for a rectangle (rows, cols, channels), else indices of the shape of the pixels.
+        """
+        return self.rotated(self.image(rgb, norms), rows, cols)
+
+    def queries(self, guide, norms, halves=4):
+        """Queries of pixels, before pooling and convolution, or what the query encoder holds after so many halves."""
+        return self._encoded(guide @ self.weights.query_conv.T, self.weights.query, norms[QUERY], halves)
+
+    def keys(self, guide, norms, halves=4):
+        """The image's part of the keys of pixels, before pooling, or what the encoder holds after so many halves."""
+        return self._encoded(guide @ self.weights.key_conv.T, self.weights.key, norms[KEY], halves)
+
+    def _encoded(self, x, blocks, norms, halves):
+        hidden = None
+        for half in range(halves):
+            block, (scale, shift) = blocks[half // 2], norms[half]
+            active = F.silu(torch.addcmul(shift, x if hidden is None else hidden, scale), inplace=True)
+            if hidden is None:
+                hidden = active @ block.conv_in.T
+            else:
+                x, hidden = x + active @ block.conv_out.T, None
+        return x if hidden is None else hidden
+
+    def rotated(self, x, rows, cols, scratch=None):
+        """Rotary embedding of `x` (..., D) at `rows`, `cols` (see `guide`); `scratch`: three tensors like it to use."""
+        row_cos, row_sin = (table[rows] for table in self.rows)
+        col_cos, col_sin = (table[cols] for table in self.cols)
+        if isinstance(rows, slice):
+            row_cos, row_sin = row_cos[:, None], row_sin[:, None]
+        cos, sin, out = scratch or (torch.empty_like(x) for _ in range(3))
+        torch.mul(row_cos, col_cos, out=cos).addcmul_(row_sin, col_sin, value=-1)
+        torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
+        half = self.width // 2
+        torch.mul(x, cos, out=out)
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
+
+
+class Colours:
+    """Mean and covariance of an image's colours, in float64."""
+
+    def __init__(self):
+        self.count, self.sums, self.products = 0, 0.0, 0.0
+
+    def add(self, rgb):
+        """Take in pixels (P, channels)."""
+        rgb = rgb.double()
+        self.count += len(rgb)
+        self.sums = self.sums + rgb.sum(0)
+        self.products = self.products + rgb.T @ rgb
+
+    def affine(self, conv, weight, bias, num_groups):
+        """(2, D): normalisation of `conv @ rgb`, which follows from mean and covariance of the colours."""
+        conv, mean = conv.double(), self.sums / self.count
+        covariance = self.products / self.count - mean[:, None] * mean
+        variance = ((conv @ covariance) * conv).sum(1).clamp(min=0)
+        return group_affine(conv @ mean, variance, weight, bias, num_groups)
+
+
+class Pool:
+    """`adaptive_avg_pool2d` of an image that comes in pieces: rectangles (rows, cols, D)."""
+
+    def __init__(self, size, pooled_size, channels, like):
+        self.bins = [bins(n, m) for n, m in zip(size, pooled_size, strict=True)]
+        self.sums = like.new_zeros(*pooled_size, channels)
+
+    def add(self, x, rows, cols):
+        """Take in the pixels `x` of the slices `rows`, `cols` of the image."""
+        inside = [
+            [(i, max(a, part.start) - part.start, min(b, part.stop) - part.start) for i, (a, b) in enumerate(axis)
+             if a < part.stop and b > part.start]
+            for axis, part in zip(self.bins, (rows, cols), strict=True)
+        ]  # fmt: skip
+        for i, top, bottom in inside[0]:
+            column = x[top:bottom].sum(0)
+            for j, left, right in inside[1]:
+                self.sums[i, j] += column[left:right].sum(0)
+
+    def mean(self):
+        """(h, w, D)."""
+        rows, cols = (
+            torch.tensor([b - a for a, b in axis], dtype=self.sums.dtype, device=self.sums.device) for axis in self.bins
+        )
+        return self.sums / (rows[:, None] * cols)[..., None]
+
+
+def bins(length, pooled):
+    """Half-open ranges of an axis that `adaptive_avg_pool2d` averages: `pooled` pairs."""
+    return [(i * length // pooled, -(-(i + 1) * length // pooled)) for i in range(pooled)]
+
+
+class _Stored:
+    """The whole network, pass by pass; beside its results it holds two or three images of D channels."""
+
+    def __init__(self, weights, size, num_groups):
+        self.guide = Guide(weights, size)
+        self.walk = Walk(size, self.guide.width, weights.image_conv, num_groups)
+        self.weights, self.size, self.num_groups, self.width = weights, tuple(size), num_groups, self.guide.width
+
+    def __call__(self, rgb, query, key, norms):
+        """Fill `query` (H', W', D), `key` (h, w, D) and `norms` (12, 2, D) from the pixels `rgb` (H * W, channels)."""
+        in_place = query.shape[:2] == self.size
+        of_query = query.view(-1, self.width) if in_place else rgb.new_empty(len(rgb), self.width)
+        of_key, hidden = (rgb.new_empty(len(rgb), self.width) for _ in range(2))
+        query_moments, key_moments = self._image(rgb, of_query, of_key, norms[IMAGE])
+        for x, moments, blocks, out, its_norms in (
+            (of_key, key_moments, self.weights.key, key, norms[KEY]),
+            (of_query, query_moments, self.weights.query, query, norms[QUERY]),
+        ):
+            if out.shape[0] * out.shape[1] < len(rgb):
+                self.walk.blocks(x, hidden, moments, blocks, its_norms, self._pooled_last(out))
+            else:
+                self.walk.blocks(x, hidden, moments, blocks, its_norms)
+                if out is key or not in_place:
+                    out.view(-1, self.width).copy_(self._pooled(x, out))
+
+    def _image(self, rgb, x, y, norms):
+        """Leave the first convolutions of the query and key branches in `x` and `y`; returns their moments."""
+        walk, weights, (first, second) = self.walk, self.weights, self.weights.image
+        colours = Colours()
+        colours.add(rgb)
+        norms[0] = colours.affine(weights.image_conv, first.norm_in_weight, first.norm_in_bias, self.num_groups)
+        expand = weights.image_conv.T.contiguous()
+        scaled = expand * norms[0, 0]
+        moments = Moments()
+        for flat, _, _ in walk.pieces:
+            active = torch.addmm(norms[0, 1], rgb[flat], scaled, out=walk.scratch(0, flat, self.width))
+            product = torch.mm(F.silu(active, inplace=True), first.conv_in.T, out=x[flat])
+            moments.add(product, walk.scratch(1, flat, self.width))
+        norms[1] = moments.affine(first.norm_out_weight, first.norm_out_bias, self.num_groups)
+        moments = Moments()
+        for flat, _, _ in walk.pieces:
+            active = walk.active(x, flat, norms[1])
+            torch.mm(rgb[flat], expand, out=x[flat])
+            moments.add(x[flat].addmm_(active, first.conv_out.T), walk.scratch(1, flat, self.width))
+        norms[2] = moments.affine(second.norm_in_weight, second.norm_in_bias, self.num_groups)
+        moments = walk.hidden(x, norms[2], second.conv_in, y)
+        norms[3] = moments.affine(second.norm_out_weight, second.norm_out_bias, self.num_groups)
+        of_query, of_key = Moments(), Moments()
+        for flat, rows, cols in walk.pieces:
+            guide = x[flat].addmm_(walk.active(y, flat, norms[3]), second.conv_out.T)
+            shape = rows.stop - rows.start, cols.stop - cols.start, self.width
+            scratch = [walk.scratch(i, flat, self.width).view(shape) for i in range(3)]
+            guide = self.guide.rotated(guide.view(shape), rows, cols, scratch).flatten(0, 1)
+            for moments, weight, out in ((of_query, weights.query_conv, x), (of_key, weights.key_conv, y)):
+                moments.add(torch.mm(guide, weight.T, out=out[flat]), walk.scratch(1, flat, self.width))
+        return of_query, of_key
+
+    def _pooled_last(self, out):
+        """End of the last ResBlock where its result is pooled to fewer pixels: what is linear comes after that."""
+
+        def last(x, hidden, norm, block):
+            if not out.numel():
+                return out
+            for flat, _, _ in self.walk.pieces:
+                hidden[flat] = self.walk.active(hidden, flat, norm)
+            pooled = self._pooled(x, out), self._pooled(hidden, out)
+            return torch.addmm(*pooled, block.conv_out.T, out=out.view(-1, self.width))
+
+        return last
+
+    def _pooled(self, x, out):
+        """Average of `x` (H * W, D) over the cells of `out` (h, w, D): (h * w, D)."""
+        picture = x.view(1, *self.size, self.width).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(picture, out.shape[:2])[0].permute(1, 2, 0).flatten(0, 1)
