@@ -70,8 +70,7 @@ class CrossDecode(nn.Module):
     def attend(self, query, key, value, q_chunk_size=None):
         """Projected query (B, H', W', heads, d), key (B, h, w, heads, d), value (B, C, h, w) -> (B, C, H', W')."""
         value = value.permute(0, 2, 3, 1)
-        row_bounds = window_bounds(query.shape[1], key.shape[1], self.window_ratio)
-        col_bounds = window_bounds(query.shape[2], key.shape[2], self.window_ratio)
+        row_bounds, col_bounds = self.bounds(query.shape[1:3], key.shape[1:3])
         if q_chunk_size is None:
             return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)
         bands = [
@@ -79,6 +78,10 @@ class CrossDecode(nn.Module):
             for band, bounds in zip(query.split(q_chunk_size, 1), row_bounds.split(q_chunk_size), strict=True)
         ]
         return torch.cat(bands, 1).permute(0, 3, 1, 2)
+
+    def bounds(self, output_size, key_size):
+        """Windows of the rows and of the columns (see `anyup_fast.ops.window_bounds`)."""
+        return tuple(window_bounds(n, m, self.window_ratio) for n, m in zip(output_size, key_size, strict=True))
 
 
 class AnyUp(nn.Module):
@@ -208,10 +211,11 @@ class AnyUp(nn.Module):
             ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which.
         """
         output_size = self._check(image, features, output_size, q_chunk_size)
-        value = torch.cat((features, _cell_colours(features).to(features.dtype)), 1) if vis_attn else features
+        value = torch.cat((features, cell_colours(features).to(features.dtype)), 1) if vis_attn else features
         reason = self.why_not_fused(image, features)
         if reason is None:
-            query, key, _ = self._fused(image, features, output_size)
+            query, key, _ = self.guided(image, features, output_size)
+            query = self.projected_queries(query)
             out = self.cross_decode.attend(query, key, value, q_chunk_size)
         else:
             log_once(f"AnyUp: the fused path is not taken: {reason}")
@@ -219,6 +223,24 @@ class AnyUp(nn.Module):
             query, key = self.queries(guide, output_size), self.keys(guide, features)
             out = self.cross_decode(query, key, value, q_chunk_size)
         return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+
+    def prepare(self, image, features):
+        """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
+
+        Args:
+            image: (B, input_dim, H, W), ImageNet-normalised.
+            features: (B, C, h, w).
+
+        Returns:
+            anyup_fast.upsampling.Prepared. What depends on the whole image is computed with the first answer.
+
+        Raises:
+            ValueError: as `forward`; a configuration that only the plain layers cover (see `why_not_fused`).
+        """
+        from .upsampling import Prepared
+
+        self._check(image, features, None, None)
+        return Prepared(self, image, features)
 
     def why_not_fused(self, image=None, features=None):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
@@ -267,18 +289,31 @@ class AnyUp(nn.Module):
         beside_query = max(encoders, 2 * keys + 9 * keys // batch, query + keys, output + keys)
         return query + beside_query + SMALL_BUFFERS
 
-    def _fused(self, image, features, output_size):
-        """Projected queries (B, H', W', heads, d), keys (B, h, w, heads, d) and the norms of the guidance network."""
+    def guided(self, image, features, output_size):
+        """Everything but the attention, fused, without recording gradients.
+
+        Returns:
+            query (B, H', W', dim) for `projected_queries`, projected key (B, h, w, heads, d) and the norms of the
+            guidance network (see `anyup_fast.ops.guidance`).
+        """
         device, dtype = image.device.type, self.image_encoder[0].weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         weights = self.guidance_weights()
         query, from_image, norms = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
+        return query, self.projected_keys(from_image, features).to(query.dtype), norms
+
+    def projected_keys(self, from_image, features):
+        """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w)."""
         from_features = self.key_features_encoder[0](unit_channels(features))
-        key = project_keys(from_image, from_features, self.key_weights())
-        query = project_queries(query, *self.query_projection())
-        heads = self.cross_decode.cross_attn.attention.num_heads
-        return query.unflatten(-1, (heads, -1)), key.to(query.dtype).unflatten(-1, (heads, -1)), norms
+        return self._split_heads(project_keys(from_image, from_features, self.key_weights()))
+
+    def projected_queries(self, query):
+        """Projected queries (B, H', W', heads, d) from those of `guided`, through the 3x3 convolution."""
+        return self._split_heads(project_queries(query, *self.query_projection()))
+
+    def _split_heads(self, x):
+        return x.unflatten(-1, (self.cross_decode.cross_attn.attention.num_heads, -1))
 
     def _check(self, image, features, output_size, q_chunk_size):
         weight = self.image_encoder[0].weight
@@ -344,7 +379,8 @@ def _wide_block(block, x):
         return torch.func.functional_call(block, wide, (x,))
 
 
-def _cell_colours(features):
+def cell_colours(features):
+    """Colours (B, 3, h, w) of the low-res cells, by their place: red is the row, green the column."""
     batch, _, h, w = features.shape
     rows = torch.linspace(0, 1, h, device=features.device).view(1, 1, h, 1).expand(batch, 1, h, w)
     cols = torch.linspace(0, 1, w, device=features.device).view(1, 1, 1, w).expand(batch, 1, h, w)

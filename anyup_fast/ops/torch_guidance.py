@@ -4,6 +4,8 @@ Twelve normalisations couple the pixels of an image, two for each block of the i
 in that order. Once they are known as `norms` (12, 2, D), a scale and a shift each, every pixel is computed for itself.
 """
 
+from bisect import bisect_left, bisect_right
+
 import torch
 import torch.nn.functional as F
 
@@ -79,7 +81,8 @@ def statistics(read, weights, size, key_size, *, num_groups=8):
             both[1].add(guide.keys(x, norms, halves).flatten(0, 1))
         measured(QUERY.start + halves, both[0])
         measured(KEY.start + halves, both[1])
-    pooled = Pool(size, key_size, guide.width, like=norms)
+    axes = (Bins(n, m, slice(None)) for n, m in zip(size, key_size, strict=True))
+    pooled = Pool(*axes, guide.width, like=norms)
     for rgb, rows, cols in blocks():
         pooled.add(guide.keys(guide.guide(rgb, rows, cols, norms), norms), rows, cols)
     return norms, pooled.mean()
@@ -168,36 +171,59 @@ class Colours:
         return group_affine(conv @ mean, variance, weight, bias, num_groups)
 
 
-class Pool:
-    """`adaptive_avg_pool2d` of an image that comes in pieces: rectangles (rows, cols, D)."""
+class Bins:
+    """Ranges of one axis that `adaptive_avg_pool2d` averages to `pooled` places; of these, those in the slice `part`.
 
-    def __init__(self, size, pooled_size, channels, like):
-        self.bins = [bins(n, m) for n, m in zip(size, pooled_size, strict=True)]
-        self.sums = like.new_zeros(*pooled_size, channels)
+    Attributes:
+        starts, ends: lists of the half-open ranges.
+        needed: slice of the axis that they cover.
+    """
+
+    def __init__(self, length, pooled, part):
+        places = range(pooled)[part]
+        self.starts = [i * length // pooled for i in places]
+        self.ends = [-(-(i + 1) * length // pooled) for i in places]
+        self.needed = slice(self.starts[0], self.ends[-1])
+
+    def __len__(self):
+        return len(self.starts)
+
+    def inside(self, part):
+        """Indices of the ranges that meet a slice of the axis, as a range, and where they start and end in it."""
+        met = range(bisect_right(self.ends, part.start), bisect_left(self.starts, part.stop))
+        return met, [
+            (max(self.starts[i], part.start) - part.start, min(self.ends[i], part.stop) - part.start) for i in met
+        ]
+
+
+class Pool:
+    """`adaptive_avg_pool2d` of an image that comes in rectangles, or of a part of the result.
+
+    Args:
+        rows, cols: Bins of both axes.
+        channels: D. like: a tensor on the device and of the dtype to sum in.
+    """
+
+    def __init__(self, rows, cols, channels, like):
+        self.rows, self.cols = rows, cols
+        self.sums = like.new_zeros(len(rows), len(cols), channels)
 
     def add(self, x, rows, cols):
-        """Take in the pixels `x` of the slices `rows`, `cols` of the image."""
-        inside = [
-            [(i, max(a, part.start) - part.start, min(b, part.stop) - part.start) for i, (a, b) in enumerate(axis)
-             if a < part.stop and b > part.start]
-            for axis, part in zip(self.bins, (rows, cols), strict=True)
-        ]  # fmt: skip
-        for i, top, bottom in inside[0]:
-            column = x[top:bottom].sum(0)
-            for j, left, right in inside[1]:
-                self.sums[i, j] += column[left:right].sum(0)
+        """Take in the pixels `x` (rows, cols, D) of two slices of the image."""
+        met, places = self.cols.inside(cols)
+        left, right = torch.tensor(places, device=x.device).unbind(1)
+        for i, (top, bottom) in zip(*self.rows.inside(rows), strict=True):
+            line = F.pad(x[top:bottom].sum(0, dtype=torch.float64).cumsum(0), (0, 0, 1, 0))
+            self.sums[i, met.start : met.stop] += (line[right] - line[left]).to(self.sums.dtype)
 
     def mean(self):
-        """(h, w, D)."""
-        rows, cols = (
-            torch.tensor([b - a for a, b in axis], dtype=self.sums.dtype, device=self.sums.device) for axis in self.bins
+        """(rows, cols, D)."""
+        counts = (
+            torch.tensor([b - a for a, b in zip(axis.starts, axis.ends, strict=True)], device=self.sums.device)
+            for axis in (self.rows, self.cols)
         )
+        rows, cols = counts
         return self.sums / (rows[:, None] * cols)[..., None]
-
-
-def bins(length, pooled):
-    """Half-open ranges of an axis that `adaptive_avg_pool2d` averages: `pooled` pairs."""
-    return [(i * length // pooled, -(-(i + 1) * length // pooled)) for i in range(pooled)]
 
 
 class _Stored:

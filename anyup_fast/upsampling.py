@@ -1,0 +1,418 @@
+"""One image and its features, prepared once and asked for as much as is needed: regions, points, heads, streams.
+
+Distant pixels know of each other only through the statistics of the normalisations and the keys (docs/design.md). With
+these at hand every output pixel follows from its own image pixels and a neighbourhood of one output pixel, so that what
+is computed in parts equals the whole.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from .model import cell_colours, checked_output_size
+from .ops import torch_guidance, windowed_attention
+from .ops.guidance import RMS_EPS
+from .ops.torch_forward import PIXELS, cast, pieces
+from .ops.torch_guidance import Bins, Pool
+
+BAND = 1 << 16  # output pixels of a piece of work
+GATHERED = 1 << 24  # numbers gathered at once for points
+
+
+class Prepared:
+    """What `prepare` returns. Statistics and keys are computed when the first answer is asked for, and kept.
+
+    Attributes:
+        output_size: (H, W) of the image, the default of every answer.
+        channels: of the answers.
+    """
+
+    def __init__(self, model, image, features, read=None):
+        """Use `AnyUp.prepare`. With `read`, (first, last) -> rows (n, W, channels), `image` is its shape only."""
+        self.model, self._features = model, features
+        self._image, self._read = (image, None) if read is None else (None, read)
+        self._image_shape = tuple(image.shape if read is None else image)
+        self._shared = {}
+        self._value = features.permute(0, 2, 3, 1)
+        self._argmax = False
+
+    @property
+    def output_size(self):
+        """(H, W) of the image."""
+        return self._image_shape[2:]
+
+    @property
+    def channels(self):
+        """Channels of the answers: those of the features, or the rows of the head."""
+        return self._value.shape[-1]
+
+    @torch.no_grad()
+    def full(self, output_size=None):
+        """Everything: what `AnyUp.forward` gives, through the head if there is one.
+
+        Args:
+            output_size: (H', W'); None means (H, W).
+
+        Returns:
+            (B, C, H', W') in the dtype of the features; with `argmax` labels (B, H', W'), int64.
+        """
+        size = checked_output_size(output_size, self.output_size)
+        whole = (0, 0, *size)
+        if self._image is None or "norms" in self._shared:
+            return self._region(whole, size)
+        query, key, norms = self.model.guided(self._image, self._features, size)
+        self._shared.update(key=key, norms=norms)
+        return self._attend(self.model.projected_queries(query), whole, size)
+
+    @torch.no_grad()
+    def region(self, top, left, height, width, output_size=None):
+        """A rectangle of `full(output_size)`, at the cost of its own pixels.
+
+        Args:
+            top, left: its first row and column in the output.
+            height, width: how many rows and columns.
+            output_size: (H', W') of the whole output; None means (H, W).
+
+        Returns:
+            (B, C, height, width), or labels (B, height, width).
+
+        Raises:
+            ValueError: an empty rectangle, or one that leaves the output.
+        """
+        size = checked_output_size(output_size, self.output_size)
+        return self._region(_checked_box((top, left, height, width), size), size)
+
+    @torch.no_grad()
+    def at(self, points, output_size=None, align="pixel"):
+        """Features of single output pixels.
+
+        Args:
+            points: (B, N, 2) or (N, 2) for all images, rows first. "pixel": whole numbers in [0, H') x [0, W').
+                "normalized": floats in [0, 1], 0 the outer edge of the first pixel and 1 that of the last; the pixel
+                that a point lies in answers.
+            output_size: (H', W'); None means (H, W).
+            align: "pixel" or "normalized".
+
+        Returns:
+            (B, N, C), or labels (B, N).
+
+        Raises:
+            ValueError: points outside, of another kind or shape.
+        """
+        size = checked_output_size(output_size, self.output_size)
+        points = _checked_points(points, len(self._features), size, align)
+        self._prepare()
+        query = self._queries_at(points, size)
+        row_bounds, col_bounds = self._bounds(size)
+        key, answers = self._shared["key"], []
+        for b, value in enumerate(self._value):
+            windows = row_bounds[points[b, :, 0]], col_bounds[points[b, :, 1]]
+            keys = windows[0].diff(dim=1).max() * windows[1].diff(dim=1).max()
+            step = max(1, GATHERED // (int(keys) * max(key[0, 0, 0].numel(), self.channels)))
+            parts = zip(query[b].split(step), *(bounds.split(step) for bounds in windows), strict=True)
+            answers.append(torch.cat([_weighted(*_weights_at(q, key[b], r, c), value) for q, r, c in parts]))
+        answers = torch.stack(answers)
+        return answers.argmax(-1) if self._argmax else answers
+
+    @torch.no_grad()
+    def attention(self, row, col, output_size=None):
+        """Where one output pixel looks: the mean over the heads of its weights over the low-res grid.
+
+        Args:
+            row, col: the output pixel.
+            output_size: (H', W'); None means (H, W).
+
+        Returns:
+            (B, h, w), float32, zero outside the window, the sum of each map is 1.
+        """
+        size = checked_output_size(output_size, self.output_size)
+        points = _checked_points(torch.tensor([[row, col]]), len(self._features), size, "pixel")
+        self._prepare()
+        query = self._queries_at(points, size)
+        row_bounds, col_bounds = self._bounds(size)
+        key = self._shared["key"]
+        maps = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+        for b in range(len(maps)):
+            weights, rows, cols = _weights_at(query[b], key[b], row_bounds[[row]], col_bounds[[col]])
+            maps[b][rows[0, :, None], cols[0]] = weights[0].view(rows.shape[1], -1).float()
+        return maps
+
+    def attention_map(self, output_size=None):
+        """Where every output pixel looks, as the RGB picture of `AnyUp.forward(vis_attn=True)`: (B, 3, H', W')."""
+        colours = cell_colours(self._features).to(self._features.dtype)
+        return self._with_value(colours.permute(0, 2, 3, 1)).full(output_size)
+
+    @torch.no_grad()
+    def head(self, linear, *, argmax=False):
+        """The same answers for `weight @ features + bias`, at the cost of the rows of the weight in place of C.
+
+        Exact: the weights of every pixel sum to 1, so the head can be applied to the low-res features.
+
+        Args:
+            linear: an nn.Linear, a 1x1 nn.Conv2d, a pair (weight (K, C), bias (K,) or None), or a weight (K, C):
+                principal components, text embeddings, class prototypes.
+            argmax: answer with the index of the greatest of the K numbers, which are never held at full resolution.
+
+        Returns:
+            Prepared, sharing statistics and keys with this one.
+
+        Raises:
+            ValueError: a head that is not linear in the channels or does not fit them.
+        """
+        weight, bias = _linear(linear, self.channels)
+        value = self._value
+        wide = torch.promote_types(value.dtype, torch.float32)
+        with torch.autocast(value.device.type, enabled=False):
+            weight, bias = (None if t is None else t.detach().to(value.device, wide) for t in (weight, bias))
+            headed = self._with_value(F.linear(value.to(wide), weight, bias).to(value.dtype))
+        headed._argmax = argmax
+        return headed
+
+    def stream(self, tile=256, output_size=None):
+        """The whole output, tile by tile, in memory for one tile.
+
+        Args:
+            tile: side of the tiles in pixels, or (height, width).
+            output_size: (H', W'); None means (H, W).
+
+        Yields:
+            ((top, left, height, width), (B, C, height, width) or labels), row by row.
+        """
+        size = checked_output_size(output_size, self.output_size)
+        high, wide = checked_output_size(tile if isinstance(tile, (tuple, list)) else (tile, tile), None)
+        for top in range(0, size[0], high):
+            for left in range(0, size[1], wide):
+                box = top, left, min(high, size[0] - top), min(wide, size[1] - left)
+                yield box, self.region(*box, size)
+
+    def _with_value(self, value):
+        other = copy.copy(self)
+        other._value, other._argmax = value, False
+        return other
+
+    def _prepare(self):
+        """Statistics of the normalisations and keys, once for everything that shares them."""
+        if "norms" in self._shared:
+            return
+        if self._image is not None:
+            _, key, norms = self.model.guided(self._image, self._features, (0, 0))
+        else:
+            norms, from_image = torch_guidance.statistics(
+                self._read, self._guide().weights, self.output_size, self._features.shape[-2:]
+            )
+            key, norms = self.model.projected_keys(from_image[None], self._features), norms[None]
+        self._shared.update(key=key, norms=norms)
+
+    def _guide(self):
+        """The guidance network, pixel by pixel."""
+        if "guide" not in self._shared:
+            weights = self.model.guidance_weights()
+            compute = torch.promote_types(weights.image_conv.dtype, torch.float32)
+            self._shared["guide"] = torch_guidance.Guide(cast(weights, compute), self.output_size)
+        return self._shared["guide"]
+
+    def _pixels(self, b, rows, cols):
+        """Pixels (rows, cols, channels) of two slices of an image."""
+        if self._image is None:
+            return self._read(rows.start, rows.stop)[:, cols]
+        return self._image[b, :, rows, cols].permute(1, 2, 0).to(self._guide().weights.image_conv.dtype)
+
+    def _region(self, box, size):
+        self._prepare()
+        top, left, height, width = box
+        shape = len(self._features), height, width
+        if self._argmax:
+            out = torch.empty(shape, dtype=torch.int64, device=self._value.device)
+        else:
+            out = self._value.new_empty(*shape, self.channels).permute(0, 3, 1, 2)
+        for rows, cols in pieces(height, width, BAND):
+            part = top + rows.start, left + cols.start, rows.stop - rows.start, cols.stop - cols.start
+            out[..., rows, cols] = self._piece(part, size)
+        return out
+
+    def _piece(self, box, size):
+        top, left, height, width = box
+        rows = slice(max(top - 1, 0), min(top + height + 1, size[0]))
+        cols = slice(max(left - 1, 0), min(left + width + 1, size[1]))
+        query = self.model.projected_queries(self._queries(rows, cols, size))
+        query = query[:, top - rows.start :, left - cols.start :][:, :height, :width]
+        return self._attend(query.to(self._shared["key"].dtype), box, size)
+
+    def _queries(self, rows, cols, size):
+        """Queries (B, rows, cols, D) of two slices of an output of `size`, before their convolution."""
+        guide = self._guide()
+        axes = [Bins(n, m, part) for n, m, part in zip(self.output_size, size, (rows, cols), strict=True)]
+        row_pixels, col_pixels = (axis.needed for axis in axes)
+        queries = []
+        for b, norms in enumerate(self._shared["norms"]):
+            pool = Pool(*axes, guide.width, like=norms)
+            whole = size == self.output_size
+            out = norms.new_empty(len(axes[0]), len(axes[1]), guide.width) if whole else None
+            for r, c in pieces(row_pixels.stop - row_pixels.start, col_pixels.stop - col_pixels.start, PIXELS):
+                there = slice(row_pixels.start + r.start, row_pixels.start + r.stop)
+                across = slice(col_pixels.start + c.start, col_pixels.start + c.stop)
+                x = guide.queries(guide.guide(self._pixels(b, there, across), there, across, norms), norms)
+                if whole:
+                    out[r, c] = x
+                else:
+                    pool.add(x, there, across)
+            queries.append(out if whole else pool.mean())
+        return torch.stack(queries)
+
+    def _queries_at(self, points, size):
+        """Projected queries (B, N, heads, d) of output pixels (B, N, 2)."""
+        if points.shape[1] * _patch(self.output_size, size) > 2 * self.output_size[0] * self.output_size[1]:
+            query = self.model.projected_queries(self._queries(slice(0, size[0]), slice(0, size[1]), size))
+            return torch.stack([q[p[:, 0], p[:, 1]] for q, p in zip(query, points, strict=True)])
+        guide = self._guide()
+        conv, norm, weight, bias = cast(self.model.query_projection(), guide.weights.image_conv.dtype)
+        taps = conv.permute(2, 3, 1, 0).flatten(0, 2)
+        queries = []
+        for b, norms in enumerate(self._shared["norms"]):
+            found = []
+            for some in points[b].split(max(1, PIXELS // _patch(self.output_size, size))):
+                (rows, row_share), (cols, col_share) = (
+                    _neighbours(some[:, axis].tolist(), self.output_size[axis], size[axis], norms) for axis in (0, 1)
+                )
+                rgb = self._gathered(b, rows, cols)
+                x = guide.queries(guide.guide(rgb, rows[:, :, None], cols[:, None], norms), norms)
+                x = torch.einsum("nip,npqd,njq->nijd", row_share, x, col_share).flatten(1) @ taps
+                x = x * (x.square().mean(1, keepdim=True) + RMS_EPS).rsqrt() * norm
+                found.append(F.linear(x, weight, bias))
+            queries.append(torch.cat(found))
+        key = self._shared["key"]
+        return torch.stack(queries).unflatten(-1, key.shape[-2:]).to(key.dtype)
+
+    def _gathered(self, b, rows, cols):
+        """Pixels (N, p, q, channels) at the rows (N, p) and columns (N, q)."""
+        if self._image is not None:
+            rgb = self._image[b].permute(1, 2, 0)[rows[:, :, None], cols[:, None]]
+            return rgb.to(self._guide().weights.image_conv.dtype)
+        return torch.stack(
+            [self._read(int(r[0]), int(r[-1]) + 1)[r - r[0]][:, c] for r, c in zip(rows, cols, strict=True)]
+        )
+
+    def _bounds(self, size):
+        return self.model.cross_decode.bounds(size, self._features.shape[-2:])
+
+    def _attend(self, query, box, size):
+        """Answers for projected queries (B, height, width, heads, d) of a box of the output."""
+        top, left, height, width = box
+        row_bounds, col_bounds = self._bounds(size)
+        row_bounds, col_bounds = row_bounds[top : top + height], col_bounds[left : left + width]
+        key, value = self._shared["key"], self._value
+        if not self._argmax:
+            return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)
+        labels = torch.empty(query.shape[:3], dtype=torch.int64, device=query.device)
+        for rows, cols in pieces(height, width, BAND):
+            logits = windowed_attention(query[:, rows, cols], key, value, row_bounds[rows], col_bounds[cols])
+            labels[:, rows, cols] = logits.argmax(-1)
+        return labels
+
+
+def _patch(image_size, output_size):
+    """Most image pixels that an output pixel and its neighbours are pooled from."""
+    rows, cols = (-(-3 * n // m) + 1 if n != m else 3 for n, m in zip(image_size, output_size, strict=True))
+    return rows * cols
+
+
+def _neighbours(places, length, pooled, like):
+    """The pixels of an axis under output places and their neighbours on either side.
+
+    Returns:
+        indices (N, p), int64, and the share of each pixel in each of the three (N, 3, p), none outside the output.
+    """
+    ranges = [
+        [(i * length // pooled, -(-(i + 1) * length // pooled)) for i in (place - 1, place, place + 1)]
+        for place in places
+    ]
+    firsts = [max(three[0][0], 0) for three in ranges]
+    most = max(min(three[2][1], length) - first for three, first in zip(ranges, firsts, strict=True))
+    indices = (torch.tensor(firsts)[:, None] + torch.arange(most)).clamp(max=length - 1)
+    starts, ends = torch.tensor(ranges).unbind(-1)
+    positions = torch.tensor(firsts)[:, None, None] + torch.arange(most)
+    inside = (positions >= starts[..., None]) & (positions < ends[..., None])
+    outside = torch.tensor([[not 0 <= i < pooled for i in (p - 1, p, p + 1)] for p in places])
+    share = (inside & ~outside[..., None]).to(like) / (ends - starts)[..., None].to(like)
+    return indices.to(like.device), share
+
+
+def _weights_at(query, key, rows, cols):
+    """Weights of queries (n, heads, d) over their windows (n, 2): (n, K), and the rows (n, p) and columns (n, q)."""
+    (row_at, row_seen), (col_at, col_seen) = (_window(bounds, query.device) for bounds in (rows, cols))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    near = key[row_at[:, :, None], col_at[:, None]].flatten(1, 2).to(wide)
+    seen = (row_seen[:, :, None] & col_seen[:, None]).flatten(1)
+    logits = torch.einsum("nhd,nkhd->nhk", query.to(wide), near) * query.shape[-1] ** -0.5
+    return logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1), row_at, col_at
+
+
+def _window(bounds, device):
+    """Indices (n, p) of windows (n, 2), p the longest of them, and which belong to the window."""
+    bounds = bounds.to(device, torch.int64)
+    at = bounds[:, :1] + torch.arange(int(bounds.diff(dim=1).max()), device=device)
+    return at.minimum(bounds[:, 1:] - 1), at < bounds[:, 1:]
+
+
+def _weighted(weights, rows, cols, value):
+    """Weighted sums (n, C) of `value` (h, w, C)."""
+    near = value[rows[:, :, None], cols[:, None]].flatten(1, 2).to(weights.dtype)
+    return torch.einsum("nk,nkc->nc", weights, near).to(value.dtype)
+
+
+def _linear(linear, channels):
+    """(weight (K, C), bias (K,) or None) of what `Prepared.head` takes."""
+    if isinstance(linear, torch.nn.Linear):
+        weight, bias = linear.weight, linear.bias
+    elif isinstance(linear, torch.nn.Conv2d):
+        if linear.kernel_size != (1, 1) or linear.groups != 1 or linear.stride != (1, 1) or linear.padding != (0, 0):
+            raise ValueError(f"linear: a convolution has to be 1x1, ungrouped, without stride or padding, got {linear}")
+        weight, bias = linear.weight.flatten(1), linear.bias
+    elif isinstance(linear, torch.Tensor):
+        weight, bias = linear, None
+    elif isinstance(linear, (tuple, list)) and len(linear) == 2:
+        weight, bias = linear
+    else:
+        kind = type(linear).__name__
+        raise ValueError(f"linear: need nn.Linear, a 1x1 nn.Conv2d, a weight (K, C) or (weight, bias), got {kind}")
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != channels or len(weight) < 1:
+        got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise ValueError(f"linear: the weight has to be (K, {channels}) for these features, got {got}")
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise ValueError(f"linear: the bias has to be ({len(weight)},), got {tuple(bias.shape)}")
+    return weight, bias
+
+
+def _checked_box(box, size):
+    if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in box):
+        raise ValueError(f"top, left, height, width: need whole numbers, got {box}")
+    top, left, height, width = map(int, box)
+    if height < 1 or width < 1 or top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"top, left, height, width: {box} is empty or leaves the output of {size[0]}x{size[1]} pixels")
+    return top, left, height, width
+
+
+def _checked_points(points, batch, size, align):
+    if align not in ("pixel", "normalized"):
+        raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
+    points = torch.as_tensor(points)
+    if points.ndim == 2:
+        points = points.expand(batch, *points.shape)
+    if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2 or points.shape[1] < 1:
+        raise ValueError(f"points: need ({batch}, N, 2) or (N, 2), rows first, got {tuple(points.shape)}")
+    points, limits = points.cpu(), torch.tensor(size)
+    if align == "pixel":
+        if points.is_floating_point() or points.dtype == torch.bool:
+            raise ValueError(f"points: pixels are whole numbers, got {points.dtype}; for [0, 1] say align='normalized'")
+        outside = (points < 0) | (points >= limits)
+    else:
+        if not points.is_floating_point():
+            raise ValueError(f"points: normalized points are floats in [0, 1], got {points.dtype}")
+        outside = ~((points >= 0) & (points <= 1))
+    if outside.any():
+        b, n = outside.any(-1).nonzero()[0].tolist()
+        raise ValueError(f"points: {points[b, n].tolist()} (number {n} of image {b}) lies outside {tuple(size)}")
+    if align == "normalized":
+        points = (points.double() * limits).long().minimum(limits - 1)
+    return points.long()
