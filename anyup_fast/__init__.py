@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "load_image": "api",
+    "prepare": "api",
     "extract_dinov2_features": "api",
     "extract_features": "api",
     "upsample_features_with_anyup": "api",

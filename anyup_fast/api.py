@@ -12,6 +12,7 @@ __all__ = [
     "extract_dinov2_features",
     "extract_features",
     "load_image",
+    "prepare",
     "upsample_features_with_anyup",
     "visualize_feature_comparison",
 ]
@@ -93,6 +94,43 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
         ValueError: shapes, dtypes, sizes that do not fit, non-finite values, image and features on different devices
             with no `device` given, unknown weights. FileNotFoundError, RuntimeError: weights that can't be loaded.
     """
+    image, features, model, single = _upsampler(image, features, weights, device)
+    dtype = features.dtype
+    if dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
+        features = features.to(next(model.parameters()).dtype)
+    upsampled = model(image, features, output_size).to(dtype)
+    return upsampled[0] if single else upsampled
+
+
+@torch.no_grad()
+def prepare(image, features, weights="embedded", *, device=None):
+    """Prepare an image and its features to be asked for regions, points, heads, label maps or tiles.
+
+    Args:
+        image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; or a picture that need not fit in memory,
+            anything (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
+            [0, 1], normalised as it is read.
+        features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s).
+        weights, device: see `upsample_features_with_anyup`.
+
+    Returns:
+        `anyup_fast.upsampling.Prepared`; answers always carry the batch dimension.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: as `upsample_features_with_anyup`.
+    """
+    if isinstance(image, torch.Tensor):
+        image, features, model, _ = _upsampler(image, features, weights, device)
+    else:
+        features, _ = _batched("features", features)
+        device = checked_device(device, features)
+        features = _finite("features", features.to(device))
+        model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
+    return model.prepare(image, features)
+
+
+def _upsampler(image, features, weights, device):
+    """(image, features, model, whether neither is a batch), checked and on one device."""
     image, single_image = _batched("image", image, channels=3)
     features, single_features = _batched("features", features)
     if device is None and image.device != features.device:
@@ -106,11 +144,7 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
     device = checked_device(device, features)
     image, features = _finite("image", image.to(device)), _finite("features", features.to(device))
     model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
-    dtype = features.dtype
-    if dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
-        features = features.to(next(model.parameters()).dtype)
-    upsampled = model(image, features, output_size).to(dtype)
-    return upsampled[0] if single_image and single_features else upsampled
+    return image, features, model, single_image and single_features
 
 
 def checked_device(device, tensor=None):

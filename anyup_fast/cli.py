@@ -281,6 +281,8 @@ def _train(arguments):
         "native_share",
         "native_weight",
         "spread_weight",
+        "consistency_weight",
+        "consistency_share",
         "max_cells",
         "init",
         "seed",

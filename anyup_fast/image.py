@@ -122,6 +122,40 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
     return normalize(picture).contiguous()
 
 
+def rows_of(picture, like):
+    """Read a picture by rows, without holding it.
+
+    Args:
+        picture: (H, W, 3), with a shape and a dtype, giving rows as an array when sliced: a numpy memmap, a zarr
+            array, ...; uint8, uint16 or floats in [0, 1].
+        like: tensor of the dtype (at least float32) and on the device wanted.
+
+    Returns:
+        ((1, 3, H, W), read), where read(first, last) gives ImageNet-normalised rows (last - first, W, 3).
+
+    Raises:
+        ValueError: another shape or dtype; while reading, values that are not finite.
+    """
+    shape, dtype = getattr(picture, "shape", None), getattr(picture, "dtype", None)
+    if shape is None or dtype is None or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(f"image: need (H, W, 3) with a shape and a dtype, got {type(picture).__name__} {shape}")
+    dtype = np.dtype(dtype)
+    if dtype not in (np.uint8, np.uint16) and dtype.kind != "f":
+        raise ValueError(f"image: need uint8, uint16 or floats in [0, 1], got {dtype}")
+    full = float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
+    wide = torch.promote_types(like.dtype, torch.float32)
+    mean, std = (torch.tensor(values, dtype=wide, device=like.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def read(first, last):
+        rows = np.asarray(picture[first:last])
+        rows = torch.from_numpy(rows.astype(np.float64 if wide == torch.float64 else np.float32)).to(like.device, wide)
+        if dtype.kind == "f" and not torch.isfinite(rows).all():
+            raise ValueError(f"image: rows {first} to {last} hold values that are not finite")
+        return (rows / full - mean) / std
+
+    return (1, 3, *shape[:2]), read
+
+
 def to_pil(image, normalized=True):
     """Turn an image tensor into a PIL picture, every value rounded to the nearest of 256 levels.
 

@@ -228,8 +228,10 @@ class AnyUp(nn.Module):
         """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
 
         Args:
-            image: (B, input_dim, H, W), ImageNet-normalised.
-            features: (B, C, h, w).
+            image: (B, input_dim, H, W), ImageNet-normalised; or a picture that need not fit in memory, anything
+                (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
+                [0, 1], normalised as it is read.
+            features: (B, C, h, w), B = 1 for a picture that is read.
 
         Returns:
             anyup_fast.upsampling.Prepared. What depends on the whole image is computed with the first answer.
@@ -237,10 +239,21 @@ class AnyUp(nn.Module):
         Raises:
             ValueError: as `forward`; a configuration that only the plain layers cover (see `why_not_fused`).
         """
+        from .image import rows_of
         from .upsampling import Prepared
 
-        self._check(image, features, None, None)
-        return Prepared(self, image, features)
+        read = None
+        if not isinstance(image, torch.Tensor):
+            shape, read = rows_of(image, self.image_encoder[0].weight)
+            image = torch.empty(shape, device="meta")
+            if len(features) != 1:
+                raise ValueError(f"features: a picture that is read needs one feature map, got {len(features)}")
+        self._check(image if read is None else features.new_empty(1, self.input_dim, 1, 1), features, None, None)
+        with torch.no_grad():
+            reason = self.why_not_fused()
+        if reason:
+            raise ValueError(f"this model cannot be prepared: {reason}")
+        return Prepared(self, image, features, read)
 
     def why_not_fused(self, image=None, features=None):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
@@ -248,12 +261,12 @@ class AnyUp(nn.Module):
         Args:
             image, features: what it would be called with; None means tensors that need no gradient.
         """
-        given = [tensor for tensor in (image, features, *self.parameters()) if tensor is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-            return "gradients are recorded; call it under torch.no_grad() or torch.inference_mode()"
         size = self.image_encoder[0].kernel_size[0]
         if size != 1:
             return f"the first convolution on the image has kernel_size {size}, which couples pixels; it needs 1"
+        given = [tensor for tensor in (image, features, *self.parameters()) if tensor is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            return "gradients are recorded; call it under torch.no_grad() or torch.inference_mode()"
         return None
 
     def estimate_memory(self, image_shape, features_shape, output_size=None, dtype=torch.float32, device="cpu"):

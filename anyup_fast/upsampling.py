@@ -6,6 +6,8 @@ is computed in parts equals the whole.
 """
 
 import copy
+import hashlib
+import os
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,11 @@ from .ops import torch_guidance, windowed_attention
 from .ops.guidance import RMS_EPS
 from .ops.torch_forward import PIXELS, cast, pieces
 from .ops.torch_guidance import Bins, Pool
+from .stores import Store
 
 BAND = 1 << 16  # output pixels of a piece of work
 GATHERED = 1 << 24  # numbers gathered at once for points
+SMALL_BUFFERS = 96 << 20  # bytes of a tile's pieces in work, whatever its size
 
 
 class Prepared:
@@ -29,10 +33,10 @@ class Prepared:
     """
 
     def __init__(self, model, image, features, read=None):
-        """Use `AnyUp.prepare`. With `read`, (first, last) -> rows (n, W, channels), `image` is its shape only."""
+        """Use `AnyUp.prepare`. With `read` (first, last) -> rows (n, W, channels), `image` is but a shape."""
         self.model, self._features = model, features
         self._image, self._read = (image, None) if read is None else (None, read)
-        self._image_shape = tuple(image.shape if read is None else image)
+        self._image_shape = tuple(image.shape)
         self._shared = {}
         self._value = features.permute(0, 2, 3, 1)
         self._argmax = False
@@ -169,22 +173,95 @@ class Prepared:
         headed._argmax = argmax
         return headed
 
-    def stream(self, tile=256, output_size=None):
-        """The whole output, tile by tile, in memory for one tile.
+    def stream(self, tile=None, output_size=None, out=None, max_memory=None, resume=False):
+        """The whole output, tile by tile, in memory for one tile and its neighbourhood.
 
         Args:
-            tile: side of the tiles in pixels, or (height, width).
+            tile: side of the tiles in pixels, or (height, width); None means 256, or with `max_memory` the largest
+                power of two that stays within.
             output_size: (H', W'); None means (H, W).
+            out: None to iterate; a tensor, numpy array or memmap, or zarr array of the shape of `full` to fill; or the
+                path of an .npy file or a .zarr folder to make. While the latter is incomplete it is called
+                `NAME.partial` (`anyup_fast.stores.Store`). On disk bfloat16 becomes float32, and labels uint8 (int32
+                beyond 256 classes).
+            max_memory: bytes that a tile may take while it is computed.
+            resume: with a path: finish what an interrupted stream has left.
 
-        Yields:
-            ((top, left, height, width), (B, C, height, width) or labels), row by row.
+        Returns:
+            With `out`, what was filled (a path is returned as pathlib.Path). Else an iterator over
+            ((top, left, height, width), tile), row by row; a tile is (B, C, height, width), labels (B, height, width).
+
+        Raises:
+            ValueError: sizes that do not fit, `max_memory` below what the smallest tile takes, other settings than the
+                unfinished stream's. FileExistsError: the path, or an unfinished stream without `resume`.
         """
         size = checked_output_size(output_size, self.output_size)
-        high, wide = checked_output_size(tile if isinstance(tile, (tuple, list)) else (tile, tile), None)
-        for top in range(0, size[0], high):
-            for left in range(0, size[1], wide):
-                box = top, left, min(high, size[0] - top), min(wide, size[1] - left)
-                yield box, self.region(*box, size)
+        tile = self._tile(tile, max_memory)
+        boxes = [
+            (top, left, min(tile[0], size[0] - top), min(tile[1], size[1] - left))
+            for top in range(0, size[0], tile[0])
+            for left in range(0, size[1], tile[1])
+        ]
+        if out is None:
+            return ((box, self.region(*box, size)) for box in boxes)
+        shape = (len(self._features), *(() if self._argmax else (self.channels,)), *size)
+        if isinstance(out, (str, os.PathLike)):
+            store = Store(out, shape, self._stored_dtype(), tile, {"content": self._digest()}, resume)
+            for box in boxes:
+                if box not in store.done:
+                    store.write(box, self._stored(self.region(*box, size)))
+            return store.finish()
+        if tuple(out.shape) != shape:
+            raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
+        for top, left, height, width in boxes:
+            part = self.region(top, left, height, width, size)
+            part = part.to(out.device) if isinstance(out, torch.Tensor) else self._stored(part)
+            out[..., top : top + height, left : left + width] = part
+        return out
+
+    def _tile(self, tile, max_memory):
+        if tile is not None:
+            pair = tile if isinstance(tile, (tuple, list)) else (tile, tile)
+            if len(pair) != 2 or not all(hasattr(n, "__index__") and int(n) > 0 for n in pair):
+                raise ValueError(f"tile: need a positive number of pixels or (height, width), got {tile!r}")
+            pair = tuple(int(n) for n in pair)
+            if max_memory is not None and self._tile_memory(pair) > max_memory:
+                raise ValueError(f"max_memory: tiles of {pair} take {self._tile_memory(pair)} bytes, got {max_memory}")
+            return pair
+        if max_memory is None:
+            return 256, 256
+        sides = [side for side in (2048, 1024, 512, 256, 128, 64, 32) if self._tile_memory((side, side)) <= max_memory]
+        if not sides:
+            raise ValueError(f"max_memory: need at least {self._tile_memory((32, 32))} bytes, got {max_memory}")
+        return sides[0], sides[0]
+
+    def _tile_memory(self, tile):
+        """Bytes that a tile takes while it is computed, the tile included; without what `_prepare` keeps."""
+        pixels, batch = (tile[0] + 2) * (tile[1] + 2), len(self._features)
+        width = self.model.rope.freqs.shape[1]
+        wide = max(4, self._value.element_size())
+        piece = min(pixels, BAND) * wide
+        answers = piece * self.channels + (8 * pixels if self._argmax else pixels * self.channels * wide)
+        return SMALL_BUFFERS + batch * (2 * piece * width + answers)
+
+    def _stored_dtype(self):
+        if self._argmax:
+            return "uint8" if self.channels <= 256 else "int32"
+        return "float32" if self._value.dtype == torch.bfloat16 else str(self._value.dtype).removeprefix("torch.")
+
+    def _stored(self, part):
+        part = part.float() if part.dtype == torch.bfloat16 else part
+        return part.cpu().numpy().astype(self._stored_dtype(), copy=False)
+
+    def _digest(self):
+        """What a stream depends on besides its sizes, as a hexadecimal number; of an image that is read, the shape."""
+        tensors = [*self.model.state_dict().values(), self._features, self._value]
+        if self._image is not None:
+            tensors.append(self._image)
+        digest = hashlib.sha256(repr((self._image_shape, self.model.window_ratio, self._argmax)).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def _with_value(self, value):
         other = copy.copy(self)

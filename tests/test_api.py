@@ -15,6 +15,7 @@ VERBS = {
     "extract_dinov2_features",
     "extract_features",
     "load_image",
+    "prepare",
     "upsample_features_with_anyup",
     "visualize_feature_comparison",
 }

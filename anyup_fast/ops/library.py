@@ -53,6 +53,11 @@ def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
+def _precision():
+    """Of float32 products in Triton: None for the kernels' own choice, unless PyTorch is told to be faster."""
+    return None if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.head_mode, _ = inputs
     ctx.save_for_backward(*tensors)
@@ -80,10 +85,10 @@ def guidance(
     """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
     sizes = (output_height, output_width), (key_height, key_width)
     if backend == "triton":
-        from ..kernels.guidance import guidance_fwd as run
-    else:
-        run = torch_guidance.guidance
-    return run(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
+        from ..kernels.guidance import guidance_fwd
+
+        return guidance_fwd(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype, precision=_precision())
+    return torch_guidance.guidance(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
 
 
 @guidance.register_fake
@@ -103,10 +108,10 @@ def project_queries(
 ) -> Tensor:
     """`anyup_fast.ops.project_queries` on a named back end, arguments unchecked."""
     if backend == "triton":
-        from ..kernels.query_projection import project_queries_fwd as run
-    else:
-        run = torch_forward.project_queries
-    return run(query, conv, norm, weight, bias, eps=eps)
+        from ..kernels.query_projection import project_queries_fwd
+
+        return project_queries_fwd(query, conv, norm, weight, bias, eps=eps, precision=_precision())
+    return torch_forward.project_queries(query, conv, norm, weight, bias, eps=eps)
 
 
 @project_queries.register_fake

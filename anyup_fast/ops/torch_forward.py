@@ -152,10 +152,10 @@ class Moments:
     def add(self, x, scratch=None):
         """Take in the pixels `x` (P, D); `scratch`, if given, is written to."""
         total = x.sum(0)
-        torch.sub(x, total / len(x), out=scratch)
+        deviation = torch.sub(x, total / len(x), out=scratch)
         self.counts.append(len(x))
         self.sums.append(total)
-        self.spreads.append(scratch.square_().sum(0))
+        self.spreads.append(deviation.square_().sum(0))
 
     def affine(self, weight, bias, num_groups):
         """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""

@@ -1,0 +1,90 @@
+"""Arrays on disk that are filled tile by tile: recognisable while they are incomplete, and resumable."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+SUFFIXES = (".npy", ".zarr")
+
+
+class Store:
+    """An array on disk (.npy or .zarr) that carries its name only when every tile is in it.
+
+    Until then it lies beside as `NAME.partial`, with the tiles that are done listed in `NAME.partial.jsonl`: first line
+    the settings, then a line for each tile, written after the tile itself.
+
+    Args:
+        path: the file (.npy) or folder (.zarr) to make.
+        shape: of the array, rows and columns last. dtype: numpy's. tile: (height, width) of the tiles.
+        settings: what the content depends on, as JSON; a store is only resumed with equal ones.
+        resume: go on with an unfinished store; start where there is none.
+
+    Raises:
+        FileExistsError: `path` exists, or an unfinished store does and `resume` is not given.
+        ValueError: another suffix, or an unfinished store of other settings.
+        ModuleNotFoundError: .zarr without the package zarr.
+    """
+
+    def __init__(self, path, shape, dtype, tile, settings, resume=False):
+        self.path = Path(path)
+        if self.path.suffix not in SUFFIXES:
+            raise ValueError(f"out: a path must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.progress = self.path.with_name(self.path.name + ".partial.jsonl")
+        if self.path.exists():
+            raise FileExistsError(f"out: {self.path} exists; remove it or choose another name")
+        dtype = np.dtype(dtype)
+        settings = json.loads(json.dumps({**settings, "shape": shape, "dtype": dtype.name, "tile": tile}))
+        self.done = set()
+        unfinished = self.progress.exists()
+        if unfinished and not resume:
+            raise FileExistsError(f"out: {self.partial} is unfinished; finish it with resume=True, or remove it")
+        if unfinished:
+            first, *lines = self.progress.read_text(encoding="utf-8").splitlines(keepends=True)
+            if json.loads(first) != settings:
+                differing = sorted(k for k in settings if json.loads(first).get(k) != settings[k])
+                raise ValueError(f"resume: {self.partial} was begun with other settings: {', '.join(differing)}")
+            self.done = {tuple(json.loads(line)) for line in lines if line.endswith("\n")}
+            self._rewrite(settings)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.array = self._open(shape, dtype, tile, unfinished)
+        if not unfinished:
+            self._rewrite(settings)
+
+    def _rewrite(self, settings):
+        lines = [settings, *sorted(self.done)]
+        aside = self.progress.with_name(self.progress.name + ".new")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(aside, self.progress)
+
+    def _open(self, shape, dtype, tile, unfinished):
+        if self.path.suffix == ".npy":
+            mode = "r+" if unfinished else "w+"
+            return np.lib.format.open_memmap(self.partial, mode, None if unfinished else dtype, shape)
+        try:
+            import zarr
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("out: .zarr needs the package zarr: pip install 'anyup-fast[stream]'") from error
+        if unfinished:
+            return zarr.open_array(store=str(self.partial), mode="r+")
+        chunks = (*shape[:-2], *(min(n, m) for n, m in zip(tile, shape[-2:], strict=True)))
+        return zarr.create_array(store=str(self.partial), shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
+
+    def write(self, box, values):
+        """Put a tile (..., height, width) at the box (top, left, height, width), and note that it is there."""
+        top, left, height, width = box
+        self.array[..., top : top + height, left : left + width] = values
+        if isinstance(self.array, np.memmap):
+            self.array.flush()
+        with open(self.progress, "a", encoding="utf-8") as file:
+            file.write(json.dumps(box) + "\n")
+        self.done.add(tuple(box))
+
+    def finish(self):
+        """Give the store its name; returns its path."""
+        self.array = None
+        os.replace(self.partial, self.path)
+        self.progress.unlink()
+        return self.path
