@@ -1,0 +1,163 @@
+"""Feature unification: every channel against the same filters, a softmax, a mean, and no tensor of all responses.
+
+The responses of a pixel lie channel-major, `n = channel * M + filter`; the softmax compares `n = a * C + b` over
+a = 0..M-1 for each b, and the mean runs over b. A program owns one pixel and keeps its probabilities, summed over b, in
+registers. Two designs:
+
+grouped   C a multiple of M, small filters: the filter stays, `b mod M`, and the channels are `a * (C / M) + b div M`:
+          for each of the C / M groups one product of the filters with the taps of its M channels.
+gathered  any C: entry by entry, tap by tap.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .query_projection import DTYPES, dot_precision
+from .tiling import Device
+from .windowed_attention import LOG2E, _dot, _on
+
+MOST_FILTERS = 256
+# What the grouped design takes at once: taps, and taps times channels.
+MOST_TAPS, MOST_NUMBERS = 64, 8192
+
+
+@triton.jit
+def _pixel(height, width, SIZE: tl.constexpr):
+    """Image, row and column of this program's pixel, and rows [r0, r1) and columns [c0, c1) of its taps on the map."""
+    pid = tl.program_id(0)
+    i = pid // width % height
+    j = pid % width
+    HALF: tl.constexpr = SIZE // 2
+    r0, r1 = tl.maximum(i - HALF, 0), tl.minimum(i + HALF + 1, height)
+    c0, c1 = tl.maximum(j - HALF, 0), tl.minimum(j + HALF + 1, width)
+    return (pid // (height * width)).to(tl.int64), i, j, r0, r1, c0, c1
+
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr, basis_ptr, out_ptr, height, width, groups, log2e,
+    FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    image, i, j, r0, r1, c0, c1 = _pixel(height, width, SIZE)
+    scale = log2e / ((r1 - r0) * (c1 - c0)).to(tl.float32)
+    offs_t = tl.arange(0, BLOCK_T)
+    row = i + offs_t // SIZE - SIZE // 2
+    col = j + offs_t % SIZE - SIZE // 2
+    mask_t = (offs_t < SIZE * SIZE) & (row >= r0) & (row < r1) & (col >= c0) & (col < c1)
+    offs_a = tl.arange(0, BLOCK_M)
+    mask_a = offs_a < FILTERS
+    offs_x = ((image * height + row) * width + col) * groups * FILTERS
+    x_ptrs = x_ptr + offs_x[:, None] + offs_a[None, :]
+    mask_x = mask_t[:, None] & mask_a[None, :]
+    acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
+    for first in tl.range(0, FILTERS, BLOCK_F, num_stages=1):
+        offs_f = first + tl.arange(0, BLOCK_F)
+        mask_f = offs_f < FILTERS
+        basis_ptrs = basis_ptr + offs_f[:, None] * (SIZE * SIZE) + offs_t[None, :]
+        basis = tl.load(basis_ptrs, mask=mask_f[:, None] & (offs_t < SIZE * SIZE)[None, :], other=0.0)
+        for group in tl.range(0, groups, num_stages=STAGES):
+            x = tl.load(x_ptrs + group * FILTERS, mask=mask_x, other=0.0)
+            response = _dot(basis, x, None, PRECISION)
+            if FILTERS < BLOCK_M:
+                response = tl.where(mask_a[None, :], response, float("-inf"))
+            e = tl.exp2(response * scale - (tl.max(response, 1) * scale)[:, None])
+            acc += e * tl.where(mask_f, 1.0 / tl.sum(e, 1), 0.0)[:, None]
+    # The probabilities lie close to 1 / FILTERS: summed without it, they keep their digits.
+    often = (FILTERS - tl.arange(0, BLOCK_F) + BLOCK_F - 1) // BLOCK_F * groups
+    mean = tl.sum(acc - (often / FILTERS)[:, None], 0) / (groups * FILTERS) + 1.0 / FILTERS
+    tl.store(out_ptr + ((image * FILTERS + offs_a) * height + i) * width + j, mean, mask=mask_a)
+
+
+@triton.jit
+def _gathered_kernel(
+    x_ptr, basis_ptr, out_ptr, height, width, channels, log2e,
+    FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    image, i, j, r0, r1, c0, c1 = _pixel(height, width, SIZE)
+    scale = log2e / ((r1 - r0) * (c1 - c0)).to(tl.float32)
+    offs_a = tl.arange(0, BLOCK_M)
+    mask_a = offs_a < FILTERS
+    acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+    for first in tl.range(0, channels, BLOCK_B, num_stages=1):
+        offs_b = first + tl.arange(0, BLOCK_B)
+        mask_b = (offs_b < channels)[None, :]
+        mask = mask_a[:, None] & mask_b
+        entry = offs_a[:, None] * channels + offs_b[None, :]
+        channel = entry // FILTERS
+        filter = entry % FILTERS
+        response = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+        for row in tl.range(r0, r1, num_stages=1):
+            for col in tl.range(c0, c1, num_stages=1):
+                offs_x = ((image * height + row) * width + col) * channels
+                tap = (row - i + SIZE // 2) * SIZE + col - j + SIZE // 2
+                x = tl.load(x_ptr + offs_x + channel, mask=mask, other=0.0)
+                response += x * tl.load(basis_ptr + tap * FILTERS + filter, mask=mask, other=0.0)
+        x = tl.where(mask_a[:, None], response * scale, float("-inf"))
+        e = tl.exp2(x - tl.max(x, 0)[None, :])
+        acc += tl.where(mask_b, e / tl.sum(e, 0)[None, :], 0.0)
+    often = (channels - tl.arange(0, BLOCK_B) + BLOCK_B - 1) // BLOCK_B
+    mean = tl.sum(acc - (often / FILTERS)[None, :], 1) / channels + 1.0 / FILTERS
+    tl.store(out_ptr + ((image * FILTERS + offs_a) * height + i) * width + j, mean, mask=mask_a)
+
+
+def why_not_feature_unification(channels, filters, kernel_size, dtype):
+    """Why the kernels can't unify `channels` of `dtype` with so many filters of a size: one sentence, or None."""
+    if dtype not in DTYPES:
+        return f"needs float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}"
+    if filters > MOST_FILTERS:
+        return f"needs at most {MOST_FILTERS} filters, got {filters}"
+    if channels * filters >= 2**31:
+        return f"needs fewer than 2**31 responses a pixel, got {channels} channels and {filters} filters"
+    return None
+
+
+def plan(device, channels, filters, kernel_size, precision=None):
+    """Which kernel runs on a `tiling.Device`, a pure function: (whether it is the grouped one, keyword arguments)."""
+    precision = dot_precision(device, torch.float32, precision)
+    block = max(16, triton.next_power_of_2(filters))
+    taps = max(16, triton.next_power_of_2(kernel_size**2))
+    constants = dict(FILTERS=filters, SIZE=kernel_size, BLOCK_M=block)
+    if channels % filters or taps > MOST_TAPS or taps * block > MOST_NUMBERS:
+        columns = min(2048 // block, triton.next_power_of_2(channels))
+        constants.update(BLOCK_B=columns)
+        return False, dict(constants, num_warps=max(1, block * columns // 256), num_stages=1, enable_fp_fusion=True)
+    # Where registers allow it, twice the filters share the taps that are loaded and split.
+    roomy = device.kind != "cuda" or device.capability[0] == 9
+    rows = min(block, (16384 if roomy else 8192) // block)
+    constants.update(BLOCK_F=rows, BLOCK_T=taps, PRECISION=precision, STAGES=2)
+    return True, dict(constants, num_warps=8 if rows * block > 4096 else 4, num_stages=2, enable_fp_fusion=True)
+
+
+def feature_unification_fwd(features, basis, *, precision=None):
+    """Launch the kernels for checked arguments (see `anyup_fast.ops.feature_unification`).
+
+    Args:
+        features: (B, C, h, w), any strides; what `why_not_feature_unification` allows.
+        basis: (M, 1, k, k), k odd, any float dtype.
+        precision: of products on CUDA: "tf32x3" (None means this), "tf32" or "ieee".
+
+    Returns:
+        (B, M, h, w) float32. Beside it one float32 copy of the features is made. Nothing here waits for the device.
+
+    Raises:
+        ValueError: no such precision.
+    """
+    batch, channels, height, width = features.shape
+    filters, _, size, _ = basis.shape
+    grouped, constants = plan(Device.of(features.device), channels, filters, size, precision)
+    with _on(features.device):
+        out = torch.empty(batch, filters, height, width, dtype=torch.float32, device=features.device)
+        pixels = features.permute(0, 2, 3, 1)
+        flat = basis.float().flatten(1)
+        if grouped:
+            groups = channels // filters
+            packed = torch.empty(batch, height, width, groups, filters, dtype=torch.float32, device=features.device)
+            packed.copy_(pixels.unflatten(-1, (filters, groups)).transpose(-1, -2))
+            arguments = packed, flat.contiguous(), out, height, width, groups
+        else:
+            arguments = pixels.float().contiguous(), flat.T.contiguous(), out, height, width, channels
+        kernel = _grouped_kernel if grouped else _gathered_kernel
+        kernel[(batch * height * width,)](*arguments, LOG2E, **constants)
+    return out
