@@ -1,0 +1,244 @@
+"""The whole forward on the CPU: the fused path against the published formula.
+
+    python benchmarks/forward.py                      # 224/16/384, 448/32/384, 518/37/384; the last needs 14 GiB
+    python benchmarks/forward.py --rivals eager compiled chunks --shapes 224/16/384
+    python benchmarks/forward.py --stages             # where the time goes, and the matrix products alone
+
+Rivals are the published formula, built of the twins: in eager mode, under torch.compile, and in eager mode in chunks of
+8 query rows. All run in one process in turns, after one unmeasured turn each (in which the compiler works); ratios are
+of medians, with the 20th and 80th percentiles beside them. Peak memory comes from one process per contender that runs
+it once: the most resident memory during the call less that before it, output included; compiling is not measured so.
+The fused result is compared with the plain layers in float64 before anything is timed. GPUs are measured by gpu.py.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+from checkout import commit, use_checkout
+
+use_checkout()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from attention import SHAPES, percentiles, resident  # noqa: E402
+from roofline import stages  # noqa: E402
+
+import anyup_fast.model  # noqa: E402
+from anyup_fast import AnyUp  # noqa: E402
+from anyup_fast.ops import reference, window_bounds  # noqa: E402
+
+RIVALS = ("eager", "compiled", "chunks")
+CHUNK_ROWS = 8
+TOLERANCE = 5e-6
+
+
+def problem(shape, dtype=torch.float32):
+    """(model, image, features) for "image/grid/channels": the shipped weights on noise."""
+    image, grid, channels = map(int, shape.split("/"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = (torch.randn(1, n, s, s, generator=generator).to(dtype) for n, s in ((3, image), (channels, grid)))
+    return AnyUp.from_pretrained("embedded").to(dtype), *tensors
+
+
+def published(model, image, features, rows=None):
+    """The published formula as its users run it: channels first, torch's own GroupNorm, the whole attention at once, or
+    that of `rows` query rows at a time."""
+
+    def block(x, layers):
+        norm_in, _, conv_in, norm_out, _, conv_out = layers.block
+        y = conv_in(F.silu(F.group_norm(x, 8, norm_in.weight, norm_in.bias)))
+        return conv_out(F.silu(F.group_norm(y, 8, norm_out.weight, norm_out.bias))) + layers.shortcut(x)
+
+    def encode(x, encoder):
+        first, *blocks = encoder
+        x = first(x)
+        for layers in blocks:
+            x = block(x, layers)
+        return x
+
+    guide = model.rope(encode(image, model.image_encoder))
+    query = F.adaptive_avg_pool2d(encode(guide, model.query_encoder), image.shape[-2:])
+    unify, *feature_blocks = model.key_features_encoder
+    unified = reference.feature_unification(F.normalize(features, dim=1), unify.basis)
+    for layers in feature_blocks:
+        unified = block(unified, layers)
+    key = F.adaptive_avg_pool2d(encode(guide, model.key_encoder), features.shape[-2:])
+    key = encode(torch.cat((key, unified), 1), model.aggregation)
+    decode = model.cross_decode
+    q, k = decode.cross_attn.project(decode.conv2d(query).permute(0, 2, 3, 1), key.permute(0, 2, 3, 1))
+    value = features.permute(0, 2, 3, 1)
+    row_bounds, col_bounds = (
+        window_bounds(n, n_key, decode.window_ratio) for n, n_key in zip(q.shape[1:3], k.shape[1:3], strict=True)
+    )
+    rows = rows or q.shape[1]
+    bands = zip(q.split(rows, 1), row_bounds.split(rows), strict=True)
+    out = [reference.windowed_attention(band, k, value, bounds, col_bounds) for band, bounds in bands]
+    return torch.cat(out, 1).permute(0, 3, 1, 2)
+
+
+def contender(name):
+    """A callable (model, image, features) -> output."""
+    if name == "fused":
+        return AnyUp.__call__
+    if name == "compiled":
+        return torch.compile(published)
+    return partial(published, rows=CHUNK_ROWS if name == "chunks" else None)
+
+
+def error(shape):
+    """Norm of the difference between the fused result and the plain layers in float64, over the latter's norm."""
+    model, image, features = problem(shape)
+    out = model(image, features)
+    model, image, features = problem(shape, torch.float64)
+    guide = model.guidance(image)
+    exact = model.cross_decode(model.queries(guide, image.shape[-2:]), model.keys(guide, features), features)
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+def peak(shape, name):
+    """Peak of resident memory, in GiB, that one call in a fresh process adds to what was there before."""
+    command = [sys.executable, __file__, "--peak", name, "--shapes", shape, "--threads", str(torch.get_num_threads())]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"measuring the memory of {name} at {shape} failed: {result.stderr[-500:]}")
+    return float(result.stdout)
+
+
+def _print_peak(shape, name):
+    run = contender(name)
+    model, image, features = problem(shape)
+    run(model, image[..., :32, :32], features[..., :2, :2])
+    before = resident(reset=True)
+    out = run(model, image, features)
+    after = resident()
+    del out
+    print((after - before) / 2**30)
+
+
+def compare(shape, rivals, repeats, memory):
+    """One row: error, times of the fused path and its rivals in turns, the ratios to it, and the peaks."""
+    wrong = error(shape)
+    if not wrong <= TOLERANCE:
+        raise SystemExit(f"{shape}: error {wrong:.2e} exceeds {TOLERANCE:.0e}, nothing was timed")
+    arguments = problem(shape)
+    runs = {name: contender(name) for name in ("fused", *rivals)}
+    times = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(*arguments)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    row = dict(shape=shape, error=wrong, ratio={})
+    for name, measured in times.items():
+        low, middle, high = percentiles(measured)
+        row[name] = dict(seconds=middle, p20=low, p80=high)
+        row["ratio"][name] = middle / row["fused"]["seconds"]
+        if memory and name != "compiled":
+            row[name]["peak_gib"] = peak(shape, name)
+    return row
+
+
+def by_stage(shape, repeats):
+    """Median seconds of each stage of the fused path, and of its matrix products alone on this CPU.
+
+    The latter is the number of operations over the rate at which a product of 4096 rows with a 128 x 128 matrix runs
+    in the cache.
+    """
+    names = ("guidance", "unit_channels", "project_keys", "project_queries", "windowed_attention")
+    arguments, measured = problem(shape), {name: [] for name in (*names, "whole")}
+
+    def timed(name, run):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = run(*args, **kwargs)
+            measured[name].append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    plain = {name: getattr(anyup_fast.model, name) for name in names}
+    model = arguments[0]
+    unify = model.key_features_encoder[0]
+    measured["feature_unification"] = []
+    unify.forward = timed("feature_unification", unify.forward)
+    try:
+        for name, run in plain.items():
+            setattr(anyup_fast.model, name, timed(name, run))
+        for _ in range(repeats + 1):
+            timed("whole", model)(*arguments[1:])
+    finally:
+        for name, run in plain.items():
+            setattr(anyup_fast.model, name, run)
+    row = {name: statistics.median(times[1:]) for name, times in measured.items()}
+    operations = sum(stage.flops for stage in stages(shape, "float32"))
+    return dict(shape=shape, seconds=row, gflop=operations / 1e9, products_alone=operations / _rate())
+
+
+def _rate(rows=4096, width=128, calls=30):
+    """Operations per second of one product in the cache."""
+    left, right, out = torch.randn(rows, width), torch.randn(width, width), torch.empty(rows, width)
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * rows * width * width / statistics.median(times)
+
+
+def main(arguments=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="IMAGE/GRID/CHANNELS")
+    parser.add_argument("--rivals", nargs="*", default=["eager"], choices=RIVALS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stages", action="store_true", help="only the time per stage of the fused path")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
+    parser.add_argument("--peak", choices=["fused", *RIVALS], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats: need at least 1, got {options.repeats}")
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    if options.peak:
+        _print_peak(options.shapes[0], options.peak)
+        return 0
+    report = dict(commit=commit(), torch=torch.__version__, threads=options.threads, results=[])
+    report["machine"] = platform.processor() or platform.machine()
+    if not options.json:
+        print(f"{report['machine']}, {options.threads} threads, torch {report['torch']}, commit {report['commit']}")
+    for shape in options.shapes:
+        if options.stages:
+            row = by_stage(shape, options.repeats)
+        else:
+            row = compare(shape, options.rivals, options.repeats, not options.no_memory)
+        report["results"].append(row)
+        if not options.json:
+            print(_line(row), flush=True)
+    if options.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _line(row):
+    if "seconds" in row:
+        parts = [f"{name} {seconds:.3f} s" for name, seconds in row["seconds"].items()]
+        return f"{row['shape']}: {', '.join(parts)}; {row['gflop']:.0f} GFLOP alone {row['products_alone']:.3f} s"
+    parts = [f"{row['shape']}: error {row['error']:.1e}"]
+    for name, ratio in row["ratio"].items():
+        part = row[name]
+        memory = f", {part['peak_gib']:.2f} GiB" if "peak_gib" in part else ""
+        parts.append(f"{name} {part['seconds']:.3f} s ({part['p20']:.3f} to {part['p80']:.3f}), {ratio:.1f}x{memory}")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
