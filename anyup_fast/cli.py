@@ -60,7 +60,7 @@ def _parser():
     demo = commands.add_parser("demo", help="upsample the features of a photograph and draw the comparison")
     demo.add_argument("photo", nargs="?", help="a picture file (default: the astronaut that scikit-image ships)")
     demo.add_argument("--out", default="demo", metavar="FOLDER", help="where figure and features go (default: demo)")
-    demo.set_defaults(run=_demo, output_size=None, layer=-1)
+    demo.set_defaults(run=_demo, output_size=None, layer=-1, region=None, head=None, labels=False, stream=None)
 
     upsample = commands.add_parser("upsample", help="upsample the features of a photograph")
     upsample.add_argument("photo", help="a picture file")
@@ -73,6 +73,22 @@ def _parser():
     )
     upsample.add_argument("--out", metavar="FILE", help="write lr_features and hr_features to this .safetensors file")
     upsample.add_argument("--figure", metavar="FILE", help="draw the comparison to this .png, .jpg or .pdf file")
+    upsample.add_argument(
+        "--region",
+        type=int,
+        nargs=4,
+        metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"),
+        help="only this rectangle of the output",
+    )
+    upsample.add_argument(
+        "--head",
+        metavar="FILE",
+        help="a linear head in place of the features: .safetensors with weight (K, C) and bias",
+    )
+    upsample.add_argument("--labels", action="store_true", help="with --head: the index of the greatest output")
+    upsample.add_argument("--stream", metavar="PATH", help="write the output tile by tile to this .npy or .zarr")
+    upsample.add_argument("--tile", type=int, default=256, help="with --stream: side of the tiles (default: 256)")
+    upsample.add_argument("--resume", action="store_true", help="with --stream: finish what was interrupted")
     upsample.set_defaults(run=_upsample)
 
     for command in (demo, upsample):
@@ -188,7 +204,7 @@ def _demo(arguments):
 def _upsample(arguments):
     import torch
 
-    from .api import extract_features, load_image, upsample_features_with_anyup, visualize_feature_comparison
+    from .api import extract_features, load_image, prepare, visualize_feature_comparison
     from .checkpoints import locate_checkpoint
     from .encoders import load_encoder
     from .model import AnyUp
@@ -200,6 +216,15 @@ def _upsample(arguments):
     ):
         if path and Path(path).suffix.lower() not in suffixes:
             raise ValueError(f"{option}: the file must end in {' or '.join(suffixes)}, got {str(path)!r}")
+    for option, given, other, present in (
+        ("--labels", arguments.labels, "--head", arguments.head),
+        ("--figure", arguments.figure, "no --region, --head or --stream", not (
+            arguments.region or arguments.head or arguments.stream)),
+        ("--stream", arguments.stream, "no --region", not arguments.region),
+    ):  # fmt: skip
+        if given and not present:
+            raise ValueError(f"{option}: needs {other}")
+    head = _head(arguments.head) if arguments.head else None
     steps = _Steps()
     device = _device(arguments.device)
     model = AnyUp.from_pretrained(arguments.weights, device=device)
@@ -213,9 +238,16 @@ def _upsample(arguments):
     size = arguments.output_size
     if isinstance(size, int):
         size = tuple(round(n * size / min(image.shape[1:])) for n in image.shape[1:])
-    hr_features = upsample_features_with_anyup(image, lr_features, size, weights=model)
-    steps.done(f"high-res features: {_shape(hr_features)}")
-    written = []
+    prepared, written = prepare(image, lr_features, model), []
+    if head is not None:
+        prepared = prepared.head(head, argmax=arguments.labels)
+        steps.done(f"head: {prepared.channels} outputs in place of {len(lr_features)} channels")
+    if arguments.stream:
+        written.append(prepared.stream(arguments.tile, size, out=arguments.stream, resume=arguments.resume))
+        steps.done("output streamed")
+    if not arguments.stream or arguments.out or arguments.figure:
+        hr_features = (prepared.region(*arguments.region, size) if arguments.region else prepared.full(size))[0]
+        steps.done(f"high-res {'labels' if arguments.labels else 'features'}: {_shape(hr_features)}")
     if arguments.figure:
         visualize_feature_comparison(image, lr_features, hr_features, arguments.mode, arguments.figure)
         steps.done("figure drawn")
@@ -228,7 +260,25 @@ def _upsample(arguments):
     for path in written:
         logger.info("-> %s", path)
     if not written:
-        logger.warning("nothing written: name a file with --out or --figure")
+        logger.warning("nothing written: name a file with --out, --figure or --stream")
+
+
+def _head(path):
+    """(weight, bias or None) of a .safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--head: no file {path}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--head: {path} is no .safetensors file ({error})") from error
+    if "weight" not in tensors or set(tensors) - {"weight", "bias"}:
+        raise ValueError(
+            f"--head: {path} must hold weight (K, C) and, if there is one, bias (K,); got {sorted(tensors)}"
+        )
+    return tensors["weight"], tensors.get("bias")
 
 
 def _photo(name):
@@ -251,7 +301,10 @@ def _save_features(path, tensors, dtype, arguments):
 
     from .files import written_aside
 
-    tensors = {name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError(f"--dtype: the features leave the range of {arguments.dtype}; use bfloat16 or float32")
     about = {"encoder": arguments.encoder, "weights": arguments.weights, "anyup_fast": __version__}

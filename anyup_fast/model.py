@@ -193,7 +193,7 @@ class AnyUp(nn.Module):
             from_features = block(from_features)
         return self.aggregation(torch.cat((from_image, from_features), 1))
 
-    def forward(self, image, features, output_size=None, q_chunk_size=None, vis_attn=False):
+    def forward(self, image, features, output_size=None, q_chunk_size=None, vis_attn=False, max_memory=None):
         """Upsample `features` to the resolution of `image`, or to `output_size`.
 
         Args:
@@ -203,17 +203,25 @@ class AnyUp(nn.Module):
             q_chunk_size: rows of output computed at a time; accepted for compatibility, memory is flat without it.
             vis_attn: also return where each output pixel looks, as an RGB picture (B, 3, H', W') in [0, 1]: red is
                 the attention-weighted mean row, green the mean column, of the low-res cells (0 first, 1 last).
+            max_memory: bytes that the call may take beyond its inputs, output included. Where the fused path takes more
+                (`estimate_memory`), the image is passed over several times in place of being stored, and the output
+                filled tile by tile: the same result, up to float rounding, at about three times the cost.
 
         Returns:
             hr_features (B, C, H', W') in the dtype of `features`; with `vis_attn` the pair (hr_features, picture).
 
         Raises:
-            ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which.
+            ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which. A `max_memory` that no
+                plan can keep; the message gives the smallest that suffices.
         """
         output_size = self._check(image, features, output_size, q_chunk_size)
         value = torch.cat((features, cell_colours(features).to(features.dtype)), 1) if vis_attn else features
         reason = self.why_not_fused(image, features)
-        if reason is None:
+        if max_memory is not None and reason is not None:
+            raise ValueError(f"max_memory: only the fused path keeps it, which is not taken: {reason}")
+        if max_memory is not None and max_memory < self._memory(image, value, output_size):
+            out = self._frugal(image, features, value, output_size, max_memory)
+        elif reason is None:
             query, key, _ = self.guided(image, features, output_size)
             query = self.projected_queries(query)
             out = self.cross_decode.attend(query, key, value, q_chunk_size)
@@ -301,6 +309,29 @@ class AnyUp(nn.Module):
         output = batch * height * width * channels * dtype.itemsize
         beside_query = max(encoders, 2 * keys + 9 * keys // batch, query + keys, output + keys)
         return query + beside_query + SMALL_BUFFERS
+
+    def _memory(self, image, value, output_size):
+        return self.estimate_memory(image.shape, value.shape, output_size, value.dtype, image.device)
+
+    def _frugal(self, image, features, value, output_size, max_memory):
+        """The output by the plan that needs the least memory."""
+        from .upsampling import Prepared
+
+        out = value.numel() // value[0, 0].numel() * output_size[0] * output_size[1] * value.element_size()
+        wide = torch.promote_types(self.rope.freqs.dtype, torch.float32)
+        tiles, filled = max_memory - out, None
+        for b in range(len(image)):
+            rows = image[b].permute(1, 2, 0)
+            prepared = Prepared(
+                self, image[b : b + 1], features[b : b + 1], lambda first, last, rows=rows: rows[first:last].to(wide)
+            ).showing(value[b : b + 1])
+            if filled is None:
+                least = prepared.tile_memory((32, 32)) + out
+                if least > max_memory:
+                    raise ValueError(f"max_memory: {max_memory} bytes are too few, the least that suffices is {least}")
+                filled = value.new_empty(len(image), *output_size, value.shape[1]).permute(0, 3, 1, 2)
+            prepared.stream(output_size=output_size, out=filled[b : b + 1], max_memory=tiles)
+        return filled
 
     def guided(self, image, features, output_size):
         """Everything but the attention, fused, without recording gradients.

@@ -6,6 +6,7 @@ is computed in parts equals the whole.
 """
 
 import copy
+import functools
 import hashlib
 import os
 
@@ -22,6 +23,17 @@ from .stores import Store
 BAND = 1 << 16  # output pixels of a piece of work
 GATHERED = 1 << 24  # numbers gathered at once for points
 SMALL_BUFFERS = 96 << 20  # bytes of a tile's pieces in work, whatever its size
+
+
+def _exactly(method):
+    """Run a method of `Prepared` without autocast."""
+
+    @functools.wraps(method)
+    def run(self, *arguments):
+        with torch.autocast(self._features.device.type, enabled=False):
+            return method(self, *arguments)
+
+    return run
 
 
 class Prepared:
@@ -107,7 +119,10 @@ class Prepared:
         size = checked_output_size(output_size, self.output_size)
         points = _checked_points(points, len(self._features), size, align)
         self._prepare()
-        query = self._queries_at(points, size)
+        return self._answers_at(points, self._queries_at(points, size), size)
+
+    @_exactly
+    def _answers_at(self, points, query, size):
         row_bounds, col_bounds = self._bounds(size)
         key, answers = self._shared["key"], []
         for b, value in enumerate(self._value):
@@ -133,7 +148,10 @@ class Prepared:
         size = checked_output_size(output_size, self.output_size)
         points = _checked_points(torch.tensor([[row, col]]), len(self._features), size, "pixel")
         self._prepare()
-        query = self._queries_at(points, size)
+        return self._maps_at(row, col, self._queries_at(points, size), size)
+
+    @_exactly
+    def _maps_at(self, row, col, query, size):
         row_bounds, col_bounds = self._bounds(size)
         key = self._shared["key"]
         maps = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
@@ -144,8 +162,7 @@ class Prepared:
 
     def attention_map(self, output_size=None):
         """Where every output pixel looks, as the RGB picture of `AnyUp.forward(vis_attn=True)`: (B, 3, H', W')."""
-        colours = cell_colours(self._features).to(self._features.dtype)
-        return self._with_value(colours.permute(0, 2, 3, 1)).full(output_size)
+        return self.showing(cell_colours(self._features).to(self._features.dtype)).full(output_size)
 
     @torch.no_grad()
     def head(self, linear, *, argmax=False):
@@ -169,9 +186,23 @@ class Prepared:
         wide = torch.promote_types(value.dtype, torch.float32)
         with torch.autocast(value.device.type, enabled=False):
             weight, bias = (None if t is None else t.detach().to(value.device, wide) for t in (weight, bias))
-            headed = self._with_value(F.linear(value.to(wide), weight, bias).to(value.dtype))
+            headed = self.showing(F.linear(value.to(wide), weight, bias).to(value.dtype).permute(0, 3, 1, 2))
         headed._argmax = argmax
         return headed
+
+    def showing(self, value):
+        """The same answers for other maps (B, C, h, w) on the grid of the features, spread by the same attention.
+
+        Returns:
+            Prepared, sharing statistics and keys with this one.
+        """
+        if value.ndim != 4 or 0 in value.shape or value[:, 0].shape != self._features[:, 0].shape:
+            raise ValueError(
+                f"value: need (B, C, h, w) as the features {tuple(self._features.shape)}, got {tuple(value.shape)}"
+            )
+        other = copy.copy(self)
+        other._value, other._argmax = value.permute(0, 2, 3, 1), False
+        return other
 
     def stream(self, tile=None, output_size=None, out=None, max_memory=None, resume=False):
         """The whole output, tile by tile, in memory for one tile and its neighbourhood.
@@ -225,18 +256,18 @@ class Prepared:
             if len(pair) != 2 or not all(hasattr(n, "__index__") and int(n) > 0 for n in pair):
                 raise ValueError(f"tile: need a positive number of pixels or (height, width), got {tile!r}")
             pair = tuple(int(n) for n in pair)
-            if max_memory is not None and self._tile_memory(pair) > max_memory:
-                raise ValueError(f"max_memory: tiles of {pair} take {self._tile_memory(pair)} bytes, got {max_memory}")
+            if max_memory is not None and self.tile_memory(pair) > max_memory:
+                raise ValueError(f"max_memory: tiles of {pair} take {self.tile_memory(pair)} bytes, got {max_memory}")
             return pair
         if max_memory is None:
             return 256, 256
-        sides = [side for side in (2048, 1024, 512, 256, 128, 64, 32) if self._tile_memory((side, side)) <= max_memory]
+        sides = [side for side in (2048, 1024, 512, 256, 128, 64, 32) if self.tile_memory((side, side)) <= max_memory]
         if not sides:
-            raise ValueError(f"max_memory: need at least {self._tile_memory((32, 32))} bytes, got {max_memory}")
+            raise ValueError(f"max_memory: need at least {self.tile_memory((32, 32))} bytes, got {max_memory}")
         return sides[0], sides[0]
 
-    def _tile_memory(self, tile):
-        """Bytes that a tile takes while it is computed, the tile included; without what `_prepare` keeps."""
+    def tile_memory(self, tile):
+        """Bytes that a tile (height, width) takes while it is computed, itself included; statistics and keys not."""
         pixels, batch = (tile[0] + 2) * (tile[1] + 2), len(self._features)
         width = self.model.rope.freqs.shape[1]
         wide = max(4, self._value.element_size())
@@ -262,11 +293,6 @@ class Prepared:
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def _with_value(self, value):
-        other = copy.copy(self)
-        other._value, other._argmax = value, False
-        return other
 
     def _prepare(self):
         """Statistics of the normalisations and keys, once for everything that shares them."""
@@ -316,6 +342,7 @@ class Prepared:
         query = query[:, top - rows.start :, left - cols.start :][:, :height, :width]
         return self._attend(query.to(self._shared["key"].dtype), box, size)
 
+    @_exactly
     def _queries(self, rows, cols, size):
         """Queries (B, rows, cols, D) of two slices of an output of `size`, before their convolution."""
         guide = self._guide()
@@ -337,6 +364,7 @@ class Prepared:
             queries.append(out if whole else pool.mean())
         return torch.stack(queries)
 
+    @_exactly
     def _queries_at(self, points, size):
         """Projected queries (B, N, heads, d) of output pixels (B, N, 2)."""
         if points.shape[1] * _patch(self.output_size, size) > 2 * self.output_size[0] * self.output_size[1]:

@@ -91,7 +91,7 @@ def test_the_features_are_those_of_the_verbs(upsample, made, tmp_path):
 def test_sizes(upsample, options, shape):
     code, printed, _ = upsample(*options)
     assert code == 0 and f"high-res features: {shape}\n" in printed
-    assert "nothing written: name a file with --out or --figure" in printed
+    assert "nothing written: name a file with --out, --figure or --stream" in printed
 
 
 @pytest.mark.parametrize("option", ["--size", "--output-size"])

@@ -133,10 +133,12 @@ def test_heads_and_regions_in_low_precision(dtype):
     assert headed.full().dtype == headed.region(0, 0, 5, 5).dtype == dtype
     assert distance(headed.full(), exact.full()) < 2e-2
     assert distance(headed.region(7, 8, 20, 30), exact.region(7, 8, 20, 30)) < 2e-2
-    with torch.autocast("cpu", dtype):
+    points = torch.tensor([[0, 0], [20, 31]])
+    with torch.autocast("cpu", dtype):  # on a CPU it changes nothing
         headed = AnyUp.from_pretrained().prepare(image, features).head(weight)
-        assert distance(headed.full(), exact.full()) < 2e-2
-        assert distance(headed.region(7, 8, 20, 30), exact.region(7, 8, 20, 30)) < 2e-2
+        answers = headed.full(), headed.region(7, 8, 20, 30), headed.at(points), headed.attention(3, 4)
+    expected = exact.full(), exact.region(7, 8, 20, 30), exact.at(points), exact.attention(3, 4)
+    assert all(distance(*pair) < 1e-5 for pair in zip(answers, expected, strict=True))
 
 
 def test_normalized_points_name_the_pixel_they_lie_in(model):
@@ -305,6 +307,25 @@ def test_tiles_stay_within_the_memory(model):
         prepared.stream(max_memory=1 << 20)
     with pytest.raises(ValueError, match="max_memory: tiles of"):
         prepared.stream(tile=512, max_memory=1 << 20)
+
+
+@pytest.mark.parametrize("vis_attn", [False, True])
+@pytest.mark.parametrize("output", [None, (50, 30)])
+def test_forward_within_a_memory(model, output, vis_attn):
+    image, features = inputs()
+    expected = model(image, features, output, vis_attn=vis_attn)
+    enough = model.estimate_memory(image.shape, features.shape, output)
+    assert torch.equal(model(image, features, output, max_memory=2 * enough), model(image, features, output))
+    with pytest.raises(ValueError, match=r"too few, the least that suffices is \d+") as caught:
+        model(image, features, output, vis_attn=vis_attn, max_memory=1 << 20)
+    least = int(str(caught.value).split()[-1])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AnyUp, "estimate_memory", lambda *arguments: least + 1)
+        frugal = model(image, features, output, vis_attn=vis_attn, max_memory=least)
+    pairs = zip(frugal, expected, strict=True) if vis_attn else [(frugal, expected)]
+    assert all(distance(*pair) < 1e-5 for pair in pairs)
+    with pytest.raises(ValueError, match="gradients are recorded"):
+        model(image.clone().requires_grad_(), features, max_memory=1 << 40)
 
 
 @pytest.mark.parametrize(

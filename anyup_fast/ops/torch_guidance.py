@@ -44,6 +44,11 @@ def statistics(read, weights, size, key_size, *, num_groups=8):
     Returns:
         norms (12, 2, D), key (h, w, D).
     """
+    with torch.no_grad(), torch.autocast(weights.image_conv.device.type, enabled=False):
+        return _statistics(read, weights, size, key_size, num_groups)
+
+
+def _statistics(read, weights, size, key_size, num_groups):
     height, width = size
     guide = Guide(weights, size)
     norms = weights.image_conv.new_empty(NORMS, 2, guide.width)
