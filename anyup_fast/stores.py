@@ -24,7 +24,7 @@ class Store:
     Raises:
         FileExistsError: `path` exists, or an unfinished store does and `resume` is not given.
         ValueError: another suffix, or an unfinished store of other settings.
-        ModuleNotFoundError: .zarr without the package zarr.
+        RuntimeError: .zarr without the package zarr.
     """
 
     def __init__(self, path, shape, dtype, tile, settings, resume=False):
@@ -49,8 +49,8 @@ class Store:
             self.done = {tuple(json.loads(line)) for line in lines if line.endswith("\n")}
             self._rewrite(settings)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.array = self._open(shape, dtype, tile, unfinished)
         if not unfinished:
+            self._create(shape, dtype, tile)
             self._rewrite(settings)
 
     def _rewrite(self, settings):
@@ -59,32 +59,41 @@ class Store:
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(aside, self.progress)
 
-    def _open(self, shape, dtype, tile, unfinished):
+    def _create(self, shape, dtype, tile):
         if self.path.suffix == ".npy":
-            mode = "r+" if unfinished else "w+"
-            return np.lib.format.open_memmap(self.partial, mode, None if unfinished else dtype, shape)
-        try:
-            import zarr
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("out: .zarr needs the package zarr: pip install 'anyup-fast[stream]'") from error
-        if unfinished:
-            return zarr.open_array(store=str(self.partial), mode="r+")
-        chunks = (*shape[:-2], *(min(n, m) for n, m in zip(tile, shape[-2:], strict=True)))
-        return zarr.create_array(store=str(self.partial), shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
+            np.lib.format.open_memmap(self.partial, "w+", dtype, tuple(shape))
+        else:
+            chunks = (*shape[:-2], *(min(n, m) for n, m in zip(tile, shape[-2:], strict=True)))
+            store = str(self.partial)
+            _zarr().create_array(store=store, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
+
+    def _array(self):
+        """The array, opened for one tile: a mapping that stays would count as memory, page by page."""
+        if self.path.suffix == ".npy":
+            return np.load(self.partial, mmap_mode="r+")
+        return _zarr().open_array(store=str(self.partial), mode="r+")
 
     def write(self, box, values):
         """Put a tile (..., height, width) at the box (top, left, height, width), and note that it is there."""
         top, left, height, width = box
-        self.array[..., top : top + height, left : left + width] = values
-        if isinstance(self.array, np.memmap):
-            self.array.flush()
+        array = self._array()
+        array[..., top : top + height, left : left + width] = values
+        if isinstance(array, np.memmap):
+            array.flush()
         with open(self.progress, "a", encoding="utf-8") as file:
             file.write(json.dumps(box) + "\n")
         self.done.add(tuple(box))
 
     def finish(self):
         """Give the store its name; returns its path."""
-        self.array = None
         os.replace(self.partial, self.path)
         self.progress.unlink()
         return self.path
+
+
+def _zarr():
+    try:
+        import zarr
+    except ModuleNotFoundError as error:
+        raise RuntimeError("out: .zarr needs the package zarr: pip install 'anyup-fast[stream]'") from error
+    return zarr

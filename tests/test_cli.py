@@ -7,12 +7,13 @@ import sys
 import time
 from importlib import metadata
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import anyup_fast
 from anyup_fast import checkpoints, cli
@@ -92,6 +93,57 @@ def test_sizes(upsample, options, shape):
     code, printed, _ = upsample(*options)
     assert code == 0 and f"high-res features: {shape}\n" in printed
     assert "nothing written: name a file with --out, --figure or --stream" in printed
+
+
+def test_a_region_is_cut_from_the_whole(upsample, tmp_path):
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    assert upsample("--out", whole, "--dtype", "float32")[0] == 0
+    assert upsample("--out", part, "--dtype", "float32", "--region", 3, 60, 50, 24)[0] == 0
+    expected = load_file(whole)["hr_features"][:, 3:53, 60:]
+    assert torch.allclose(load_file(part)["hr_features"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_and_its_labels(upsample, tmp_path):
+    weight, bias = torch.randn(5, 32), torch.randn(5)
+    save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
+    whole, logits, labels = (tmp_path / f"{name}.safetensors" for name in ("whole", "logits", "labels"))
+    head = "--dtype", "float32", "--head", tmp_path / "head.safetensors"
+    assert upsample("--out", whole, "--dtype", "float32")[0] == 0
+    assert upsample("--out", logits, *head)[0] == 0
+    expected = torch.einsum("kc,chw->khw", weight, load_file(whole)["hr_features"]) + bias[:, None, None]
+    assert torch.allclose(load_file(logits)["hr_features"], expected, rtol=1e-3, atol=1e-3)
+    code, printed, _ = upsample("--out", labels, *head, "--labels")
+    assert code == 0 and "high-res labels: 56x84" in printed and "5 outputs in place of 32" in printed
+    assert torch.equal(load_file(labels)["hr_features"], load_file(logits)["hr_features"].argmax(0))
+
+
+def test_a_stream_is_written_and_not_overwritten(upsample, tmp_path):
+    out = tmp_path / "streamed.npy"
+    code, printed, _ = upsample(
+        "--stream", out, "--tile", 20, "--out", tmp_path / "f.safetensors", "--dtype", "float32"
+    )
+    assert code == 0 and f"-> {out}" in printed
+    expected = load_file(tmp_path / "f.safetensors")["hr_features"]
+    assert torch.allclose(torch.from_numpy(np.load(out))[0], expected, rtol=1e-4, atol=1e-4)
+    code, _, err = upsample("--stream", out)
+    assert code == 1 and "exists; remove it" in refusal(err)
+
+
+def test_what_does_not_go_together_is_refused(upsample, tmp_path):
+    save_file({"kernel": torch.randn(5, 32)}, tmp_path / "head.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for options, words in (
+        (["--labels"], "--labels: needs --head"),
+        (["--figure", tmp_path / "f.png", "--region", 0, 0, 4, 4], "--figure: needs no --region"),
+        (["--stream", tmp_path / "f.npy", "--region", 0, 0, 4, 4], "--stream: needs no --region"),
+        (["--region", 0, 0, 400, 4], "empty or leaves the output"),
+        (["--head", tmp_path / "none.safetensors"], "no file"),
+        (["--head", tmp_path / "head.safetensors"], "must hold weight"),
+        (["--head", tmp_path / "broken.safetensors"], "is no .safetensors file"),
+        (["--stream", tmp_path / "f.tif"], "must end in .npy or .zarr"),
+    ):
+        code, _, err = upsample(*options)
+        assert code == 1 and words in refusal(err)
 
 
 @pytest.mark.parametrize("option", ["--size", "--output-size"])

@@ -146,27 +146,46 @@ def _project(pixels, folded, bias, eps, out):
 class Moments:
     """Mean and mean square deviation of every channel over all pixels, gathered piece by piece."""
 
+    PIECES = 256  # whose sums are kept before they are put together
+
     def __init__(self):
-        self.counts, self.sums, self.spreads = [], [], []
+        self.counts, self.room = [], None
+        self.count, self.mean, self.spread = 0, 0.0, 0.0
 
     def add(self, x, scratch=None):
         """Take in the pixels `x` (P, D); `scratch`, if given, is written to."""
-        total = x.sum(0)
+        if self.room is None:
+            # One block: small tensors that stay would cut the heap to pieces among the large ones that come and go.
+            self.room = x.new_empty(2, self.PIECES, x.shape[1])
+        total, spread = self.room[:, len(self.counts)]
+        torch.sum(x, 0, out=total)
         deviation = torch.sub(x, total / len(x), out=scratch)
+        torch.sum(deviation.square_(), 0, out=spread)
         self.counts.append(len(x))
-        self.sums.append(total)
-        self.spreads.append(deviation.square_().sum(0))
+        if len(self.counts) == self.PIECES:
+            self._gather()
 
-    def affine(self, weight, bias, num_groups):
-        """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
-        counts = torch.full((len(self.counts), 1), self.counts[0], dtype=torch.float64, device=weight.device)
+    def _gather(self):
+        """Put the sums of the pieces together, in float64."""
+        if not self.counts:
+            return
+        counts = self.room.new_full((len(self.counts), 1), self.counts[0], dtype=torch.float64)
         for i, count in enumerate(self.counts):
             if count != self.counts[0]:
                 counts[i] = count  # a fill: a tensor made of the list would wait for an accelerator
-        sums, spreads = (torch.stack(parts).double() for parts in (self.sums, self.spreads))
-        mean = sums.sum(0) / counts.sum()
-        variance = (spreads + counts * (sums / counts - mean).square()).sum(0) / counts.sum()
-        return group_affine(mean, variance, weight, bias, num_groups)
+        sums, spreads = self.room[:, : len(self.counts)].double()
+        count = sum(self.counts)
+        mean = sums.sum(0) / count
+        spread = (spreads + counts * (sums / counts - mean).square()).sum(0)
+        apart, total = mean - self.mean, self.count + count
+        self.spread = self.spread + spread + apart.square() * (self.count * count / total)
+        self.mean = self.mean + apart * (count / total)
+        self.count, self.counts = total, []
+
+    def affine(self, weight, bias, num_groups):
+        """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
+        self._gather()
+        return group_affine(self.mean, self.spread / self.count, weight, bias, num_groups)
 
 
 def group_affine(mean, variance, weight, bias, num_groups):
