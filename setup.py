@@ -18,6 +18,7 @@ ENCODERS = ["transformers>=4.48", "onnx>=1.16"]
 VIZ = ["matplotlib>=3.7"]
 DEMO = ["scikit-image>=0.22"]
 TRAIN = ["tqdm>=4.60"]
+STREAM = ["zarr>=3.0; python_version >= '3.11'"]
 DEV = ["pytest>=8", "pytest-benchmark>=4", "ruff>=0.6", "build>=1.2", "setuptools>=64"]
 
 setup(
@@ -43,7 +44,8 @@ setup(
         "viz": VIZ,
         "demo": ENCODERS + VIZ + DEMO,
         "train": TRAIN,
-        "dev": ENCODERS + VIZ + DEMO + TRAIN + DEV,
+        "stream": STREAM,
+        "dev": ENCODERS + VIZ + DEMO + TRAIN + STREAM + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
     classifiers=[

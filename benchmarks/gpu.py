@@ -1,4 +1,4 @@
-"""Windowed attention on a GPU: first whether it is right, then how fast it is.
+"""Windowed attention and the whole forward on a GPU: first whether they are right, then how fast they are.
 
     python benchmarks/gpu.py                    # any CUDA machine with torch and triton; nothing else to install
     python benchmarks/gpu.py --tune             # also measure the candidate tiles and write kernels/tuned/<device>.json
@@ -9,7 +9,8 @@ for equality to the bit, and once captured in a CUDA graph; then every shape to 
 fails, no time is printed. Times are medians of CUDA events around single calls (20th and 80th percentiles beside them)
 after a warm-up, with the L2 cache cleared before each call and the caching allocator left alone; peak memory is what a
 call allocates beyond its inputs. Rivals run where they fit: the twin, SDPA with a mask, FlexAttention (compiled) with
-the same window. Rows go to results/gpu.csv with device, versions and commit.
+the same window. The forward is measured whole, captured in a graph, and stage by stage (`gpu_forward.py`). Rows go to
+results/gpu.csv with device, versions and commit.
 """
 
 import argparse
@@ -28,6 +29,7 @@ use_checkout()
 sys.path.insert(0, str(ROOT / "tests"))
 
 import attention_cases  # noqa: E402
+import gpu_forward  # noqa: E402
 import torch  # noqa: E402
 from anyup_fast.kernels import tiling  # noqa: E402
 from anyup_fast.kernels import windowed_attention as kernel  # noqa: E402
@@ -339,7 +341,7 @@ def main(arguments=None):
 
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    failed = sweep(options.count, torch.device("cuda"))
+    failed = sweep(options.count, torch.device("cuda")) + gpu_forward.sweep(torch.device("cuda"))
     if failed:
         print("\n".join(failed), file=sys.stderr)
         return 1
@@ -364,6 +366,11 @@ def main(arguments=None):
             rows.append(row)
             print(row["shape"], row["dtype"], row["what"], row.get("milliseconds", "-"), row["note"], flush=True)
         torch.cuda.empty_cache()
+        if shape in gpu_forward.GOALS_MS and not options.tune:
+            for row in gpu_forward.measure(shape, dtype, timed):
+                rows.append(row)
+                print(row["shape"], row["dtype"], row["what"], row["milliseconds"], row["note"], flush=True)
+            torch.cuda.empty_cache()
     save_csv(ROOT / "benchmarks" / "results" / "gpu.csv", [{**constant, **row} for row in rows])
     if options.tune:
         print(f"tiles written to {save_tuned(rows, constant['device'])}")

@@ -32,6 +32,7 @@ HEAVY = {
     "tqdm",
     "transformers",
     "triton",
+    "zarr",
 }
 NEVER_AT_TOP = {"matplotlib", "triton"}
 KERNELS_MAY_USE = {"torch", "triton", "numpy", *sys.stdlib_module_names}
