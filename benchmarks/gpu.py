@@ -341,7 +341,7 @@ def main(arguments=None):
 
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    failed = sweep(options.count, torch.device("cuda")) + gpu_forward.sweep(torch.device("cuda"))
+    failed = sweep(options.count, torch.device("cuda")) or gpu_forward.sweep(torch.device("cuda"))
     if failed:
         print("\n".join(failed), file=sys.stderr)
         return 1

@@ -1,0 +1,86 @@
+"""The benchmarks of the whole forward and of streaming: what they compare, and that they refuse where they should."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+if not (FOLDER / "forward.py").is_file():
+    pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
+
+
+@pytest.fixture
+def forward(monkeypatch):
+    """benchmarks/forward.py as a module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("checkout", "attention", "roofline", "forward"):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+    with torch.no_grad():
+        yield module
+
+
+def run(script, *arguments):
+    result = subprocess.run([sys.executable, FOLDER / script, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_forward_prints_one_json_object():
+    report = run("forward.py", "--json", "--shapes", "64/8/12", "--rivals", "eager", "chunks", "--repeats", "1")
+    (row,) = report["results"]
+    assert row["error"] < 5e-6 and set(row["ratio"]) == {"fused", "eager", "chunks"}
+    assert row["ratio"]["eager"] == pytest.approx(row["eager"]["seconds"] / row["fused"]["seconds"])
+    assert all(row[name]["peak_gib"] >= 0 for name in row["ratio"])
+
+
+def test_the_rivals_compute_the_same(forward):
+    arguments = forward.problem("64/8/12")
+    expected = forward.contender("fused")(*arguments)
+    for name in ("eager", "chunks"):
+        assert torch.allclose(forward.contender(name)(*arguments), expected, atol=1e-4)
+
+
+def test_a_wrong_result_is_not_timed(forward, monkeypatch):
+    right = forward.AnyUp.projected_queries
+    monkeypatch.setattr(forward.AnyUp, "projected_queries", lambda *arguments: right(*arguments) * 1.01)
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        forward.compare("64/8/12", ["eager"], 1, memory=False)
+
+
+def test_stages_add_up_to_the_whole(forward):
+    row = forward.by_stage("96/8/12", 3)
+    parts = dict(row["seconds"])
+    whole = parts.pop("whole")
+    assert set(parts) >= {"guidance", "project_queries", "project_keys", "windowed_attention", "feature_unification"}
+    assert 0 < sum(parts.values()) < 1.5 * whole
+    assert row["gflop"] > 0 and row["products_alone"] > 0
+    assert "forward" not in vars(forward.AnyUp.from_pretrained().key_features_encoder[0])
+
+
+def test_streams_are_checked_and_measured():
+    report = run("stream.py", "--json", "--sides", "60", "90", "--grid", "6", "--channels", "16", "--tile", "32")
+    first, second = report["results"]
+    assert (first["side"], second["side"]) == (60, 90)
+    for row in (first, second):
+        assert row["error"] < 1e-5 and row["statistics_s"] < row["seconds"] and row["peak_gib"] > row["beyond_gib"] >= 0
+
+
+def test_the_sweep_for_gpus_sees_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu_forward
+
+    case = ((24, 30), (3, 4), 12, None, 1)
+    monkeypatch.setattr(gpu_forward, "CASES", (case,))
+    assert gpu_forward.sweep(torch.device("cpu")) == []
+    right = gpu_forward.AnyUp.projected_queries
+    monkeypatch.setattr(gpu_forward.AnyUp, "projected_queries", lambda *arguments: right(*arguments) * 1.05)
+    assert len(gpu_forward.sweep(torch.device("cpu"))) == 3
+    assert "3 failed" in capsys.readouterr().out
