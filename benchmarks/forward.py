@@ -3,6 +3,7 @@
     python benchmarks/forward.py                      # 224/16/384, 448/32/384, 518/37/384; the last needs 14 GiB
     python benchmarks/forward.py --rivals eager compiled chunks --shapes 224/16/384
     python benchmarks/forward.py --stages             # where the time goes, and the matrix products alone
+    python benchmarks/forward.py --parts              # heads, points and regions against the whole
 
 Rivals are the published formula, built of the twins: in eager mode, under torch.compile, and in eager mode in chunks of
 8 query rows. All run in one process in turns, after one unmeasured turn each (in which the compiler works); ratios are
@@ -186,6 +187,45 @@ def by_stage(shape, repeats):
     return dict(shape=shape, seconds=row, gflop=operations / 1e9, products_alone=operations / _rate())
 
 
+def parts(shape, repeats, classes=21, points=500, box=64):
+    """Median seconds of what `AnyUp.prepare` answers: the first answer, and a further one of the same image.
+
+    In turns with the whole forward; "attention" is the last stage of the whole and of the head.
+    """
+    model, image, features = problem(shape)
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(classes, features.shape[1], generator=generator)
+    where = torch.randint(image.shape[-1], (points, 2), generator=generator)
+    side = min(box, image.shape[-1])
+    asked = {
+        f"head of {classes}": lambda prepared: prepared.head(head).full(),
+        f"labels of {classes}": lambda prepared: prepared.head(head, argmax=True).full(),
+        f"{points} points": lambda prepared: prepared.at(where),
+        f"region {side}x{side}": lambda prepared: prepared.region(0, 0, side, side),
+    }
+    query, key, _ = model.guided(image, features, image.shape[-2:])
+    query = model.projected_queries(query)
+    few = F.conv2d(features, head[..., None, None])
+    measured = {name: [] for name in ("whole", "attention", "attention, head")}
+    measured |= {f"{name}, {which}": [] for name in asked for which in ("first", "further")}
+
+    def timed(name, call, *arguments):
+        start = time.perf_counter()
+        call(*arguments)
+        measured[name].append(time.perf_counter() - start)
+
+    for _ in range(repeats + 1):
+        timed("whole", model, image, features)
+        timed("attention", model.cross_decode.attend, query, key, features)
+        timed("attention, head", model.cross_decode.attend, query, key, few)
+        for name, call in asked.items():
+            prepared = model.prepare(image, features)
+            timed(f"{name}, first", call, prepared)
+            timed(f"{name}, further", call, prepared)
+    seconds = {name: statistics.median(times[1:]) for name, times in measured.items()}
+    return dict(shape=shape, parts=seconds, share={name: s / seconds["whole"] for name, s in seconds.items()})
+
+
 def _rate(rows=4096, width=128, calls=30):
     """Operations per second of one product in the cache."""
     left, right, out = torch.randn(rows, width), torch.randn(width, width), torch.empty(rows, width)
@@ -205,6 +245,7 @@ def main(arguments=None):
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stages", action="store_true", help="only the time per stage of the fused path")
+    parser.add_argument("--parts", action="store_true", help="only heads, points and regions against the whole")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("--peak", choices=["fused", *RIVALS], help=argparse.SUPPRESS)
@@ -223,6 +264,8 @@ def main(arguments=None):
     for shape in options.shapes:
         if options.stages:
             row = by_stage(shape, options.repeats)
+        elif options.parts:
+            row = parts(shape, options.repeats)
         else:
             row = compare(shape, options.rivals, options.repeats, not options.no_memory)
         report["results"].append(row)
@@ -234,6 +277,9 @@ def main(arguments=None):
 
 
 def _line(row):
+    if "parts" in row:
+        every = [f"{name} {seconds:.3f} s ({row['share'][name]:.2f})" for name, seconds in row["parts"].items()]
+        return f"{row['shape']}: {', '.join(every)}"
     if "seconds" in row:
         parts = [f"{name} {seconds:.3f} s" for name, seconds in row["seconds"].items()]
         return f"{row['shape']}: {', '.join(parts)}; {row['gflop']:.0f} GFLOP alone {row['products_alone']:.3f} s"

@@ -65,6 +65,12 @@ def test_stages_add_up_to_the_whole(forward):
     assert "forward" not in vars(forward.AnyUp.from_pretrained().key_features_encoder[0])
 
 
+def test_parts_are_compared_with_the_whole(forward):
+    row = forward.parts("96/8/48", 3, classes=2, points=5, box=16)
+    assert row["share"]["whole"] == 1 and len(row["parts"]) == 3 + 8
+    assert row["share"]["region 16x16, further"] < row["share"]["region 16x16, first"]
+
+
 def test_streams_are_checked_and_measured():
     report = run("stream.py", "--json", "--sides", "60", "90", "--grid", "6", "--channels", "16", "--tile", "32")
     first, second = report["results"]
