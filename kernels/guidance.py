@@ -1,0 +1,632 @@
+"""The guidance network, forward: from the image to queries and the image's part of the keys.
+
+A layer is one kernel: normalisation as an affine map and SiLU on the way in, the product with a D x D matrix, the skip,
+and on the way out mean and squared deviation of every group of channels over the tile, of the values as stored. A small
+kernel puts the tiles together in float64, in a fixed order, and gives the affine map of the next layer. A program owns
+BLOCK_P whole pixels of one image and reads all it needs of them before it writes, so that layers work in place: three
+images of D channels are alive at most.
+
+The image's own statistics follow from its mean and covariance; what its first convolution gives is computed anew
+where it is needed, in float32. The last layer of the image encoder rotates its result and multiplies it at once for
+both branches. Where a branch ends in fewer pixels, its last product comes after the pooling, with which it commutes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiling import Device
+from .windowed_attention import INTERPRETED, _dot, _on
+
+NORM_EPS = tl.constexpr(1e-5)
+IMAGE_PIXELS = 2048  # of a program that only reads the image
+TILES = 2048  # whose statistics are put together at a time
+MOST_CHANNELS = 16
+DIMS = (32, 64, 128, 256)
+# Pooling comes before the last product from this ratio of pixels upwards: what is pooled is stored in float32, twice.
+FEWER = 4
+NORMS = 12
+PROGRAMS = 1024  # that keep a GPU busy while it pools to few cells
+POOL_PIXELS = 16  # of a program at a time
+LAST_ROWS = 32  # of a program of the last product
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """Float32 in the dtype that is stored, rounded to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the bits off
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _pixels(pid, n_tiles, n_pixels, BLOCK_P: tl.constexpr):
+    """Image, number of the tile in it, its pixels (P,), which of them exist, and how many."""
+    image = (pid // n_tiles).to(tl.int64)
+    tile = pid % n_tiles
+    offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    count = tl.minimum(BLOCK_P, n_pixels - tile * BLOCK_P)
+    return image, tile, offs_p, offs_p < n_pixels, count
+
+
+@triton.jit
+def _colours(image_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, CHANNELS: tl.constexpr):
+    """Channels of the image as a tuple of (P,) float32."""
+    offs = (offs_p // width).to(tl.int64) * image_h + (offs_p % width).to(tl.int64) * image_w
+    colours = ()
+    for c in tl.static_range(CHANNELS):
+        ptrs = image_ptr + image * image_b + tl.cast(c, tl.int64) * image_c + offs
+        colours = colours + (tl.load(ptrs, mask=mask_p, other=0.0).to(tl.float32),)
+    return colours
+
+
+@triton.jit
+def _expanded(
+    image_ptr, conv_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, offs_d, acc,
+    D: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc` plus channels `offs_d` of the first convolution on the image; its matrix is (CHANNELS, D), float32."""
+    offs_c = tl.arange(0, 16)
+    offs = (offs_p // width).to(tl.int64) * image_h + (offs_p % width).to(tl.int64) * image_w
+    ptrs = image_ptr + image * image_b + offs[:, None] + (offs_c.to(tl.int64) * image_c)[None, :]
+    colours = tl.load(ptrs, mask=mask_p[:, None] & (offs_c < CHANNELS)[None, :], other=0.0).to(tl.float32)
+    ptrs = conv_ptr + offs_c[:, None] * D + offs_d[None, :]
+    return _dot(colours, tl.load(ptrs, mask=(offs_c < CHANNELS)[:, None], other=0.0), acc, PRECISION)
+
+
+@triton.jit
+def _active(x, affine_ptr, image, offs_d, D: tl.constexpr):
+    """silu(norm(x)) for channels `offs_d`, in float32."""
+    scale = tl.load(affine_ptr + image * (2 * D) + offs_d)
+    shift = tl.load(affine_ptr + image * (2 * D) + D + offs_d)
+    x = x.to(tl.float32) * scale[None, :] + shift[None, :]
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _store_stats(
+    x, mask_p, count, stats_ptr, image, tile, n_tiles, first_group,
+    GROUPS: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared deviation over the tile of the groups that the N channels of `x` make up."""
+    n = (count * PER_GROUP).to(tl.float32)
+    G: tl.constexpr = N // PER_GROUP
+    inside = mask_p.to(tl.float32)[:, None, None]
+    wide = tl.reshape(x.to(tl.float32), (x.shape[0], G, PER_GROUP))
+    if x.dtype == tl.float32:
+        sums = tl.sum(tl.sum(wide * inside, 2), 0)
+    else:
+        # A product that follows another keeps rows of pixels together in a warp. Without it several warps would compute
+        # the same activations for the first one.
+        COLS: tl.constexpr = max(16, G)
+        member = tl.arange(0, N)[:, None] // PER_GROUP == tl.arange(0, COLS)[None, :]
+        sums = _dot(x, tl.where(member, 1.0, 0.0).to(x.dtype), None, PRECISION)
+        sums = tl.sum(tl.where(mask_p[:, None], sums, 0.0), 0)
+        sums = tl.sum(tl.reshape(sums, (COLS // G, G)), 0)
+    mean = sums / n
+    gap = wide * inside - mean[None, :, None] * inside
+    spread = tl.sum(tl.sum(gap * gap, 2), 0)
+    group = first_group + tl.arange(0, N // PER_GROUP)
+    ptrs = stats_ptr + (image * GROUPS + group) * (2 * n_tiles) + tile
+    tl.store(ptrs, mean)
+    tl.store(ptrs + n_tiles, spread)
+
+
+@triton.jit
+def _image_stats_kernel(
+    image_ptr, stats_ptr, image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
+    CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Per tile and channel the mean, and the sums of the products of deviations from it; relative to pixel 0."""
+    image, tile, offs_p, mask_p, count = _pixels(tl.program_id(0), n_tiles, n_pixels, BLOCK_P)
+    colours = _colours(image_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, CHANNELS)
+    ROWS: tl.constexpr = CHANNELS + CHANNELS * (CHANNELS + 1) // 2
+    out_ptrs = stats_ptr + image * (ROWS * n_tiles) + tile
+    gaps = ()
+    for c in tl.static_range(CHANNELS):
+        origin = tl.load(image_ptr + image * image_b + tl.cast(c, tl.int64) * image_c).to(tl.float32)
+        x = tl.where(mask_p, colours[c] - origin, 0.0)
+        mean = tl.sum(x, 0) / count.to(tl.float32)
+        tl.store(out_ptrs, mean)
+        out_ptrs += n_tiles
+        gaps = gaps + (tl.where(mask_p, x - mean, 0.0),)
+    for i in tl.static_range(CHANNELS):
+        for j in tl.static_range(i, CHANNELS):
+            tl.store(out_ptrs, tl.sum(gaps[i] * gaps[j], 0))
+            out_ptrs += n_tiles
+
+
+@triton.jit
+def _weighted(a_ptr, b_ptr, c_ptr, n_pixels, n_tiles, PAIR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean over all pixels, in float64, of what tiles hold: a, or c plus the product of a and b per pixel."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in tl.range(0, n_tiles, BLOCK, num_stages=1):
+        tile = first + tl.arange(0, BLOCK)
+        mask = tile < n_tiles
+        count = tl.minimum(BLOCK_P, n_pixels - tile * BLOCK_P).to(tl.float64)
+        a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float64)
+        if PAIR:
+            b = tl.load(b_ptr + tile, mask=mask, other=0.0).to(tl.float64)
+            c = tl.load(c_ptr + tile, mask=mask, other=0.0).to(tl.float64)
+            total += tl.where(mask, count * a * b + c, 0.0)
+        else:
+            total += tl.where(mask, count * a, 0.0)
+    return tl.sum(total, 0) / tl.cast(n_pixels, tl.float64)
+
+
+@triton.jit
+def _image_affine_kernel(
+    stats_ptr, image_ptr, conv_ptr, weight_ptr, bias_ptr, affine_ptr, image_b, image_c, n_pixels, n_tiles,
+    D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """GroupNorm of the image's first convolution as scale and shift, from the statistics of the image."""
+    image = tl.program_id(0).to(tl.int64)
+    PER_GROUP: tl.constexpr = D // GROUPS
+    offs_d = tl.arange(0, GROUPS)[:, None] * PER_GROUP + tl.arange(0, PER_GROUP)[None, :]
+    ROWS: tl.constexpr = CHANNELS + CHANNELS * (CHANNELS + 1) // 2
+    base = stats_ptr + image * (ROWS * n_tiles)
+    products = base + CHANNELS * n_tiles
+    means = ()
+    mean = tl.zeros((GROUPS, PER_GROUP), tl.float64)
+    for c in tl.static_range(CHANNELS):
+        row = base + c * n_tiles
+        means = means + (_weighted(row, row, row, n_pixels, n_tiles, False, BLOCK_P, BLOCK),)
+        origin = tl.load(image_ptr + image * image_b + tl.cast(c, tl.int64) * image_c).to(tl.float32)
+        mean += tl.load(conv_ptr + offs_d + D * c).to(tl.float64) * (means[c] + origin.to(tl.float64))
+    variance = tl.zeros((GROUPS, PER_GROUP), tl.float64)
+    for i in tl.static_range(CHANNELS):
+        for j in tl.static_range(i, CHANNELS):
+            rows = base + i * n_tiles, base + j * n_tiles
+            product = _weighted(rows[0], rows[1], products, n_pixels, n_tiles, True, BLOCK_P, BLOCK)
+            products += n_tiles
+            both = tl.load(conv_ptr + offs_d + D * i).to(tl.float64)
+            both *= tl.load(conv_ptr + offs_d + D * j).to(tl.float64)
+            variance += both * (product - means[i] * means[j]) * (1.0 if i == j else 2.0)
+    group_mean = tl.sum(mean, 1) / PER_GROUP
+    gap = mean - group_mean[:, None]
+    spread = tl.sum(tl.maximum(variance, 0.0) + gap * gap, 1) / PER_GROUP
+    scale = tl.load(weight_ptr + offs_d).to(tl.float64) / tl.sqrt(spread + NORM_EPS)[:, None]
+    shift = tl.load(bias_ptr + offs_d).to(tl.float64) - group_mean[:, None] * scale
+    tl.store(affine_ptr + image * (2 * D) + offs_d, scale.to(tl.float32))
+    tl.store(affine_ptr + image * (2 * D) + D + offs_d, shift.to(tl.float32))
+
+
+@triton.jit
+def _affine_kernel(
+    stats_ptr, weight_ptr, bias_ptr, affine_ptr, n_pixels, n_tiles,
+    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """GroupNorm as scale and shift, from the statistics that a layer has left; a program per image and group."""
+    image = (tl.program_id(0) // GROUPS).to(tl.int64)
+    group = tl.program_id(0) % GROUPS
+    PER_GROUP: tl.constexpr = D // GROUPS
+    row = stats_ptr + (image * GROUPS + group) * (2 * n_tiles)
+    total = tl.zeros((BLOCK,), tl.float64)
+    square = tl.zeros((BLOCK,), tl.float64)
+    for first in tl.range(0, n_tiles, BLOCK, num_stages=1):
+        tile = first + tl.arange(0, BLOCK)
+        mask = tile < n_tiles
+        count = tl.minimum(BLOCK_P, n_pixels - tile * BLOCK_P).to(tl.float64)
+        mean = tl.load(row + tile, mask=mask, other=0.0).to(tl.float64)
+        spread = tl.load(row + n_tiles + tile, mask=mask, other=0.0).to(tl.float64)
+        total += tl.where(mask, count * mean, 0.0)
+        square += tl.where(mask, count * mean * mean + spread / PER_GROUP, 0.0)
+    mean = tl.sum(total, 0) / tl.cast(n_pixels, tl.float64)
+    variance = tl.maximum(tl.sum(square, 0) / tl.cast(n_pixels, tl.float64) - mean * mean, 0.0)
+    offs_d = group * PER_GROUP + tl.arange(0, PER_GROUP)
+    scale = tl.load(weight_ptr + offs_d).to(tl.float64) / tl.sqrt(variance + NORM_EPS)
+    shift = tl.load(bias_ptr + offs_d).to(tl.float64) - mean * scale
+    tl.store(affine_ptr + image * (2 * D) + offs_d, scale.to(tl.float32))
+    tl.store(affine_ptr + image * (2 * D) + D + offs_d, shift.to(tl.float32))
+
+
+@triton.jit
+def _layer_kernel(
+    x_ptr, affine_ptr, weight_ptr, skip_ptr, out_ptr, stats_ptr, image_ptr, conv_ptr,
+    image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
+    D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, FROM_IMAGE: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """skip + weight @ silu(norm(x)); x is stored or made from the image, SKIP is "none", "stored" or "image"."""
+    image, tile, offs_p, mask_p, count = _pixels(tl.program_id(0), n_tiles, n_pixels, BLOCK_P)
+    offs_d = tl.arange(0, D)
+    offs_row = (image * n_pixels + offs_p) * D
+    acc = tl.zeros((BLOCK_P, D), tl.float32)
+    for first in tl.range(0, D, BLOCK_K, num_stages=STAGES):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        if FROM_IMAGE:
+            x = _expanded(image_ptr, conv_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, offs_k,
+                          None, D, CHANNELS, IMAGE_PRECISION)  # fmt: skip
+        else:
+            x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
+        w = tl.load(weight_ptr + offs_d[None, :] * D + offs_k[:, None])
+        acc = _dot(_narrow(_active(x, affine_ptr, image, offs_k, D), w.dtype), w, acc, PRECISION)
+    if SKIP == "image":
+        acc = _expanded(image_ptr, conv_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, offs_d,
+                        acc, D, CHANNELS, IMAGE_PRECISION)  # fmt: skip
+    if SKIP == "stored":
+        ptrs = skip_ptr + offs_row[:, None] + offs_d[None, :]
+        acc += tl.load(ptrs, mask=mask_p[:, None], other=0.0).to(tl.float32)
+    out = _narrow(acc, out_ptr.dtype.element_ty)
+    tl.debug_barrier()  # what is written may be what other threads of this program read
+    tl.store(out_ptr + offs_row[:, None] + offs_d[None, :], out, mask=mask_p[:, None])
+    _store_stats(out, mask_p, count, stats_ptr, image, tile, n_tiles, 0, GROUPS, D, D // GROUPS, PRECISION)
+
+
+@triton.jit
+def _rotation_kernel(freqs_ptr, table_ptr, height, width, D: tl.constexpr):
+    """Cosine and sine of what each row, then each column, contributes to the angles: (H + W, 2, D)."""
+    place = tl.program_id(0)
+    offs_d = tl.arange(0, D)
+    of_row = place < height
+    index = tl.where(of_row, place, place - height)
+    steps = tl.maximum(tl.where(of_row, height, width) - 1, 1)
+    freqs = tl.load(freqs_ptr + tl.where(of_row, 0, D) + offs_d).to(tl.float64)
+    angle = freqs * (index.to(tl.float64) / steps.to(tl.float64))
+    out_ptrs = table_ptr + place.to(tl.int64) * (2 * D) + offs_d
+    tl.store(out_ptrs, tl.cos(angle).to(tl.float32))
+    tl.store(out_ptrs + D, tl.sin(angle).to(tl.float32))
+
+
+@triton.jit
+def _rotation(table_ptr, row, col, mask_p, offs_d, D: tl.constexpr):
+    """Cosine and sine of the angles of pixels, for channels `offs_d`; `row` and `col` are lines of the table."""
+    mask = mask_p[:, None]
+    row_ptrs = table_ptr + (row.to(tl.int64) * (2 * D))[:, None] + offs_d[None, :]
+    col_ptrs = table_ptr + (col.to(tl.int64) * (2 * D))[:, None] + offs_d[None, :]
+    row_cos = tl.load(row_ptrs, mask=mask, other=0.0)
+    row_sin = tl.load(row_ptrs + D, mask=mask, other=0.0)
+    col_cos = tl.load(col_ptrs, mask=mask, other=0.0)
+    col_sin = tl.load(col_ptrs + D, mask=mask, other=0.0)
+    return row_cos * col_cos - row_sin * col_sin, row_sin * col_cos + row_cos * col_sin
+
+
+@triton.jit
+def _branch(
+    lower, upper, weight_ptr, out_ptr, stats_ptr, image, tile, n_tiles, offs_row, mask_p, count,
+    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """First product of a branch on the guide, which comes as its lower and upper half of the channels."""
+    HALF: tl.constexpr = D // 2
+    PER_GROUP: tl.constexpr = D // GROUPS
+    offs_h = tl.arange(0, HALF)
+    for first in tl.range(0, D, BLOCK_N, num_stages=1):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        w_ptrs = weight_ptr + offs_n[None, :] * D + offs_h[:, None]
+        acc = _dot(lower, tl.load(w_ptrs), None, PRECISION)
+        acc = _dot(upper, tl.load(w_ptrs + HALF), acc, PRECISION)
+        out = _narrow(acc, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs_row[:, None] + offs_n[None, :], out, mask=mask_p[:, None])
+        _store_stats(out, mask_p, count, stats_ptr, image, tile, n_tiles, first // PER_GROUP, GROUPS, BLOCK_N,
+                     PER_GROUP, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _guide_kernel(
+    x_ptr, affine_ptr, weight_ptr, skip_ptr, table_ptr, query_weight_ptr, key_weight_ptr, query_ptr, key_ptr,
+    query_stats_ptr, key_stats_ptr, n_pixels, height, width, n_tiles,
+    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Last layer of the image encoder, rotated, and the first product of either branch."""
+    image, tile, offs_p, mask_p, count = _pixels(tl.program_id(0), n_tiles, n_pixels, BLOCK_P)
+    HALF: tl.constexpr = D // 2
+    offs_h = tl.arange(0, HALF)
+    offs_row = (image * n_pixels + offs_p) * D
+    lower = tl.zeros((BLOCK_P, HALF), tl.float32)
+    upper = tl.zeros((BLOCK_P, HALF), tl.float32)
+    for first in tl.range(0, D, BLOCK_K, num_stages=STAGES):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
+        w_ptrs = weight_ptr + offs_h[None, :] * D + offs_k[:, None]
+        w = tl.load(w_ptrs)
+        a = _narrow(_active(x, affine_ptr, image, offs_k, D), w.dtype)
+        lower = _dot(a, w, lower, PRECISION)
+        upper = _dot(a, tl.load(w_ptrs + HALF * D), upper, PRECISION)
+    skip_ptrs = skip_ptr + offs_row[:, None] + offs_h[None, :]
+    lower += tl.load(skip_ptrs, mask=mask_p[:, None], other=0.0).to(tl.float32)
+    upper += tl.load(skip_ptrs + HALF, mask=mask_p[:, None], other=0.0).to(tl.float32)
+    row = offs_p // width
+    col = height + offs_p % width
+    cos, sin = _rotation(table_ptr, row, col, mask_p, offs_h, D)
+    first_half = _narrow(lower * cos - upper * sin, x_ptr.dtype.element_ty)
+    cos, sin = _rotation(table_ptr, row, col, mask_p, HALF + offs_h, D)
+    second_half = _narrow(upper * cos + lower * sin, x_ptr.dtype.element_ty)
+    tl.debug_barrier()  # the branches write over x and the skip
+    _branch(first_half, second_half, query_weight_ptr, query_ptr, query_stats_ptr, image, tile, n_tiles, offs_row,
+            mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
+    _branch(first_half, second_half, key_weight_ptr, key_ptr, key_stats_ptr, image, tile, n_tiles, offs_row,
+            mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _pool_kernel(
+    x_ptr, y_ptr, affine_ptr, x_out_ptr, y_out_ptr, height, width, n_rows, n_cols, n_cells, n_blocks, n_images,
+    n_splits,
+    D: tl.constexpr, ACTIVE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Means over the cells of adaptive_avg_pool2d, of x and (ACTIVE) of silu(norm(y)).
+
+    A program takes BLOCK_J cells of one image and the rows of one split of them; splits add up. Outputs are
+    (splits, B, n_rows * n_cols, D).
+    """
+    pid = tl.program_id(0)
+    offs_d = pid % (D // BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    pid = pid // (D // BLOCK_D)
+    split = (pid % n_splits).to(tl.int64)
+    pid = pid // n_splits
+    image = (pid // n_blocks).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_J * BLOCK_X)
+    offs_j = (pid % n_blocks) * BLOCK_J + offs_r // BLOCK_X
+    mask_j = offs_j < n_cells
+    cell = tl.minimum(offs_j, n_cells - 1)
+    i = (cell // n_cols).to(tl.int64)
+    j = (cell % n_cols).to(tl.int64)
+    top = i * height // n_rows
+    rows = ((i + 1) * height + n_rows - 1) // n_rows - top
+    left = j * width // n_cols
+    right = ((j + 1) * width + n_cols - 1) // n_cols
+    start = top + rows * split // n_splits
+    stop = top + rows * (split + 1) // n_splits
+    x_sum = tl.zeros((BLOCK_J * BLOCK_X, BLOCK_D), tl.float32)
+    y_sum = tl.zeros((BLOCK_J * BLOCK_X, BLOCK_D), tl.float32)
+    for down in tl.range(0, tl.max(stop - start, 0), num_stages=1):
+        for across in tl.range(0, tl.max(right - left, 0), BLOCK_X, num_stages=1):
+            col = left + across + offs_r % BLOCK_X
+            mask = (mask_j & (start + down < stop) & (col < right))[:, None]
+            offs = (((image * height + start + down) * width + col) * D)[:, None] + offs_d[None, :]
+            x_sum += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if ACTIVE:
+                y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+                y_sum += tl.where(mask, _active(y, affine_ptr, image, offs_d, D), 0.0)
+    share = (1.0 / (rows * (right - left)).to(tl.float32))[:, None]
+    cells = (pid % n_blocks) * BLOCK_J + tl.arange(0, BLOCK_J)
+    offs_out = (((split * n_images + image) * n_cells + cells) * D)[:, None] + offs_d[None, :]
+    mask_out = (cells < n_cells)[:, None]
+    x_mean = tl.sum(tl.reshape(x_sum * share, (BLOCK_J, BLOCK_X, BLOCK_D)), 1)
+    tl.store(x_out_ptr + offs_out, _narrow(x_mean, x_out_ptr.dtype.element_ty), mask=mask_out)
+    if ACTIVE:
+        y_mean = tl.sum(tl.reshape(y_sum * share, (BLOCK_J, BLOCK_X, BLOCK_D)), 1)
+        tl.store(y_out_ptr + offs_out, _narrow(y_mean, y_out_ptr.dtype.element_ty), mask=mask_out)
+
+
+@triton.jit
+def _last_kernel(
+    x_ptr, y_ptr, weight_ptr, out_ptr, n_rows, n_splits,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x + weight @ y for what was pooled, (splits, rows, D), in float32 whatever the outcome is stored in."""
+    offs_n = tl.program_id(0) % (D // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_p = tl.program_id(0) // (D // BLOCK_N) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (offs_p < n_rows)[:, None]
+    offs_row = (offs_p.to(tl.int64) * D)[:, None]
+    per_split = tl.cast(n_rows, tl.int64) * D
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for first in tl.range(0, D, BLOCK_K, num_stages=1):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        y = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+        for split in tl.range(0, n_splits, num_stages=1):
+            y += tl.load(y_ptr + split * per_split + offs_row + offs_k[None, :], mask=mask, other=0.0)
+        w = tl.load(weight_ptr + offs_n[None, :] * D + offs_k[:, None]).to(tl.float32)
+        acc = _dot(y, w, acc, PRECISION)
+    for split in tl.range(0, n_splits, num_stages=1):
+        acc += tl.load(x_ptr + split * per_split + offs_row + offs_n[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offs_row + offs_n[None, :], _narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+def tile_sizes(dtype, dim, device):
+    """Constants and options of the launches for what is stored in `dtype`, `dim` channels wide, on a `tiling.Device`.
+
+    Returns:
+        two dicts, of the layers and of the last layer of the image encoder: BLOCK_P pixels, BLOCK_K channels in at a
+        time, BLOCK_N channels out at a time (the latter only), num_warps, num_stages.
+    """
+    # Without the matrix units of sm_90 and sm_100 operands lie in registers.
+    old = device.kind == "cuda" and device.capability[0] not in (9, 10)
+    large = dim > 128
+    if dtype == torch.float32:
+        layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
+        return layer, dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
+    layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=64 if large else dim, num_warps=8 if large else 4, num_stages=1)
+    return layer, dict(layer, BLOCK_P=16 if large else 64, BLOCK_N=min(dim, 64), num_warps=8)
+
+
+def why_not_guidance(image_channels, qk_dim, dtype, num_groups=8):
+    """What the kernels don't cover of a network: one sentence, or None where they cover it all.
+
+    Args:
+        image_channels: of the image. qk_dim: width D. dtype: of what is stored. num_groups: of the normalisations.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if not 1 <= image_channels <= MOST_CHANNELS:
+        return f"needs an image of 1 to {MOST_CHANNELS} channels, got {image_channels}"
+    if qk_dim not in DIMS:
+        return f"needs a qk_dim of {', '.join(map(str, DIMS[:-1]))} or {DIMS[-1]}, got {qk_dim}"
+    if num_groups not in (1, 2, 4, 8, 16, 32) or qk_dim // num_groups > 32:
+        return f"needs groups of 1 to 32 channels, a power of two of them, got {num_groups} of {qk_dim}"
+    return None
+
+
+def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, precision=None):
+    """Launch the kernels for checked arguments (see `anyup_fast.ops.guidance`).
+
+    Args:
+        image: (B, channels, H, W), any float dtype and strides.
+        weights: the network's tensors as `anyup_fast.ops.weights.GuidanceWeights`, any float dtype.
+        output_size: (H', W') of the queries; (0, 0) leaves them out. key_size: (h, w) of the keys.
+        dtype: in which full-resolution tensors are stored and multiplied: float32, bfloat16 or float16.
+        num_groups: of the normalisations.
+        precision: of float32 products: "tf32x3", "tf32" or "ieee"; None means the most exact that is fast.
+
+    Returns:
+        query (B, H', W', D) in `dtype`, before its 3x3 convolution; key (B, h, w, D) and norms (B, 12, 2, D), scale and
+        shift of the normalisations of the image, query and key encoders, in float32. Nothing here waits for the device.
+
+    Raises:
+        ValueError: a network that `why_not_guidance` has a reason against.
+    """
+    reason = why_not_guidance(image.shape[1], len(weights.image_conv), dtype, num_groups)
+    if reason is not None:
+        raise ValueError(f"weights: {reason}")
+    with torch.no_grad(), _on(image.device):
+        network = _Network(image, weights, dtype, num_groups, precision)
+        start, key_start, hidden = network.encode()
+        key = network.branch(key_start, hidden, weights.key, 8, key_size, torch.float32, True)
+        del key_start
+        pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
+        query = network.branch(start, hidden, weights.query, 4, output_size, dtype, pool_first)
+        del hidden
+        if tuple(query.shape[1:3]) != tuple(output_size):
+            query = network.pooled(query, output_size)
+        return query, key, torch.stack([network.norms[i] for i in range(NORMS)], 1)
+
+
+class _Network:
+    """Launches the layers for one image after the other; holds what all of them need."""
+
+    def __init__(self, image, weights, dtype, num_groups, precision):
+        self.image, self.weights, self.dtype = image, weights, dtype
+        self.batch, self.channels, self.height, self.width = image.shape
+        self.dim, self.n_pixels = len(weights.image_conv), self.height * self.width
+        device = Device.of(image.device)
+        self.precision = precision or ("tf32x3" if device.kind == "cuda" else "ieee")
+        self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
+        self.sizes = dict(D=self.dim, GROUPS=num_groups)
+        blocks = (*weights.image, *weights.query, *weights.key)
+        matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
+        # One copy and one cast in place of one for each.
+        self.matrices = torch.stack([*matrices, weights.query_conv, weights.key_conv]).to(dtype)
+        self.image_conv = weights.image_conv.t().float().contiguous()
+        self.norms = {}  # (B, 2, D) each, by their number
+
+    def empty(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=self.image.device)
+
+    def picture(self):
+        """Room for a value of every pixel and channel."""
+        return self.empty(self.batch, self.height, self.width, self.dim, dtype=self.dtype)
+
+    def stats(self, block_p):
+        """Room for the statistics of tiles of `block_p` pixels; the number of such tiles in an image."""
+        n_tiles = triton.cdiv(self.n_pixels, block_p)
+        return self.empty(self.batch, self.sizes["GROUPS"], 2, n_tiles), n_tiles
+
+    def affine(self, number, stats, block_p, weight, bias):
+        """Scale and shift (B, 2, D) of a normalisation over what `stats` tells of tiles of `block_p` pixels."""
+        out = self.norms[number] = self.empty(self.batch, 2, self.dim)
+        n_tiles = stats.shape[-1]
+        _affine_kernel[(self.batch * self.sizes["GROUPS"],)](
+            stats, weight.contiguous(), bias.contiguous(), out, self.n_pixels, n_tiles, **self.sizes, BLOCK_P=block_p,
+            BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+        return out
+
+    def first_affine(self, block):
+        """Scale and shift of the normalisation of the image's first convolution."""
+        n_tiles = triton.cdiv(self.n_pixels, IMAGE_PIXELS)
+        stats = self.empty(self.batch, self.channels * (self.channels + 3) // 2, n_tiles)
+        _image_stats_kernel[(self.batch * n_tiles,)](
+            self.image, stats, *self.image.stride(), self.n_pixels, self.width, n_tiles, CHANNELS=self.channels,
+            BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
+        out = self.norms[0] = self.empty(self.batch, 2, self.dim)
+        _image_affine_kernel[(self.batch,)](
+            stats, self.image, self.image_conv, block.norm_in_weight.contiguous(), block.norm_in_bias.contiguous(), out,
+            *self.image.stride()[:2], self.n_pixels, n_tiles, **self.sizes, CHANNELS=self.channels,
+            BLOCK_P=IMAGE_PIXELS, BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return out
+
+    def layer(self, x, affine, matrix, out, skip="none", stored=None):
+        """Fill `out`, x None standing for the image's first convolution; returns what `affine` takes of it."""
+        stats, n_tiles = self.stats(self.layer_sizes["BLOCK_P"])
+        _layer_kernel[(self.batch * n_tiles,)](
+            out if x is None else x, affine, self.matrices[matrix], out if stored is None else stored, out, stats,
+            self.image, self.image_conv, *self.image.stride(), self.n_pixels, self.width, n_tiles, **self.sizes,
+            CHANNELS=self.channels, FROM_IMAGE=x is None, SKIP=skip, PRECISION=self.product(),
+            IMAGE_PRECISION=self.precision, STAGES=self.layer_sizes["num_stages"], **self.layer_sizes,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return stats, self.layer_sizes["BLOCK_P"]
+
+    def product(self):
+        """Precision of the products of what is stored."""
+        return self.precision if self.dtype == torch.float32 else "ieee"
+
+    def encode(self):
+        """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""
+        first, second = self.weights.image
+        x, y = self.picture(), self.picture()
+        stats = self.layer(None, self.first_affine(first), 0, x)
+        stats = self.layer(x, self.affine(1, *stats, first.norm_out_weight, first.norm_out_bias), 1, x, "image")
+        stats = self.layer(x, self.affine(2, *stats, second.norm_in_weight, second.norm_in_bias), 2, y)
+        affine = self.affine(3, *stats, second.norm_out_weight, second.norm_out_bias)
+        table = self.empty(self.height + self.width, 2, self.dim)
+        _rotation_kernel[(self.height + self.width,)](
+            self.weights.freqs.contiguous(), table, self.height, self.width, D=self.dim, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        block_p = self.guide_sizes["BLOCK_P"]
+        (query_stats, n_tiles), (key_stats, _) = self.stats(block_p), self.stats(block_p)
+        _guide_kernel[(self.batch * n_tiles,)](
+            y, affine, self.matrices[3], x, table, self.matrices[12], self.matrices[13], x, y, query_stats, key_stats,
+            self.n_pixels, self.height, self.width, n_tiles, **self.sizes, PRECISION=self.product(),
+            STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
+        )  # fmt: skip
+        return (x, (query_stats, block_p)), (y, (key_stats, block_p)), self.picture()
+
+    def branch(self, start, hidden, blocks, matrix, size, dtype, pool_first):
+        """ResBlocks on `start`, a picture (written over) and its statistics; their matrices begin with `matrix`.
+
+        Returns:
+            the picture, or with `pool_first` what it comes to at `size`, (B, *size, D) in `dtype`.
+        """
+        x, stats = start
+        for block in blocks:  # a matrix has the number of the normalisation before it
+            affine = self.affine(matrix, *stats, block.norm_in_weight, block.norm_in_bias)
+            stats = self.layer(x, affine, matrix, hidden)
+            affine = self.affine(matrix + 1, *stats, block.norm_out_weight, block.norm_out_bias)
+            if block is blocks[-1] and 0 in size:
+                return self.empty(self.batch, *size, self.dim, dtype=dtype)
+            if pool_first and block is blocks[-1]:
+                return self.pooled_last(x, hidden, affine, block.conv_out, size, dtype)
+            stats = self.layer(hidden, affine, matrix + 1, x, "stored", x)
+            matrix += 2
+        return x
+
+    def pool(self, x, y, affine, x_out, y_out, size, n_splits):
+        """Means of x, and of the active y unless it is None, over cells; see the kernel."""
+        most = triton.cdiv(self.width, size[1]) + (self.width % size[1] > 0)
+        block_x = min(POOL_PIXELS, triton.next_power_of_2(most))
+        block_j, block_d = POOL_PIXELS // block_x, min(self.dim, 128)
+        n_cells = size[0] * size[1]
+        n_blocks = triton.cdiv(n_cells, block_j)
+        _pool_kernel[(self.batch * n_blocks * n_splits * (self.dim // block_d),)](
+            x, x if y is None else y, x if y is None else affine, x_out, x_out if y is None else y_out, self.height,
+            self.width, *size, n_cells, n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None,
+            BLOCK_J=block_j, BLOCK_X=block_x, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def pooled(self, x, size):
+        """A picture in another size."""
+        out = self.empty(self.batch, *size, self.dim, dtype=x.dtype)
+        self.pool(x, None, None, out, None, size, 1)
+        return out
+
+    def pooled_last(self, x, hidden, affine, weight, size, dtype):
+        """End of a branch, pooled before its last product."""
+        n_rows = self.batch * size[0] * size[1]
+        n_splits = min(triton.cdiv(PROGRAMS, n_rows), max(1, self.height // size[0]))
+        x_mean, y_mean = (self.empty(n_splits, n_rows, self.dim) for _ in range(2))
+        self.pool(x, hidden, affine, x_mean, y_mean, size, n_splits)
+        out = self.empty(self.batch, *size, self.dim, dtype=dtype)
+        block_n = min(self.dim, 64)
+        _last_kernel[(triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n),)](
+            x_mean, y_mean, weight.contiguous(), out, n_rows, n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n,
+            BLOCK_K=32, PRECISION=self.precision, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return out
