@@ -13,13 +13,13 @@ The fused result is compared with the plain layers in float64 before anything is
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 
 from checkout import commit, use_checkout
 
@@ -51,7 +51,8 @@ def problem(shape, dtype=torch.float32):
 def published(model, image, features, rows=None):
     """The published formula as its users run it: channels first, torch's own GroupNorm, the whole attention at once, or
     that of `rows` query rows at a time. All its convolutions pad by reflection, those of one pixel by nothing, which
-    copies their input."""
+    copies their input. Its attention is `nn.MultiheadAttention`, of which the weights, averaged over the heads, are
+    used and the output is not."""
 
     def padded(x):
         return F.pad(x, (0, 0, 0, 0), mode="reflect")
@@ -76,16 +77,25 @@ def published(model, image, features, rows=None):
         unified = block(unified, layers)
     key = F.adaptive_avg_pool2d(encode(guide, model.key_encoder), features.shape[-2:])
     key = encode(torch.cat((key, unified), 1), model.aggregation)
-    decode = model.cross_decode
-    q, k = decode.cross_attn.project(decode.conv2d(query).permute(0, 2, 3, 1), key.permute(0, 2, 3, 1))
-    value = features.permute(0, 2, 3, 1)
-    row_bounds, col_bounds = (
-        window_bounds(n, n_key, decode.window_ratio) for n, n_key in zip(q.shape[1:3], k.shape[1:3], strict=True)
-    )
-    rows = rows or q.shape[1]
-    bands = zip(q.split(rows, 1), row_bounds.split(rows), strict=True)
-    out = [reference.windowed_attention(band, k, value, bounds, col_bounds) for band, bounds in bands]
-    return torch.cat(out, 1).permute(0, 3, 1, 2)
+    decode, size = model.cross_decode, image.shape[-2:]
+    attend = decode.cross_attn
+    query = attend.norm_q(decode.conv2d(query).flatten(2).mT)
+    key = attend.norm_k(key.flatten(2).mT)
+    outside = _outside(*size, *features.shape[-2:], decode.window_ratio)
+    step = (rows or size[0]) * size[1]
+    bands = []
+    for q, mask in zip(query.split(step, 1), outside.split(step), strict=True):
+        weights = attend.attention(q, key, key, attn_mask=mask, need_weights=True, average_attn_weights=True)[1]
+        bands.append(weights @ features.flatten(2).mT)
+    return torch.cat(bands, 1).mT.unflatten(2, size)
+
+
+@functools.lru_cache(maxsize=8)
+def _outside(height, width, h, w, ratio):
+    """Boolean (H * W, h * w): keys that a pixel does not see; kept from call to call."""
+    rows = reference.inside(window_bounds(height, h, ratio), h)[:, None, :, None]
+    cols = reference.inside(window_bounds(width, w, ratio), w)[None, :, None]
+    return ~(rows & cols).view(height * width, h * w)
 
 
 def contender(name):
@@ -94,7 +104,7 @@ def contender(name):
         return AnyUp.__call__
     if name == "compiled":
         return torch.compile(published)
-    return partial(published, rows=CHUNK_ROWS if name == "chunks" else None)
+    return functools.partial(published, rows=CHUNK_ROWS if name == "chunks" else None)
 
 
 def error(shape):

@@ -14,7 +14,7 @@ import torch
 BATCH = 1 << 20
 LIMIT = 1 << 24
 # What one more tile along an axis costs: as much as so many queries more.
-TILE_COST = 2
+TILE_COST = 8
 # Up to here, many keys are cheaper with one running sum per head than with all logits at once.
 FEW_CHANNELS = 64
 
