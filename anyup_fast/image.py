@@ -134,7 +134,7 @@ def rows_of(picture, like):
         ((1, 3, H, W), read), where read(first, last) gives ImageNet-normalised rows (last - first, W, 3).
 
     Raises:
-        ValueError: another shape or dtype; while reading, values that are not finite.
+        ValueError: another shape or dtype; while reading, floats that are not finite or leave [0, 1].
     """
     shape, dtype = getattr(picture, "shape", None), getattr(picture, "dtype", None)
     if shape is None or dtype is None or len(shape) != 3 or shape[2] != 3 or 0 in shape:
@@ -149,8 +149,11 @@ def rows_of(picture, like):
     def read(first, last):
         rows = np.asarray(picture[first:last])
         rows = torch.from_numpy(rows.astype(np.float64 if wide == torch.float64 else np.float32)).to(like.device, wide)
-        if dtype.kind == "f" and not torch.isfinite(rows).all():
-            raise ValueError(f"image: rows {first} to {last} hold values that are not finite")
+        if dtype.kind == "f" and not ((rows >= -_ROUNDING) & (rows <= 1 + _ROUNDING)).all():
+            raise ValueError(
+                f"image: rows {first} to {last} hold values that are not finite or leave [0, 1]; "
+                "give uint8, or divide by the greatest value"
+            )
         return (rows / full - mean) / std
 
     return (1, 3, *shape[:2]), read

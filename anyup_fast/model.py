@@ -205,7 +205,7 @@ class AnyUp(nn.Module):
                 the attention-weighted mean row, green the mean column, of the low-res cells (0 first, 1 last).
             max_memory: bytes that the call may take beyond its inputs, output included. Where the fused path takes more
                 (`estimate_memory`), the image is passed over several times in place of being stored, and the output
-                filled tile by tile: the same result, up to float rounding, at about three times the cost.
+                filled tile by tile: the same result, up to float rounding, for about three times the products.
 
         Returns:
             hr_features (B, C, H', W') in the dtype of `features`; with `vis_attn` the pair (hr_features, picture).
@@ -217,6 +217,8 @@ class AnyUp(nn.Module):
         output_size = self._check(image, features, output_size, q_chunk_size)
         value = torch.cat((features, cell_colours(features).to(features.dtype)), 1) if vis_attn else features
         reason = self.why_not_fused(image, features)
+        if max_memory is not None and not _is_count(max_memory):
+            raise ValueError(f"max_memory: need a positive number of bytes or None, got {max_memory!r}")
         if max_memory is not None and reason is not None:
             raise ValueError(f"max_memory: only the fused path keeps it, which is not taken: {reason}")
         if max_memory is not None and max_memory < self._memory(image, value, output_size):
@@ -307,8 +309,16 @@ class AnyUp(nn.Module):
         keys = batch * h * w * dim * max(4, compute.itemsize)
         encoders = (2 if height * width == pixels else 3) * image + pixels * self.input_dim * (16 + compute.itemsize)
         output = batch * height * width * channels * dtype.itemsize
-        beside_query = max(encoders, 2 * keys + 9 * keys // batch, query + keys, output + keys)
+        beside_query = max(encoders, self._low_res_memory(features_shape, compute), query + keys, output + keys)
         return query + beside_query + SMALL_BUFFERS
+
+    def _low_res_memory(self, features_shape, dtype):
+        """Bytes at the peak of what is computed on the low-res grid: the unified features, then the keys."""
+        batch, channels, h, w = features_shape
+        wide = max(4, dtype.itemsize)
+        keys = batch * h * w * self.rope.freqs.shape[1] * wide
+        unit = batch * h * w * channels * wide
+        return keys + max(unit + unit // batch, keys + 9 * keys // batch)
 
     def _memory(self, image, value, output_size):
         return self.estimate_memory(image.shape, value.shape, output_size, value.dtype, image.device)
@@ -319,17 +329,19 @@ class AnyUp(nn.Module):
 
         out = value.numel() // value[0, 0].numel() * output_size[0] * output_size[1] * value.element_size()
         wide = torch.promote_types(self.rope.freqs.dtype, torch.float32)
-        tiles, filled = max_memory - out, None
+        low_res = self._low_res_memory((1, *features.shape[1:]), wide)
+        filled = None
         for b in range(len(image)):
             rows = image[b].permute(1, 2, 0)
             prepared = Prepared(
                 self, image[b : b + 1], features[b : b + 1], lambda first, last, rows=rows: rows[first:last].to(wide)
             ).showing(value[b : b + 1])
             if filled is None:
-                least = prepared.tile_memory((32, 32)) + out
+                least = prepared.tile_memory((32, 32)) + out + low_res
                 if least > max_memory:
                     raise ValueError(f"max_memory: {max_memory} bytes are too few, the least that suffices is {least}")
                 filled = value.new_empty(len(image), *output_size, value.shape[1]).permute(0, 3, 1, 2)
+            tiles = max_memory - out - low_res
             prepared.stream(output_size=output_size, out=filled[b : b + 1], max_memory=tiles)
         return filled
 

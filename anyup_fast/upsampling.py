@@ -195,6 +195,9 @@ class Prepared:
 
         Returns:
             Prepared, sharing statistics and keys with this one.
+
+        Raises:
+            ValueError: maps of another batch or grid.
         """
         if value.ndim != 4 or 0 in value.shape or value[:, 0].shape != self._features[:, 0].shape:
             raise ValueError(

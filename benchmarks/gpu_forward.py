@@ -59,11 +59,14 @@ def sweep(device):
             expected = plain(exact, image.double(), features.double(), output)
             model = AnyUp.from_pretrained().to(dtype).to(device)
             given = [tensor.to(device) for tensor in here]
-            for out, text in _runs(model, given, output, device):
-                error = distance(out, expected)
-                if not error <= limit:
-                    what = f"{size} {grid} {channels} {output} {batch} {dtype}"
-                    failed.append(f"forward {what}, {text}: error {error:.1e} exceeds {limit:.0e}")
+            what = f"forward {size} {grid} {channels} {output} {batch} {dtype}"
+            try:
+                for out, text in _runs(model, given, output, device):
+                    error = distance(out, expected)
+                    if not error <= limit:
+                        failed.append(f"{what}, {text}: error {error:.1e} exceeds {limit:.0e}")
+            except RuntimeError as error:  # a launch that fails, a wait for the device: told with the rest
+                failed.append(f"{what}: {' '.join(str(error).split())[:200]}")
             failed += _operator_faults(model, exact, given, output)
     print(f"correctness of the forward: {len(CASES) * len(TOLERANCE)} problems, {len(failed)} failed")
     return failed

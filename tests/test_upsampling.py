@@ -226,6 +226,7 @@ def test_a_picture_that_is_read_gives_what_the_tensor_gives(model, dtype, monkey
         (np.zeros((4, 5, 3), np.int16), "need uint8, uint16"),
         ([[1]], "need \\(H, W, 3\\)"),
         (np.full((4, 5, 3), np.nan, np.float32), "not finite"),
+        (np.full((4, 5, 3), 200.0, np.float32), "leave \\[0, 1\\]"),
     ],
 )
 def test_pictures_that_cannot_be_read_are_named(model, picture, words):
@@ -324,6 +325,8 @@ def test_forward_within_a_memory(model, output, vis_attn):
         frugal = model(image, features, output, vis_attn=vis_attn, max_memory=least)
     pairs = zip(frugal, expected, strict=True) if vis_attn else [(frugal, expected)]
     assert all(distance(*pair) < 1e-5 for pair in pairs)
+    with pytest.raises(ValueError, match="max_memory: need a positive"):
+        model(image, features, max_memory=0)
     with pytest.raises(ValueError, match="gradients are recorded"):
         model(image.clone().requires_grad_(), features, max_memory=1 << 40)
 
