@@ -24,10 +24,7 @@ import logging
 import math
 import os
 import re
-import signal
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -440,11 +437,9 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
         logger.info("resuming at step %d of %d", first, config.steps)
 
     _cut_metrics(output / "metrics.csv", first)
-    with open(output / "metrics.csv", "a", newline="") as file, _interrupts() as interrupts:
+    with open(output / "metrics.csv", "a", newline="") as file:
         metrics = csv.writer(file)
         for step in progress(range(first, config.steps)):
-            if interrupts:
-                raise KeyboardInterrupt
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -471,30 +466,6 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
     weights = output / "anyup.safetensors"
     save_checkpoint(weights, average.module.state_dict(), arguments, steps=config.steps)
     return weights
-
-
-@contextmanager
-def _interrupts():
-    """A list that is filled when the run is interrupted.
-
-    Python drops a KeyboardInterrupt that strikes where exceptions are ignored (a finaliser, a callback); the list holds
-    on to it. In a thread, or where somebody else handles SIGINT, nothing is changed and the list stays empty.
-    """
-    seen = []
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen
-        return
-
-    def remember(number, frame):
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _start_from(model, initial, name):

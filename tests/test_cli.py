@@ -1,5 +1,6 @@
 """The command line: what it writes, prints and returns, and what it refuses in one sentence."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -298,7 +299,9 @@ def test_a_real_interrupt_ends_a_training(made, tmp_path):
     scenes, _ = tiny.picture_folders(tmp_path / "pictures")
     command = [sys.executable, "-m", "anyup_fast.cli", "train", "--all", "--scenes", str(scenes), "--size", "56"]
     command += ["--pictures", "2", "--steps", "1000000", "--encoders", made[1][1], "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, preexec_fn=heard, **pipes)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,8 +1,6 @@
 """Training: the terms of the loss, the cache of targets, resuming, determinism."""
 
-import contextlib
 import csv
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,20 +90,6 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(config, cache, tmp_path
     resumed = train(config, tmp_path / "broken", cache=cache)
     assert_equal_weights(resumed, whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
-
-
-def test_an_interrupt_that_is_dropped_ends_the_run_after_the_step(config, cache, tmp_path):
-    def dropping(steps):
-        for step in steps:
-            if step == 2:
-                with contextlib.suppress(KeyboardInterrupt):
-                    signal.raise_signal(signal.SIGINT)
-            yield step
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "run", cache=cache, progress=lambda items: dropping(items))
-    assert [row[0] for row in losses(tmp_path / "run")] == ["step", "0", "1"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_step_without_a_loss_resumes_like_any_other(config, tmp_path, monkeypatch):
