@@ -88,7 +88,8 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
         device: where to compute, a given model has to be there; None means where `image` and `features` lie.
 
     Returns:
-        (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one.
+        (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
+        all feature maps of a batch, a single feature map all images.
 
     Raises:
         ValueError: shapes, dtypes, sizes that do not fit, non-finite values, image and features on different devices
@@ -137,9 +138,10 @@ def _upsampler(image, features, weights, device):
         raise ValueError(
             f"image is on {image.device}, features on {features.device}: move one of them, or choose with device=..."
         )
-    if len(image) != len(features):
+    if len(image) != len(features) and 1 not in (len(image), len(features)):
         raise ValueError(
-            f"image and features differ in batch size, {len(image)} and {len(features)}: give one image per feature map"
+            f"image and features differ in batch size, {len(image)} and {len(features)}: give one image per feature "
+            "map, or a single one of either"
         )
     device = checked_device(device, features)
     image, features = _finite("image", image.to(device)), _finite("features", features.to(device))

@@ -17,6 +17,7 @@ from .ops import (
     GuidanceWeights,
     KeyWeights,
     guidance,
+    neighborhood_bounds,
     project_keys,
     project_queries,
     window_bounds,
@@ -25,6 +26,9 @@ from .ops import (
 from .ops.choice import log_once
 
 SMALL_BUFFERS = 12 << 20  # bytes that the pieces in work take, whatever the sizes
+
+
+WINDOW_RULES = {"ratio": window_bounds, "neighborhood": neighborhood_bounds}
 
 
 class CrossAttention(nn.Module):
@@ -55,33 +59,43 @@ class CrossAttention(nn.Module):
 class CrossDecode(nn.Module):
     """3x3 convolution of the queries (zero padding), then windowed cross-attention to the low-res features."""
 
-    def __init__(self, dim, num_heads, window_ratio):
+    def __init__(self, dim, num_heads, window_ratio, window_rule="ratio", head_mode="mean"):
         super().__init__()
-        self.window_ratio = window_ratio
+        if window_rule not in WINDOW_RULES:
+            known = ", ".join(map(repr, WINDOW_RULES))
+            raise ValueError(f"window_rule: there is no rule {window_rule!r}; use one of {known}")
+        if head_mode not in ("mean", "split"):
+            raise ValueError(f"head_mode: need 'mean' or 'split', got {head_mode!r}")
+        self.window_ratio, self.window_rule, self.head_mode = window_ratio, window_rule, head_mode
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         self.cross_attn = CrossAttention(dim, num_heads)
 
     def forward(self, query, key, value, q_chunk_size=None):
         """query (B, dim, H', W'), key (B, dim, h, w), value (B, C, h, w) -> (B, C, H', W')."""
-        query = self.conv2d(query).permute(0, 2, 3, 1)
-        query, key = self.cross_attn.project(query, key.permute(0, 2, 3, 1))
-        return self.attend(query, key, value, q_chunk_size)
+        return self.attend(*self.projected(query, key), value, q_chunk_size)
 
-    def attend(self, query, key, value, q_chunk_size=None):
+    def projected(self, query, key):
+        """query (B, dim, H', W'), key (B, dim, h, w) -> (B, H', W', heads, d) and (B, h, w, heads, d)."""
+        query = self.conv2d(query).permute(0, 2, 3, 1)
+        return self.cross_attn.project(query, key.permute(0, 2, 3, 1))
+
+    def attend(self, query, key, value, q_chunk_size=None, head_mode=None):
         """Projected query (B, H', W', heads, d), key (B, h, w, heads, d), value (B, C, h, w) -> (B, C, H', W')."""
         value = value.permute(0, 2, 3, 1)
         row_bounds, col_bounds = self.bounds(query.shape[1:3], key.shape[1:3])
+        mode = head_mode or self.head_mode
         if q_chunk_size is None:
-            return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)
+            return windowed_attention(query, key, value, row_bounds, col_bounds, head_mode=mode).permute(0, 3, 1, 2)
         bands = [
-            windowed_attention(band, key, value, bounds, col_bounds)
+            windowed_attention(band, key, value, bounds, col_bounds, head_mode=mode)
             for band, bounds in zip(query.split(q_chunk_size, 1), row_bounds.split(q_chunk_size), strict=True)
         ]
         return torch.cat(bands, 1).permute(0, 3, 1, 2)
 
     def bounds(self, output_size, key_size):
-        """Windows of the rows and of the columns (see `anyup_fast.ops.window_bounds`)."""
-        return tuple(window_bounds(n, m, self.window_ratio) for n, m in zip(output_size, key_size, strict=True))
+        """Windows of the rows and of the columns, by the rule of this model (see `anyup_fast.ops.windows`)."""
+        rule = WINDOW_RULES[self.window_rule]
+        return tuple(rule(n, m, self.window_ratio) for n, m in zip(output_size, key_size, strict=True))
 
 
 class AnyUp(nn.Module):
@@ -96,6 +110,11 @@ class AnyUp(nn.Module):
         num_heads: attention heads.
         init_gaussian_derivatives: start the feature-agnostic filters from Gaussian derivatives, not noise.
         lfu_dim: number of those filters; None means qk_dim.
+        window_rule: "ratio", the windows that the published weights were trained with, or "neighborhood", those of the
+            published variant on neighborhood attention (`use_natten=True`): a fixed number of cells, shifted at the
+            borders (`anyup_fast.ops.neighborhood_bounds`).
+        head_mode: "mean" weighs every channel by the mean over the heads; "split" lets each head weigh its own
+            C / num_heads channels, C a multiple of the heads.
 
     The parameters carry the names and shapes of the published checkpoints (73 tensors, 878,080 numbers at the
     defaults), so that their state dicts load strictly.
@@ -113,6 +132,8 @@ class AnyUp(nn.Module):
         num_heads=4,
         init_gaussian_derivatives=False,
         lfu_dim=None,
+        window_rule="ratio",
+        head_mode="mean",
     ):
         super().__init__()
         lfu_dim = qk_dim if lfu_dim is None else lfu_dim
@@ -126,16 +147,17 @@ class AnyUp(nn.Module):
         self.key_encoder = encoder(qk_dim, qk_dim, nn.Conv2d(qk_dim, qk_dim, 1, bias=False))
         self.key_features_encoder = encoder(lfu_dim, qk_dim, unify)
         self.aggregation = encoder(qk_dim, qk_dim, merge)
-        self.cross_decode = CrossDecode(qk_dim, num_heads, window_ratio)
+        self.cross_decode = CrossDecode(qk_dim, num_heads, window_ratio, window_rule, head_mode)
 
     @classmethod
-    def from_pretrained(cls, weights="embedded", *, device=None):
+    def from_pretrained(cls, weights="embedded", *, device=None, window_rule=None):
         """AnyUp with trained weights, in eval mode.
 
         Args:
             weights: "embedded" (shipped with the package), "anyup_multi_backbone" or "anyup_paper" (published,
                 downloaded once), or a path or URL of a checkpoint.
             device: where the model goes; None means the CPU.
+            window_rule: "ratio" or "neighborhood" (see `AnyUp`); None means what the checkpoint says, or "ratio".
 
         Raises:
             ValueError, FileNotFoundError, RuntimeError: see `anyup_fast.checkpoints.load_checkpoint`.
@@ -143,6 +165,8 @@ class AnyUp(nn.Module):
         from .checkpoints import load_checkpoint
 
         state_dict, config = load_checkpoint(weights)
+        if window_rule is not None:
+            config = {**config, "window_rule": window_rule}
         model = cls(**config)
         model.load_state_dict(state_dict)
         return model.to(device or "cpu").eval()
@@ -151,6 +175,11 @@ class AnyUp(nn.Module):
     def window_ratio(self):
         """Half width of the attention window as a share of the picture."""
         return self.cross_decode.window_ratio
+
+    @property
+    def head_mode(self):
+        """How the heads share the channels: "mean" or "split"."""
+        return self.cross_decode.head_mode
 
     def guidance(self, image):
         """Position-encoded guide (B, qk_dim, H, W) from which queries and keys are made."""
@@ -191,14 +220,15 @@ class AnyUp(nn.Module):
         from_features = from_features.to(dtype)
         for block in blocks:
             from_features = block(from_features)
-        return self.aggregation(torch.cat((from_image, from_features), 1))
+        return self.aggregation(torch.cat(_broadcast(from_image, from_features), 1))
 
     def forward(self, image, features, output_size=None, q_chunk_size=None, vis_attn=False, max_memory=None):
         """Upsample `features` to the resolution of `image`, or to `output_size`.
 
         Args:
             image: (B, input_dim, H, W), ImageNet-normalised, any float dtype.
-            features: (B, C, h, w), any C >= 1, any float dtype.
+            features: (B, C, h, w), any C >= 1, any float dtype. A single image serves all feature maps of a batch, a
+                single feature map all images.
             output_size: (H', W'); None means (H, W).
             q_chunk_size: rows of output computed at a time; accepted for compatibility, memory is flat without it.
             vis_attn: also return where each output pixel looks, as an RGB picture (B, 3, H', W') in [0, 1]: red is
@@ -215,24 +245,47 @@ class AnyUp(nn.Module):
                 plan can keep; the message gives the smallest that suffices.
         """
         output_size = self._check(image, features, output_size, q_chunk_size)
-        value = torch.cat((features, cell_colours(features).to(features.dtype)), 1) if vis_attn else features
         reason = self.why_not_fused(image, features)
-        if max_memory is not None and not _is_count(max_memory):
-            raise ValueError(f"max_memory: need a positive number of bytes or None, got {max_memory!r}")
-        if max_memory is not None and reason is not None:
-            raise ValueError(f"max_memory: only the fused path keeps it, which is not taken: {reason}")
-        if max_memory is not None and max_memory < self._memory(image, value, output_size):
-            out = self._frugal(image, features, value, output_size, max_memory)
-        elif reason is None:
+        if max_memory is not None:
+            self._check_max_memory(max_memory, reason)
+        maps = features
+        if vis_attn and self.head_mode == "mean":
+            maps = torch.cat((features, cell_colours(features).to(features.dtype)), 1)
+        if max_memory is not None and max_memory < self._memory(image, maps, output_size):
+            out = self._frugal(image, features, maps, output_size, max_memory)
+            return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+        if reason is None:
             query, key, _ = self.guided(image, features, output_size)
             query = self.projected_queries(query)
-            out = self.cross_decode.attend(query, key, value, q_chunk_size)
         else:
             log_once(f"AnyUp: the fused path is not taken: {reason}")
-            guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
-            query, key = self.queries(guide, output_size), self.keys(guide, features)
-            out = self.cross_decode(query, key, value, q_chunk_size)
+            query, key = self._plain(image, features, output_size)
+        query, key, maps = _broadcast(query, key, maps)
+        out = self.cross_decode.attend(query, key, maps, q_chunk_size)
+        if vis_attn and self.head_mode == "split":
+            colours = cell_colours(maps).to(maps.dtype)
+            return out, self.cross_decode.attend(query, key, colours, q_chunk_size, head_mode="mean")
         return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+
+    def _plain(self, image, features, output_size):
+        """Projected queries and keys by the plain layers."""
+        guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
+        query, key = self.queries(guide, output_size), self.keys(guide, features)
+        return self.cross_decode.projected(query, key)
+
+    def _check_max_memory(self, max_memory, reason):
+        if not _is_count(max_memory):
+            raise ValueError(f"max_memory: need a positive number of bytes or None, got {max_memory!r}")
+        reason = reason or self._why_not_prepared()
+        if reason is not None:
+            raise ValueError(f"max_memory: only the fused path keeps it, which is not taken: {reason}")
+
+    def _why_not_prepared(self):
+        """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
+        if self.head_mode == "split":
+            return "each head weighs channels of its own (head_mode 'split'), which parts and heads don't cover"
+        with torch.no_grad():
+            return self.why_not_fused()
 
     def prepare(self, image, features):
         """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
@@ -259,10 +312,10 @@ class AnyUp(nn.Module):
             if len(features) != 1:
                 raise ValueError(f"features: a picture that is read needs one feature map, got {len(features)}")
         self._check(image if read is None else features.new_empty(1, self.input_dim, 1, 1), features, None, None)
-        with torch.no_grad():
-            reason = self.why_not_fused()
-        if reason:
+        if reason := self._why_not_prepared():
             raise ValueError(f"this model cannot be prepared: {reason}")
+        if read is None:
+            image, features = _broadcast(image, features)
         return Prepared(self, image, features, read)
 
     def why_not_fused(self, image=None, features=None):
@@ -298,10 +351,11 @@ class AnyUp(nn.Module):
         for name, shape in (("image_shape", image_shape), ("features_shape", features_shape)):
             if len(shape) != 4 or not all(_is_count(n) for n in shape):
                 raise ValueError(f"{name}: need four positive whole numbers (B, C, H, W), got {tuple(shape)}")
-        if image_shape[0] != features_shape[0]:
+        batch = max(image_shape[0], features_shape[0])
+        if not {image_shape[0], features_shape[0]} <= {1, batch}:
             raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")
         height, width = checked_output_size(output_size, image_shape[2:])
-        batch, channels, h, w = features_shape
+        channels, h, w = features_shape[1:]
         dim = self.rope.freqs.shape[1]
         compute = dtype if torch.device(device).type in ("cuda", "xpu") else torch.promote_types(dtype, torch.float32)
         pixels = image_shape[2] * image_shape[3]
@@ -331,6 +385,7 @@ class AnyUp(nn.Module):
         wide = torch.promote_types(self.rope.freqs.dtype, torch.float32)
         low_res = self._low_res_memory((1, *features.shape[1:]), wide)
         filled = None
+        image, features, value = _broadcast(image, features, value)
         for b in range(len(image)):
             rows = image[b].permute(1, 2, 0)
             prepared = Prepared(
@@ -362,6 +417,7 @@ class AnyUp(nn.Module):
     def projected_keys(self, from_image, features):
         """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w)."""
         from_features = self.key_features_encoder[0](unit_channels(features))
+        from_image, from_features = _broadcast(from_image, from_features)
         return self._split_heads(project_keys(from_image, from_features, self.key_weights()))
 
     def projected_queries(self, query):
@@ -387,9 +443,10 @@ class AnyUp(nn.Module):
                 )
         if image.shape[1] != self.input_dim:
             raise ValueError(f"image: need {self.input_dim} channels, got shape {tuple(image.shape)}")
-        if image.shape[0] != features.shape[0]:
+        if image.shape[0] != features.shape[0] and 1 not in (image.shape[0], features.shape[0]):
             raise ValueError(
-                f"image and features differ in batch size: {tuple(image.shape)} and {tuple(features.shape)}"
+                "image and features differ in batch size, and neither is single: "
+                f"{tuple(image.shape)} and {tuple(features.shape)}"
             )
         if q_chunk_size is not None and not _is_count(q_chunk_size):
             raise ValueError(f"q_chunk_size: need a positive number of rows or None, got {q_chunk_size!r}")
@@ -405,6 +462,12 @@ def checked_output_size(output_size, default):
     if not all(_is_count(n) for n in output_size):
         raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
     return tuple(int(n) for n in output_size)
+
+
+def _broadcast(*tensors):
+    """The tensors with the batch size of the longest; a single element is repeated as a view."""
+    batch = max(map(len, tensors))
+    return [tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors]
 
 
 def _is_count(n):

@@ -343,7 +343,7 @@ def test_a_call_stays_within_its_memory():
     [
         (((1, 3, 10), (1, 8, 2, 2)), "image_shape: need"),
         (((1, 3, 10, 10), (1, 0, 2, 2)), "features_shape: need"),
-        (((1, 3, 10, 10), (2, 8, 2, 2)), "differ in batch size"),
+        (((3, 3, 10, 10), (2, 8, 2, 2)), "differ in batch size"),
         (((1, 3, 10, 10), (1, 8, 2, 2), (3,)), "output_size: need"),
     ],
 )

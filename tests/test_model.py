@@ -219,7 +219,7 @@ def test_gradients_reach_every_used_parameter():
             {"image": torch.zeros(1, 3, 28, 35, dtype=torch.uint8)},
             "image: need a floating-point tensor, got torch.uint8",
         ),
-        ({"image": torch.zeros(2, 3, 28, 35)}, "differ in batch size"),
+        ({"image": torch.zeros(2, 3, 28, 35), "features": torch.zeros(3, 12, 4, 5)}, "differ in batch size"),
         ({"image": torch.zeros(1, 3, 28, 35, device="meta")}, "image is on meta, the model on cpu"),
         ({"features": torch.zeros(1, 0, 4, 5)}, r"features: no dimension may be 0, got shape \(1, 0, 4, 5\)"),
         ({"features": torch.zeros(12, 4, 5)}, "features: need 4 dimensions"),
