@@ -369,5 +369,7 @@ def test_the_verb_takes_single_images_and_names(model):
     image, features = inputs(batch=1)
     prepared = anyup_fast.prepare(image[0], features[0], weights=model)
     assert distance(prepared.region(0, 0, 5, 5), model(image, features)[..., :5, :5]) < 1e-5
+    twice = anyup_fast.prepare(torch.cat((image, image.flip(3))), features, weights=model)
+    assert distance(twice.region(0, 0, 5, 5)[1:], model(image.flip(3), features)[..., :5, :5]) < 1e-5
     with pytest.raises(ValueError, match="batch size"):
-        anyup_fast.prepare(image.expand(2, -1, -1, -1), features, weights=model)
+        anyup_fast.prepare(image.expand(2, -1, -1, -1), features.expand(3, -1, -1, -1), weights=model)
