@@ -134,11 +134,15 @@ class ReflectConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x):
-        pad = self.kernel_size[0] // 2
-        if pad:
-            x = F.pad(x, (pad, pad, 0, 0), mode="reflect" if x.shape[-1] > pad else "replicate")
-            x = F.pad(x, (0, 0, pad, pad), mode="reflect" if x.shape[-2] > pad else "replicate")
-        return super().forward(x)
+        return super().forward(reflected(x, self.kernel_size[0] // 2))
+
+
+def reflected(x, pad):
+    """`x` with `pad` more rows and columns on every side, by reflection, or its edge where an axis is too short."""
+    if pad:
+        x = F.pad(x, (pad, pad, 0, 0), mode="reflect" if x.shape[-1] > pad else "replicate")
+        x = F.pad(x, (0, 0, pad, pad), mode="reflect" if x.shape[-2] > pad else "replicate")
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -149,9 +153,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        wide = x.to(wide_dtype(x.dtype))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
-        return (wide * scale * self.weight).to(x.dtype)
+        return rms_norm(x.to(wide_dtype(x.dtype)), self.weight).to(x.dtype)
+
+
+def rms_norm(x, weight):
+    """`x / rms(x) * weight` over the last axis, with float32's epsilon."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS) * weight
 
 
 def encoder(in_channels, out_channels, first):

@@ -10,16 +10,21 @@ from .layers import (
     RMSNorm,
     RotaryEmbedding,
     encoder,
+    reflected,
+    rms_norm,
     unit_channels,
+    wide_dtype,
 )
 from .ops import (
     Block,
     GuidanceWeights,
     KeyWeights,
+    branches,
     guidance,
     neighborhood_bounds,
     project_keys,
     project_queries,
+    res_block,
     window_bounds,
     windowed_attention,
 )
@@ -245,16 +250,19 @@ class AnyUp(nn.Module):
                 plan can keep; the message gives the smallest that suffices.
         """
         output_size = self._check(image, features, output_size, q_chunk_size)
-        reason = self.why_not_fused(image, features)
+        reason = self.why_not_fused()
+        recorded = self._records_gradients(image, features)
         if max_memory is not None:
-            self._check_max_memory(max_memory, reason)
+            self._check_max_memory(max_memory, recorded)
         maps = features
         if vis_attn and self.head_mode == "mean":
             maps = torch.cat((features, cell_colours(features).to(features.dtype)), 1)
         if max_memory is not None and max_memory < self._memory(image, maps, output_size):
             out = self._frugal(image, features, maps, output_size, max_memory)
             return out.tensor_split((features.shape[1],), 1) if vis_attn else out
-        if reason is None:
+        if reason is None and recorded:
+            query, key = self._recorded(image, features, output_size)
+        elif reason is None:
             query, key, _ = self.guided(image, features, output_size)
             query = self.projected_queries(query)
         else:
@@ -273,19 +281,57 @@ class AnyUp(nn.Module):
         query, key = self.queries(guide, output_size), self.keys(guide, features)
         return self.cross_decode.projected(query, key)
 
-    def _check_max_memory(self, max_memory, reason):
+    def _recorded(self, image, features, output_size):
+        """Projected queries and keys by the fused layers, with gradients."""
+        dtype = self._stored_dtype(image)
+        weights, keys = self.guidance_weights(), self.key_weights()
+        size, key_size = image.shape[-2:], features.shape[-2:]
+        with torch.autocast(image.device.type, enabled=False):
+            x = F.linear(image.permute(0, 2, 3, 1).to(dtype), weights.image_conv.to(dtype))
+            x = _through(x, weights.image)
+            query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
+            query, from_image = _through(query, weights.query), _through(from_image, weights.key)
+            if tuple(output_size) != tuple(size):
+                query = _pooled(query, output_size)
+            query = self.projected_queries(query)
+            wide = wide_dtype(dtype)
+            from_image = _pooled(from_image.to(wide), key_size)
+            from_features = self.key_features_encoder[0](unit_channels(features)).permute(0, 2, 3, 1).to(wide)
+            from_features = _through(from_features, keys.features)
+            both = torch.cat(_broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
+            key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
+            key = rms_norm(_through(key, keys.blocks), keys.norm.to(wide))
+            key = self._split_heads(F.linear(key, keys.weight.to(wide), keys.bias.to(wide)))
+        return query, key.to(query.dtype)
+
+    def _stored_dtype(self, image):
+        """Of what the differentiable path holds for every pixel: as `guided`, but float32 at least on CPUs."""
+        dtype = self._dtype(image)
+        return dtype if image.device.type in ("cuda", "xpu") else wide_dtype(dtype)
+
+    def _dtype(self, image):
+        """The model's dtype, or that of autocast."""
+        if torch.is_autocast_enabled(image.device.type):
+            return torch.get_autocast_dtype(image.device.type)
+        return self.image_encoder[0].weight.dtype
+
+    def _records_gradients(self, *given):
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self.parameters()))
+
+    def _check_max_memory(self, max_memory, recorded):
         if not _is_count(max_memory):
             raise ValueError(f"max_memory: need a positive number of bytes or None, got {max_memory!r}")
-        reason = reason or self._why_not_prepared()
+        reason = self._why_not_prepared()
+        if recorded:
+            reason = "gradients are recorded, whose layers keep their inputs; call it under torch.no_grad()"
         if reason is not None:
-            raise ValueError(f"max_memory: only the fused path keeps it, which is not taken: {reason}")
+            raise ValueError(f"max_memory: cannot be kept: {reason}")
 
     def _why_not_prepared(self):
         """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
         if self.head_mode == "split":
             return "each head weighs channels of its own (head_mode 'split'), which parts and heads don't cover"
-        with torch.no_grad():
-            return self.why_not_fused()
+        return self.why_not_fused()
 
     def prepare(self, image, features):
         """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
@@ -318,18 +364,14 @@ class AnyUp(nn.Module):
             image, features = _broadcast(image, features)
         return Prepared(self, image, features, read)
 
-    def why_not_fused(self, image=None, features=None):
+    def why_not_fused(self):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
 
-        Args:
-            image, features: what it would be called with; None means tensors that need no gradient.
+        Where gradients are recorded the fused layers are those of `anyup_fast.ops.res_block` and `branches`.
         """
         size = self.image_encoder[0].kernel_size[0]
         if size != 1:
             return f"the first convolution on the image has kernel_size {size}, which couples pixels; it needs 1"
-        given = [tensor for tensor in (image, features, *self.parameters()) if tensor is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-            return "gradients are recorded; call it under torch.no_grad() or torch.inference_mode()"
         return None
 
     def estimate_memory(self, image_shape, features_shape, output_size=None, dtype=torch.float32, device="cpu"):
@@ -407,10 +449,7 @@ class AnyUp(nn.Module):
             query (B, H', W', dim) for `projected_queries`, projected key (B, h, w, heads, d) and the norms of the
             guidance network (see `anyup_fast.ops.guidance`).
         """
-        device, dtype = image.device.type, self.image_encoder[0].weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        weights = self.guidance_weights()
+        weights, dtype = self.guidance_weights(), self._dtype(image)
         query, from_image, norms = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
         return query, self.projected_keys(from_image, features).to(query.dtype), norms
 
@@ -462,6 +501,18 @@ def checked_output_size(output_size, default):
     if not all(_is_count(n) for n in output_size):
         raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
     return tuple(int(n) for n in output_size)
+
+
+def _through(x, blocks):
+    """`x` (B, H, W, D) through ResBlocks, with gradients."""
+    for block in blocks:
+        x = res_block(x, block)
+    return x
+
+
+def _pooled(x, size):
+    """`adaptive_avg_pool2d` of (B, H, W, D)."""
+    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
 
 
 def _broadcast(*tensors):

@@ -4,12 +4,14 @@
     python benchmarks/forward.py --rivals eager compiled chunks --shapes 224/16/384
     python benchmarks/forward.py --stages             # where the time goes, and the matrix products alone
     python benchmarks/forward.py --parts              # heads, points and regions against the whole
+    python benchmarks/forward.py --training --shapes 224/16/384     # forward and backward
 
 Rivals are the published formula, built of the twins: in eager mode, under torch.compile, and in eager mode in chunks of
 8 query rows. All run in one process in turns, after one unmeasured turn each (in which the compiler works); ratios are
 of medians, with the 20th and 80th percentiles beside them. Peak memory comes from one process per contender that runs
 it once: the most resident memory during the call less that before it, output included; compiling is not measured so.
-The fused result is compared with the plain layers in float64 before anything is timed. GPUs are measured by gpu.py.
+The fused result, and with --training every gradient, is compared with the plain layers in float64 before anything is
+timed. GPUs are measured by gpu.py.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from anyup_fast.ops import reference, window_bounds  # noqa: E402
 RIVALS = ("eager", "compiled", "chunks")
 CHUNK_ROWS = 8
 TOLERANCE = 5e-6
+GRADIENT_TOLERANCE = 1e-3  # of the worst parameter; its gradient is a sum over all pixels
 
 
 def problem(shape, dtype=torch.float32):
@@ -98,8 +101,17 @@ def _outside(height, width, h, w, ratio):
     return ~(rows & cols).view(height * width, h * w)
 
 
-def contender(name):
-    """A callable (model, image, features) -> output."""
+def contender(name, training=False):
+    """A callable (model, image, features) -> output; with `training` it goes back from the output's sum of squares."""
+    if training:
+        forward = contender(name)
+
+        def step(model, image, features):
+            model.zero_grad()
+            out = forward(model, image, features)
+            out.backward(out.detach())
+
+        return step
     if name == "fused":
         return AnyUp.__call__
     if name == "compiled":
@@ -117,17 +129,30 @@ def error(shape):
     return ((out - exact).norm() / exact.norm()).item()
 
 
-def peak(shape, name):
+def gradient_error(shape):
+    """Worst distance of a parameter's gradient from that of the plain layers in float64, over the latter's norm."""
+    model, image, features = problem(shape)
+    contender("fused", training=True)(model, image, features)
+    exact, image, features = problem(shape, torch.float64)
+    query, key = exact.queries(exact.guidance(image), image.shape[-2:]), exact.keys(exact.guidance(image), features)
+    out = exact.cross_decode(query, key, features)
+    out.backward(out.detach())
+    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), exact.parameters(), strict=True) if b.grad is not None]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def peak(shape, name, training=False):
     """Peak of resident memory, in GiB, that one call in a fresh process adds to what was there before."""
     command = [sys.executable, __file__, "--peak", name, "--shapes", shape, "--threads", str(torch.get_num_threads())]
+    command += ["--training"] * training
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"measuring the memory of {name} at {shape} failed: {result.stderr[-500:]}")
     return float(result.stdout)
 
 
-def _print_peak(shape, name):
-    run = contender(name)
+def _print_peak(shape, name, training):
+    run = contender(name, training)
     model, image, features = problem(shape)
     run(model, image[..., :32, :32], features[..., :2, :2])
     before = resident(reset=True)
@@ -137,13 +162,13 @@ def _print_peak(shape, name):
     print((after - before) / 2**30)
 
 
-def compare(shape, rivals, repeats, memory):
+def compare(shape, rivals, repeats, memory, training=False):
     """One row: error, times of the fused path and its rivals in turns, the ratios to it, and the peaks."""
-    wrong = error(shape)
-    if not wrong <= TOLERANCE:
-        raise SystemExit(f"{shape}: error {wrong:.2e} exceeds {TOLERANCE:.0e}, nothing was timed")
+    wrong, most = (gradient_error(shape), GRADIENT_TOLERANCE) if training else (error(shape), TOLERANCE)
+    if not wrong <= most:
+        raise SystemExit(f"{shape}: error {wrong:.2e} exceeds {most:.0e}, nothing was timed")
     arguments = problem(shape)
-    runs = {name: contender(name) for name in ("fused", *rivals)}
+    runs = {name: contender(name, training) for name in ("fused", *rivals)}
     times = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -157,7 +182,7 @@ def compare(shape, rivals, repeats, memory):
         row[name] = dict(seconds=middle, p20=low, p80=high)
         row["ratio"][name] = middle / row["fused"]["seconds"]
         if memory and name != "compiled":
-            row[name]["peak_gib"] = peak(shape, name)
+            row[name]["peak_gib"] = peak(shape, name, training)
     return row
 
 
@@ -256,6 +281,7 @@ def main(arguments=None):
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stages", action="store_true", help="only the time per stage of the fused path")
     parser.add_argument("--parts", action="store_true", help="only heads, points and regions against the whole")
+    parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
     parser.add_argument("--peak", choices=["fused", *RIVALS], help=argparse.SUPPRESS)
@@ -263,9 +289,9 @@ def main(arguments=None):
     if options.repeats < 1:
         parser.error(f"--repeats: need at least 1, got {options.repeats}")
     torch.set_num_threads(options.threads)
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(options.training)
     if options.peak:
-        _print_peak(options.shapes[0], options.peak)
+        _print_peak(options.shapes[0], options.peak, options.training)
         return 0
     report = dict(commit=commit(), torch=torch.__version__, threads=options.threads, results=[])
     report["machine"] = platform.processor() or platform.machine()
@@ -277,7 +303,7 @@ def main(arguments=None):
         elif options.parts:
             row = parts(shape, options.repeats)
         else:
-            row = compare(shape, options.rivals, options.repeats, not options.no_memory)
+            row = compare(shape, options.rivals, options.repeats, not options.no_memory, options.training)
         report["results"].append(row)
         if not options.json:
             print(_line(row), flush=True)

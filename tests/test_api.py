@@ -166,7 +166,7 @@ def poisoned(tensor, value):
         ("photo.jpg", FEATURES, {}, "image: need a floating-point tensor, got str; load_image makes one"),
         (IMAGE.int(), FEATURES, {}, "image: need a floating-point tensor, got torch.int32"),
         (IMAGE, FEATURES.numpy(), {}, "features: need a floating-point tensor, got ndarray; extract_features makes"),
-        (IMAGE.expand(2, 3, 28, 28), FEATURES.expand(3, 4, 2, 2), {}, "batch size, 2 and 3: give one image per feature map"),
+        (IMAGE.expand(2, 3, 28, 28), FEATURES.expand(3, 4, 2, 2), {}, "batch size, 2 and 3: give one image"),
         (IMAGE.to("meta"), FEATURES, {}, "image is on meta, features on cpu: move one .* device="),
         (IMAGE, FEATURES.to("meta"), {}, "image is on cpu, features on meta"),
         (IMAGE, FEATURES, {"weights": tiny.model().to("meta")}, "image is on cpu, the model on meta"),

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_forward, torch_guidance
-from .weights import GuidanceWeights, KeyWeights
+from . import torch_backend, torch_forward, torch_gradients, torch_guidance
+from .weights import Block, GuidanceWeights, KeyWeights
 
 
 @torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=())
@@ -120,6 +120,105 @@ def _(query, conv, norm, weight, bias, eps, backend):
     return query.new_empty(query.shape, dtype=dtype)
 
 
+@torch.library.custom_op("anyup_fast::project_queries_backward", mutates_args=())
+def project_queries_backward(
+    grad: Tensor, query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `project_queries` for its tensors, in plain PyTorch for every back end."""
+    return torch_gradients.project_queries_backward(grad, query, conv, norm, weight, bias, eps)
+
+
+@project_queries_backward.register_fake
+def _(grad, query, conv, norm, weight, bias, eps):
+    return tuple(x.new_empty(x.shape) for x in (query, conv, norm, weight, bias))
+
+
+def _save_projection(ctx, inputs, output):
+    *tensors, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_projection(ctx, grad):
+    return *project_queries_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
+
+
+project_queries.register_autograd(_backward_projection, setup_context=_save_projection)
+
+
+@torch.library.custom_op("anyup_fast::res_block", mutates_args=())
+def res_block(x: Tensor, weights: list[Tensor], num_groups: int) -> tuple[Tensor, Tensor]:
+    """`anyup_fast.ops.res_block`, weights as a list without None; with the statistics (B, 2, 2, num_groups)."""
+    return torch_gradients.res_block(x, Block(*weights), num_groups)
+
+
+@res_block.register_fake
+def _(x, weights, num_groups):
+    statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(*x.shape[:3], len(weights[5])), statistics
+
+
+@torch.library.custom_op("anyup_fast::res_block_backward", mutates_args=())
+def res_block_backward(grad: Tensor, x: Tensor, weights: list[Tensor], statistics: Tensor) -> list[Tensor]:
+    """Gradients of `res_block` for x and each weight."""
+    grad_x, grads = torch_gradients.res_block_backward(grad, x, Block(*weights), statistics)
+    return [grad_x, *grads]
+
+
+@res_block_backward.register_fake
+def _(grad, x, weights, statistics):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, *weights)]
+
+
+def _save_block(ctx, inputs, output):
+    x, weights, _ = inputs
+    ctx.save_for_backward(x, output[1], *weights)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_block(ctx, grad, _):
+    x, statistics, *weights = ctx.saved_tensors
+    grad_x, *grads = res_block_backward(grad, x, weights, statistics)
+    return grad_x, grads, None
+
+
+res_block.register_autograd(_backward_block, setup_context=_save_block)
+
+
+@torch.library.custom_op("anyup_fast::branches", mutates_args=())
+def branches(x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor) -> tuple[Tensor, Tensor]:
+    """`anyup_fast.ops.branches`, arguments unchecked."""
+    return torch_gradients.branches(x, freqs, query_conv, key_conv)
+
+
+@branches.register_fake
+def _(x, freqs, query_conv, key_conv):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("anyup_fast::branches_backward", mutates_args=())
+def branches_backward(
+    grad_query: Tensor, grad_key: Tensor, x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `branches` for its tensors."""
+    return torch_gradients.branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv)
+
+
+@branches_backward.register_fake
+def _(grad_query, grad_key, x, freqs, query_conv, key_conv):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, freqs, query_conv, key_conv))
+
+
+def _save_branches(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_branches(ctx, grad_query, grad_key):
+    return branches_backward(grad_query, grad_key, *ctx.saved_tensors)
+
+
+branches.register_autograd(_backward_branches, setup_context=_save_branches)
+
+
 @torch.library.custom_op("anyup_fast::project_keys", mutates_args=())
 def project_keys(from_image: Tensor, from_features: Tensor, weights: list[Tensor], eps: float) -> Tensor:
     """`anyup_fast.ops.project_keys`, weights as `KeyWeights.flat()`."""
@@ -145,3 +244,26 @@ def feature_unification(features: Tensor, basis: Tensor, backend: str) -> Tensor
 def _(features, basis, backend):
     shape = len(features), len(basis), *features.shape[2:]
     return features.new_empty(shape, dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+@torch.library.custom_op("anyup_fast::feature_unification_backward", mutates_args=())
+def feature_unification_backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Gradients of `feature_unification` for features and basis."""
+    return torch_gradients.feature_unification_backward(grad, features, basis)
+
+
+@feature_unification_backward.register_fake
+def _(grad, features, basis, backend):
+    return features.new_empty(features.shape), basis.new_empty(basis.shape)
+
+
+def _save_unification(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_unification(ctx, grad):
+    return *feature_unification_backward(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+feature_unification.register_autograd(_backward_unification, setup_context=_save_unification)

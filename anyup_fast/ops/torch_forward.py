@@ -22,12 +22,10 @@ def project_queries(query, conv, norm, weight, bias, *, eps):
         out = query.new_empty(query.shape, dtype=compute)
         height, width, dim = query.shape[1:]
         walk = Walk((height, width), dim, conv)
-        convolve, folded = _Convolution(conv), (weight * norm).T.contiguous()
+        convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
         for source, target in zip(query, out, strict=True):
             for flat, rows, cols in walk.pieces:
-                edges = cols.start == 0, cols.stop == width, rows.start == 0, rows.stop == height
-                halo = source[max(rows.start - 1, 0) : rows.stop + 1, max(cols.start - 1, 0) : cols.stop + 1]
-                halo = F.pad(halo.to(compute), (0, 0, *map(int, edges)))
+                halo = with_halo(source, rows, cols, compute)
                 pixels = convolve(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
                 _project(pixels, folded, bias, eps, target.view(-1, dim)[flat])
     return out
@@ -42,7 +40,7 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
         out = from_image.new_empty(from_image.shape, dtype=compute)
         filters = from_features.shape[1]
         walk = Walk((h, w), max(2 * dim, filters), weights.merge, num_groups)
-        convolve, folded = _Convolution(weights.merge), (weights.weight * weights.norm).T.contiguous()
+        convolve, folded = Convolution(weights.merge), (weights.weight * weights.norm).T.contiguous()
         rows, cols = (_reflected(n, out.device) for n in (h, w))
         hidden, x = (out.new_empty(h * w, dim) for _ in range(2))
         for image, features, target in zip(from_image, from_features, out, strict=True):
@@ -69,7 +67,7 @@ def feature_unification(features, basis):
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         basis = basis.to(compute).flatten(1).T.contiguous()
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
-        rows, cols = (_inside(n, k, out.device) for n in (height, width))
+        rows, cols = (taps_inside(n, k, out.device) for n in (height, width))
         share = (1 / (rows[:, None] * cols))[..., None, None].to(compute)
         for source, target in zip(features, out, strict=True):
             padded = F.pad(source.to(compute), (k // 2,) * 4)
@@ -102,7 +100,7 @@ def cast(weights, dtype):
     return type(weights)(*parts) if hasattr(weights, "_fields") else tuple(parts)
 
 
-def _inside(n, k, device):
+def taps_inside(n, k, device):
     """(n,): how many of the k taps around each place of an axis lie on it."""
     place = torch.arange(n, device=device)
     return (place + k // 2).clamp(max=n - 1) - (place - k // 2).clamp(min=0) + 1
@@ -113,7 +111,15 @@ def _reflected(n, device):
     return (n - 1 - (n - 1 - torch.arange(-1, n + 1, device=device).abs()).abs()).clamp(0, n - 1)
 
 
-class _Convolution:
+def with_halo(source, rows, cols, dtype):
+    """Pixels of `source` (H, W, D) of two slices with one more on every side, zeros outside."""
+    height, width = source.shape[:2]
+    edges = cols.start == 0, cols.stop == width, rows.start == 0, rows.stop == height
+    halo = source[max(rows.start - 1, 0) : rows.stop + 1, max(cols.start - 1, 0) : cols.stop + 1]
+    return F.pad(halo.to(dtype), (0, 0, *map(int, edges)))
+
+
+class Convolution:
     """3x3 convolution by a weight (out, in, 3, 3) without padding."""
 
     def __init__(self, weight):
@@ -182,20 +188,35 @@ class Moments:
         self.mean = self.mean + apart * (count / total)
         self.count, self.counts = total, []
 
+    def groups(self, num_groups):
+        """(2, num_groups): mean and inverse deviation of the groups of channels, in float64."""
+        self._gather()
+        return group_statistics(self.mean, self.spread / self.count, num_groups)
+
     def affine(self, weight, bias, num_groups):
         """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
-        self._gather()
-        return group_affine(self.mean, self.spread / self.count, weight, bias, num_groups)
+        return group_affine(self.groups(num_groups), weight, bias)
 
 
-def group_affine(mean, variance, weight, bias, num_groups):
-    """GroupNorm as scale and shift (2, D), from mean and variance of every channel (D,) in float64."""
+def group_statistics(mean, variance, num_groups):
+    """Mean and inverse deviation of groups of channels (2, num_groups), from those of every channel in float64."""
     grouped = mean.view(num_groups, -1)
     group_mean = grouped.mean(1, keepdim=True)
-    spread = (variance.view(num_groups, -1) + (grouped - group_mean).square()).mean(1, keepdim=True)
-    scale = ((spread + NORM_EPS).rsqrt() * weight.double().view(num_groups, -1)).flatten()
-    shift = bias.double() - group_mean.expand_as(grouped).flatten() * scale
-    return torch.stack((scale, shift)).to(weight.dtype)
+    spread = (variance.view(num_groups, -1) + (grouped - group_mean).square()).mean(1)
+    return torch.stack((group_mean[:, 0], (spread + NORM_EPS).rsqrt()))
+
+
+def group_affine(statistics, weight, bias):
+    """GroupNorm as scale and shift (2, D), from mean and inverse deviation (2, num_groups)."""
+    mean, inverse = by_channel(statistics.double(), len(weight))
+    scale = inverse * weight.double()
+    return torch.stack((scale, bias.double() - mean * scale)).to(weight.dtype)
+
+
+def by_channel(statistics, channels):
+    """(..., num_groups) repeated to (..., channels)."""
+    repeat = channels // statistics.shape[-1]
+    return statistics[..., None].expand(*statistics.shape, repeat).flatten(-2)
 
 
 class Walk:

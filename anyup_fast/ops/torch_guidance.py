@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 import torch
 import torch.nn.functional as F
 
-from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, pieces
+from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
 NORMS = 12
 BLOCK = 1 << 17  # pixels read at once
@@ -103,11 +103,7 @@ class Guide:
 
     def __init__(self, weights, size):
         self.weights, self.size, self.width = weights, tuple(size), len(weights.image_conv)
-        like = weights.image_conv
-        # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
-        axes = [torch.linspace(0, 1, n, dtype=torch.float64, device=like.device) for n in size]
-        angles = [axis[:, None] * freqs for axis, freqs in zip(axes, weights.freqs.double(), strict=True)]
-        self.rows, self.cols = ((angle.cos().to(like.dtype), angle.sin().to(like.dtype)) for angle in angles)
+        self.rotary = Rotary(weights.freqs, size, weights.image_conv.dtype)
 
     def image(self, rgb, norms, halves=4):
         """Image encoder of pixels (..., channels): (..., D) after so many halves of its two blocks."""
@@ -118,7 +114,7 @@ class Guide:
 
         These are slices of the image for a rectangle (rows, cols, channels), else indices of the shape of the pixels.
         """
-        return self.rotated(self.image(rgb, norms), rows, cols)
+        return self.rotary(self.image(rgb, norms), rows, cols)
 
     def queries(self, guide, norms, halves=4):
         """Queries of pixels, before pooling and convolution, or what the query encoder holds after so many halves."""
@@ -139,20 +135,40 @@ class Guide:
                 x, hidden = x + active @ block.conv_out.T, None
         return x if hidden is None else hidden
 
-    def rotated(self, x, rows, cols, scratch=None):
-        """Rotary embedding of `x` (..., D) at `rows`, `cols` (see `guide`); `scratch`: three tensors like it to use."""
-        row_cos, row_sin = (table[rows] for table in self.rows)
-        col_cos, col_sin = (table[cols] for table in self.cols)
-        if isinstance(rows, slice):
-            row_cos, row_sin = row_cos[:, None], row_sin[:, None]
+
+class Rotary:
+    """Rotary embedding of the pixels of an image.
+
+    Args:
+        freqs: (2, D), angles per unit of row and of column.
+        size: (H, W) of the image.
+        dtype: of the tables.
+    """
+
+    def __init__(self, freqs, size, dtype):
+        # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
+        self.axes = [torch.linspace(0, 1, n, dtype=torch.float64, device=freqs.device) for n in size]
+        angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
+        self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)
+
+    def __call__(self, x, rows, cols, scratch=None):
+        """Rotate `x` (..., D) at `rows`, `cols` (see `Guide.guide`); `scratch`: three tensors like it to use."""
         cos, sin, out = scratch or (torch.empty_like(x) for _ in range(3))
-        torch.mul(row_cos, col_cos, out=cos).addcmul_(row_sin, col_sin, value=-1)
-        torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
-        half = self.width // 2
+        self.angles(rows, cols, cos, sin)
+        half = x.shape[-1] // 2
         torch.mul(x, cos, out=out)
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
         out[..., half:].addcmul_(x[..., :half], sin[..., half:])
         return out
+
+    def angles(self, rows, cols, cos, sin):
+        """Fill `cos` and `sin` (..., D) for the pixels at `rows`, `cols`."""
+        row_cos, row_sin = (table[rows] for table in self.rows)
+        col_cos, col_sin = (table[cols] for table in self.cols)
+        if isinstance(rows, slice):
+            row_cos, row_sin = row_cos[:, None], row_sin[:, None]
+        torch.mul(row_cos, col_cos, out=cos).addcmul_(row_sin, col_sin, value=-1)
+        torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
 
 
 class Colours:
@@ -173,7 +189,7 @@ class Colours:
         conv, mean = conv.double(), self.sums / self.count
         covariance = self.products / self.count - mean[:, None] * mean
         variance = ((conv @ covariance) * conv).sum(1).clamp(min=0)
-        return group_affine(conv @ mean, variance, weight, bias, num_groups)
+        return group_affine(group_statistics(conv @ mean, variance, num_groups), weight, bias)
 
 
 class Bins:
@@ -283,7 +299,7 @@ class _Stored:
             guide = x[flat].addmm_(walk.active(y, flat, norms[3]), second.conv_out.T)
             shape = rows.stop - rows.start, cols.stop - cols.start, self.width
             scratch = [walk.scratch(i, flat, self.width).view(shape) for i in range(3)]
-            guide = self.guide.rotated(guide.view(shape), rows, cols, scratch).flatten(0, 1)
+            guide = self.guide.rotary(guide.view(shape), rows, cols, scratch).flatten(0, 1)
             for moments, weight, out in ((of_query, weights.query_conv, x), (of_key, weights.key_conv, y)):
                 moments.add(torch.mm(guide, weight.T, out=out[flat]), walk.scratch(1, flat, self.width))
         return of_query, of_key

@@ -1,7 +1,5 @@
 """`feature_unification`: contract, checks and choice of back end."""
 
-import torch
-
 from . import library, reference
 from .choice import choose, why_no_triton
 
@@ -11,8 +9,8 @@ def feature_unification(features, basis, *, backend="auto"):
 
     Every channel is convolved (zero padding) with the M filters and divided by the number of taps inside the map; the
     softmax and mean over the responses, with the published interleaving of channels and filters, are those of
-    `anyup_fast.ops.reference.feature_unification`. Nothing of size M * C * h * w is formed where no gradient is asked
-    for; with gradients "auto" takes "reference".
+    `anyup_fast.ops.reference.feature_unification`. Nothing of size M * C * h * w is formed, but by "reference".
+    Differentiable once in features and basis on every back end; "reference" any number of times.
 
     Args:
         features: (B, C, h, w), any C >= 1, any float dtype; AnyUp gives them unit length over the channels.
@@ -39,11 +37,7 @@ def feature_unification(features, basis, *, backend="auto"):
 
 
 def _why_not(name, features, basis):
-    if name == "reference":
-        return None
-    if torch.is_grad_enabled() and (features.requires_grad or basis.requires_grad):
-        return "records no gradients, which are asked for"
-    if name == "torch":
+    if name in ("torch", "reference"):
         return None
     if reason := why_no_triton(features.device, features.dtype):
         return reason

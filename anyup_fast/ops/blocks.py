@@ -1,0 +1,59 @@
+"""`res_block` and `branches`: the layers of AnyUp at image resolution, with gradients by recomputation."""
+
+from . import library
+
+
+def res_block(x, block, *, num_groups=8):
+    """`skip(x) + conv_out(silu(norm_out(conv_in(silu(norm_in(x))))))`, all convolutions 1x1.
+
+    Differentiable once in x and in the block's tensors. For backward it keeps x and the statistics of its two
+    normalisations, and computes the rest again in pieces.
+
+    Args:
+        x: (B, H, W, in), any float dtype.
+        block: Block, any float dtype; products are computed in the dtype of `x`.
+        num_groups: of the normalisations, each over all pixels of an image.
+
+    Returns:
+        (B, H, W, out) in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+
+    Source: AnyUp (arXiv 2510.12764), residual blocks of its encoders.
+    """
+    n_out, n_in = block.conv_in.shape
+    expected = [(n_in,), (n_in,), (n_out, n_in), (n_out,), (n_out,), (n_out, n_out)]
+    shapes = [tuple(tensor.shape) for tensor in block[:6]]
+    skip = (n_in,) if block.skip is None else tuple(block.skip.shape)
+    fits = shapes == expected and skip == ((n_in,) if n_in == n_out and block.skip is None else (n_out, n_in))
+    if x.ndim != 4 or 0 in x.shape or x.shape[3] != n_in or not fits or n_in % num_groups or n_out % num_groups:
+        raise ValueError(
+            f"x and block do not fit together with {num_groups} groups: {tuple(x.shape)}, {shapes}, skip {skip}"
+        )
+    return library.res_block(x, [tensor for tensor in block if tensor is not None], num_groups)[0]
+
+
+def branches(x, freqs, query_conv, key_conv):
+    """Rotary embedding of the guide, and the first convolutions of the query and key branches on it.
+
+    Differentiable once in everything; for backward it keeps x.
+
+    Args:
+        x: (B, H, W, D), any float dtype.
+        freqs: (2, D), angles per unit of row and of column over `linspace(0, 1)` of both axes.
+        query_conv, key_conv: (D, D).
+
+    Returns:
+        Two tensors (B, H, W, D) in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+
+    Source: AnyUp (arXiv 2510.12764), positional encoding and encoders of queries and keys.
+    """
+    dim = x.shape[-1]
+    shapes = [tuple(tensor.shape) for tensor in (x, freqs, query_conv, key_conv)]
+    if x.ndim != 4 or 0 in x.shape or dim % 2 or shapes[1:] != [(2, dim), (dim, dim), (dim, dim)]:
+        raise ValueError(f"x, freqs, query_conv and key_conv do not fit together: {shapes}")
+    return library.branches(x, freqs, query_conv, key_conv)

@@ -1,0 +1,299 @@
+"""The fused layers with gradients, in plain PyTorch: what is cheap to compute again is not kept.
+
+A layer keeps its input and a few statistics; backward computes the rest again, piece by piece. Normalisations couple
+all pixels in this direction too, through two sums for every channel, so that backward is a sequence of passes as
+forward is. Tensors the size of an image have the dtype of the layer's input; statistics, activations and the gradients
+of weights are float32 at least.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .torch_forward import (
+    RESPONSES,
+    Convolution,
+    Moments,
+    Walk,
+    by_channel,
+    cast,
+    group_affine,
+    pieces,
+    taps_inside,
+    with_halo,
+)
+from .torch_guidance import Rotary
+from .weights import Block
+
+
+def res_block(x, weights, num_groups):
+    """`anyup_fast.ops.res_block`: (B, H, W, out) and statistics (B, 2, 2, num_groups)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        block = cast(weights, wide)
+        matrices = cast(weights, x.dtype)
+        width = len(block.conv_out)
+        out = x.new_empty(*x.shape[:3], width)
+        statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
+        walk = Walk(x.shape[1:3], max(width, x.shape[3]), block.conv_in, num_groups)
+        for source, target, its in zip(_flat(x), _flat(out), statistics, strict=True):
+            moments = Moments()
+            for flat, _, _ in walk.pieces:
+                moments.add(source[flat].to(wide), walk.scratch(1, flat, x.shape[3]))
+            its[0] = moments.groups(num_groups)
+            outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
+            moments = Moments()
+            for flat, _, _ in walk.pieces:
+                hidden = _multiply(walk.active(source, flat, outer), matrices.conv_in.T, target[flat])
+                moments.add(hidden.to(wide), walk.scratch(1, flat, width))
+            its[1] = moments.groups(num_groups)
+            inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
+            for flat, _, _ in walk.pieces:
+                active = walk.active(target, flat, inner).to(x.dtype)
+                if block.skip is None:
+                    target[flat] = source[flat]
+                else:
+                    torch.mm(source[flat], matrices.skip.T, out=target[flat])
+                target[flat].addmm_(active, matrices.conv_out.T)
+    return out, statistics
+
+
+def res_block_backward(grad, x, weights, statistics):
+    """Gradients of `res_block` for x and for the tensors of the block, in its order."""
+    wide = statistics.dtype
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        block = cast(weights, wide)
+        matrices = cast(weights, x.dtype)
+        n_in, n_out = x.shape[3], len(block.conv_out)
+        grads = Block(*(None if tensor is None else torch.zeros_like(tensor) for tensor in block))
+        grad_x = x.new_empty(x.shape)
+        walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
+        hidden = x.new_empty(x.shape[1] * x.shape[2], n_out)
+        slope = grad_x.new_empty(hidden.shape)
+        for source, given, result, its in zip(_flat(x), _flat(grad), _flat(grad_x), statistics, strict=True):
+            outer, inner = (
+                group_affine(of_norm, weight, bias)
+                for of_norm, weight, bias in (
+                    (its[0], block.norm_in_weight, block.norm_in_bias),
+                    (its[1], block.norm_out_weight, block.norm_out_bias),
+                )
+            )
+            through = _ThroughNorm(its[1], block.norm_out_weight)
+            for flat, _, _ in walk.pieces:
+                h = _multiply(walk.active(source, flat, outer), matrices.conv_in.T, hidden[flat]).to(wide)
+                before = torch.addcmul(inner[1], h, inner[0], out=walk.scratch(1, flat, n_out))
+                down = _multiply(given[flat], matrices.conv_out, walk.scratch(0, flat, n_out))
+                torch.ops.aten.silu_backward.grad_input(down, before, grad_input=down)
+                through.add(down, h, walk.scratch(2, flat, n_out))
+                slope[flat] = down
+                _add_product(grads.conv_out, given[flat], F.silu(before, inplace=True))
+            scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
+            through = _ThroughNorm(its[0], block.norm_in_weight)
+            for flat, _, _ in walk.pieces:
+                change = torch.addcmul(offset, hidden[flat], share, out=walk.scratch(0, flat, n_out))
+                change.addcmul_(slope[flat], scale)
+                before = torch.addcmul(outer[1], source[flat], outer[0], out=walk.scratch(1, flat, n_in))
+                _add_product(grads.conv_in, change, torch.ops.aten.silu.out(before, out=walk.scratch(2, flat, n_in)))
+                down = _multiply(change, matrices.conv_in, walk.scratch(2, flat, n_in))
+                torch.ops.aten.silu_backward.grad_input(down, before, grad_input=down)
+                result[flat] = down
+                through.add(down, source[flat].to(wide), walk.scratch(0, flat, n_in))
+            scale, offset, share = through.coefficients(len(source), grads.norm_in_weight, grads.norm_in_bias)
+            for flat, _, _ in walk.pieces:
+                change = torch.addcmul(offset, source[flat], share, out=walk.scratch(0, flat, n_in))
+                change.addcmul_(result[flat], scale)
+                if block.skip is None:
+                    torch.add(change, given[flat], out=result[flat])
+                else:
+                    _add_product(grads.skip, given[flat], source[flat])
+                    torch.add(
+                        change, _multiply(given[flat], matrices.skip, walk.scratch(1, flat, n_in)), out=result[flat]
+                    )
+    return grad_x, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True) if w is not None]
+
+
+def branches(x, freqs, query_conv, key_conv):
+    """`anyup_fast.ops.branches`: two tensors (B, H, W, D)."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        walk, rotary, wide = _rotary(x, freqs)
+        query, key = torch.empty_like(x), torch.empty_like(x)
+        matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
+        for source, *targets in zip(_flat(x), _flat(query), _flat(key), strict=True):
+            for flat, rows, cols in walk.pieces:
+                guide = _rotated(walk, rotary, source, flat, rows, cols, wide)
+                for matrix, target in zip(matrices, targets, strict=True):
+                    _multiply(guide, matrix, target[flat])
+    return query, key
+
+
+def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
+    """Gradients of `branches` for x, freqs, query_conv and key_conv."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        walk, rotary, wide = _rotary(x, freqs)
+        width, half = x.shape[3], x.shape[3] // 2
+        matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
+        grad_x, grad_freqs = torch.empty_like(x), torch.zeros(2, width, dtype=torch.float64, device=x.device)
+        grads = [torch.zeros(weight.shape, dtype=wide, device=x.device) for weight in (query_conv, key_conv)]
+        row_at, col_at = rotary.axes
+        for source, result, *given in zip(*map(_flat, (x, grad_x, grad_query, grad_key)), strict=True):
+            for flat, rows, cols in walk.pieces:
+                guide = _rotated(walk, rotary, source, flat, rows, cols, wide)
+                for gradient, of_branch in zip(grads, given, strict=True):
+                    _add_product(gradient, of_branch[flat], guide)
+                down = _multiply(given[0][flat], matrices[0], walk.scratch(2, flat, width))
+                down.add_(given[1][flat] @ matrices[1])
+                shape = rows.stop - rows.start, cols.stop - cols.start, width
+                down, pixels = down.view(shape), source[flat].view(shape).to(wide)
+                cos, sin = (walk.scratch(i, flat, width).view(shape) for i in range(2))
+                rotary.angles(rows, cols, cos, sin)
+                angle = torch.mul(pixels, sin).neg_()
+                angle[..., :half].addcmul_(pixels[..., half:], cos[..., :half], value=-1)
+                angle[..., half:].addcmul_(pixels[..., :half], cos[..., half:])
+                angle.mul_(down)
+                grad_freqs[0] += row_at[rows] @ angle.sum(1).double()
+                grad_freqs[1] += col_at[cols] @ angle.sum(0).double()
+                change = cos.mul_(down)
+                sin.mul_(down)
+                change[..., :half] += sin[..., half:]
+                change[..., half:] -= sin[..., :half]
+                result[flat] = change.view(-1, width)
+    return (
+        grad_x,
+        grad_freqs.to(freqs.dtype),
+        *(g.to(w.dtype) for g, w in zip(grads, (query_conv, key_conv), strict=True)),
+    )
+
+
+def project_queries_backward(grad, query, conv, norm, weight, bias, eps):
+    """Gradients of `anyup_fast.ops.project_queries` for query, conv, norm, weight and bias."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        originals = conv, norm, weight, bias
+        conv, norm, weight, bias = cast(originals, wide)
+        height, width, dim = query.shape[1:]
+        walk = Walk((height, width), dim, conv)
+        convolve, back = Convolution(conv), Convolution(conv.flip(2, 3).transpose(0, 1))
+        folded = weight * norm
+        grad_query, of_conv = torch.empty_like(query), query.new_empty(height, width, dim)
+        grad_conv, products, grad_bias = torch.zeros_like(conv), torch.zeros_like(weight), torch.zeros_like(bias)
+        for source, given, result in zip(query, _flat(grad), _flat(grad_query), strict=True):
+            for flat, rows, cols in walk.pieces:
+                halo = with_halo(source, rows, cols, wide)
+                pixels = convolve(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
+                inverse = pixels.square().mean(1, keepdim=True).add_(eps).rsqrt_()
+                unit = pixels.mul_(inverse)
+                down = given[flat].to(wide)
+                grad_bias += down.sum(0)
+                products.addmm_(down.T, unit)
+                down = torch.mm(down, folded, out=walk.scratch(2, flat, dim))
+                down.addcmul_(unit, (down * unit).mean(1, keepdim=True), value=-1).mul_(inverse)
+                of_conv.view(-1, dim)[flat] = down
+                grad_conv += _weight_gradient(down.view(1, *(n - 2 for n in halo.shape[:2]), dim), halo[None], conv)
+            for flat, rows, cols in walk.pieces:
+                halo = with_halo(of_conv, rows, cols, wide)
+                result[flat] = back(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
+        grads = grad_conv, (weight * products).sum(0), products * norm, grad_bias
+    return grad_query, *(g.to(w.dtype) for g, w in zip(grads, originals, strict=True))
+
+
+def feature_unification_backward(grad, features, basis):
+    """Gradients of `anyup_fast.ops.feature_unification` for features and basis."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    filters, _, k, _ = basis.shape
+    channels, height, width = features.shape[1:]
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        matrix = basis.to(wide).flatten(1).T.contiguous()
+        grad_matrix = torch.zeros_like(matrix)
+        grad_features = features.new_empty(features.shape)
+        rows, cols = (taps_inside(n, k, features.device) for n in (height, width))
+        share = (1 / (rows[:, None] * cols))[..., None, None].to(wide)
+        for source, given, result in zip(features, grad.permute(0, 2, 3, 1), grad_features, strict=True):
+            padded = F.pad(source.to(wide), (k // 2,) * 4)
+            patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
+            spread = torch.zeros_like(padded)
+            for r, c in pieces(height, width, max(1, RESPONSES // (filters * channels))):
+                shape = r.stop - r.start, c.stop - c.start
+                inside = (patches[r, c].flatten(3) * share[r, c]).flatten(0, 2)
+                weights = torch.softmax((inside @ matrix).view(-1, filters, channels), 1)
+                slope = weights * (given[r, c].reshape(-1, filters, 1).to(wide) / channels)
+                slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)
+                slope = slope.view(-1, filters)
+                grad_matrix.addmm_(inside.T, slope)
+                taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(share[r, c]).permute(2, 0, 1, 3)
+                for i in range(k * k):
+                    top, left = r.start + i // k, c.start + i % k
+                    spread[:, top : top + shape[0], left : left + shape[1]] += taps[..., i]
+            result.copy_(spread[:, k // 2 : k // 2 + height, k // 2 : k // 2 + width])
+    return grad_features, grad_matrix.T.reshape(basis.shape).to(basis.dtype)
+
+
+class _ThroughNorm:
+    """Gradient of a GroupNorm, from the sums over all pixels of the gradient and of its product with the input.
+
+    Args:
+        statistics: mean and inverse deviation (2, num_groups).
+        weight: (D,), of the norm.
+    """
+
+    def __init__(self, statistics, weight):
+        self.num_groups = statistics.shape[1]
+        self.mean, self.inverse = by_channel(statistics.double(), len(weight))
+        self.weight = weight
+        self.sums = torch.zeros(2, len(weight), dtype=torch.float64, device=weight.device)
+
+    def add(self, grad, x, scratch):
+        """Take in the gradients and inputs (P, D) of some pixels; `scratch` is written to."""
+        self.sums[0] += grad.sum(0)
+        self.sums[1] += torch.mul(grad, x, out=scratch).sum(0)
+
+    def coefficients(self, pixels, grad_weight, grad_bias):
+        """Three (D,): the gradient for x is `first * grad + second + third * x`. Adds to those of weight and bias."""
+        weight = self.weight.double()
+        plain = self.sums[0]
+        with_unit = (self.sums[1] - self.mean * plain) * self.inverse
+        grad_weight += with_unit
+        grad_bias += plain
+        means = torch.stack((weight * plain, weight * with_unit)).unflatten(1, (self.num_groups, -1)).mean(2) / pixels
+        mean, mean_with_unit = by_channel(means, len(weight))
+        share = -self.inverse.square() * mean_with_unit
+        offset = -self.inverse * mean - share * self.mean
+        return [part.to(self.weight.dtype) for part in (self.inverse * weight, offset, share)]
+
+
+def _flat(x):
+    """(B, H, W, D) as (B, H * W, D)."""
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _multiply(a, matrix, out):
+    """`a @ matrix` into `out`, multiplied in the dtype of the matrix."""
+    if out.dtype == matrix.dtype:
+        return torch.mm(a.to(matrix.dtype), matrix, out=out)
+    return out.copy_(a.to(matrix.dtype) @ matrix)
+
+
+def _add_product(total, a, b):
+    """Add `a.T @ b` to `total`, multiplied in its dtype."""
+    total.addmm_(a.to(total.dtype).T, b.to(total.dtype))
+
+
+def _rotary(x, freqs):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    walk = Walk(x.shape[1:3], x.shape[3], x.new_empty(0, dtype=wide))
+    return walk, Rotary(freqs.to(wide), x.shape[1:3], wide), wide
+
+
+def _rotated(walk, rotary, source, flat, rows, cols, wide):
+    """Rotary embedding of the pixels of one piece (P, D), in a scratch."""
+    width = source.shape[1]
+    shape = rows.stop - rows.start, cols.stop - cols.start, width
+    scratch = [walk.scratch(i, flat, width).view(shape) for i in range(3)]
+    return rotary(source[flat].view(shape).to(wide), rows, cols, scratch).flatten(0, 1)
+
+
+def _weight_gradient(grad, x, weight):
+    """Gradient for the weight of a 3x3 convolution without padding, of grad (1, h, w, D) and x (1, h + 2, w + 2, D)."""
+    grad, x = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
+    window = [1, 1], [0, 0], [1, 1]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *window, False, [0, 0], 1, [False, True, False])[
+        1
+    ]
