@@ -137,7 +137,8 @@ def gradient_error(shape):
     query, key = exact.queries(exact.guidance(image), image.shape[-2:]), exact.keys(exact.guidance(image), features)
     out = exact.cross_decode(query, key, features)
     out.backward(out.detach())
-    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), exact.parameters(), strict=True) if b.grad is not None]
+    both = zip(model.parameters(), exact.parameters(), strict=True)
+    pairs = [(a.grad, b.grad) for a, b in both if b.grad is not None]
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 

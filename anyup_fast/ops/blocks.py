@@ -6,8 +6,8 @@ from . import library
 def res_block(x, block, *, num_groups=8):
     """`skip(x) + conv_out(silu(norm_out(conv_in(silu(norm_in(x))))))`, all convolutions 1x1.
 
-    Differentiable once in x and in the block's tensors. For backward it keeps x and the statistics of its two
-    normalisations, and computes the rest again in pieces.
+    Differentiable once in x and in the block's tensors. For backward it keeps x, the output of its
+    first convolution and the statistics of its normalisations, and computes the rest again in pieces.
 
     Args:
         x: (B, H, W, in), any float dtype.

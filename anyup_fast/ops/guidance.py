@@ -50,6 +50,9 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
 def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="auto"):
     """3x3 convolution (zero padding), RMSNorm and projection of the queries.
 
+    Differentiable once in everything, on the "torch" back end, which keeps the query and what the convolution made of
+    it.
+
     Args:
         query: (B, H', W', D) from `guidance`.
         conv: (D, D, 3, 3); norm: (D,), the norm's weight; weight: (D, D) and bias: (D,) of the projection.
@@ -68,7 +71,11 @@ def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="au
     shapes = [tuple(tensor.shape) for tensor in (query, conv, norm, weight, bias)]
     if query.ndim != 4 or 0 in query.shape or shapes[1:] != [(dim, dim, 3, 3), (dim,), (dim, dim), (dim,)]:
         raise ValueError(f"query, conv, norm, weight and bias do not fit together: {shapes}")
-    backend = choose("project_queries", backend, lambda name: _why_not_projection(name, query))
+    given = query, conv, norm, weight, bias
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    backend = choose("project_queries", backend, lambda name: _why_not_projection(name, query, recorded))
+    if recorded:
+        return library.convolve_and_project(*given, eps)[0]
     return library.project_queries(query, conv, norm, weight, bias, eps, backend)
 
 
@@ -101,11 +108,13 @@ def _why_not_guidance(name, image, weights, dtype):
     return why_not_guidance(image.shape[1], len(weights.image_conv), dtype)
 
 
-def _why_not_projection(name, query):
+def _why_not_projection(name, query, recorded):
     if name == "reference":
         return "this operator has none: its specification are the layers of AnyUp"
     if name == "torch":
         return None
+    if recorded:
+        return "records no gradients, which are asked for"
     if reason := why_no_triton(query.device, query.dtype):
         return reason
     from ..kernels.query_projection import why_not_query_projection

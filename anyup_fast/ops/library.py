@@ -122,62 +122,82 @@ def _(query, conv, norm, weight, bias, eps, backend):
 
 @torch.library.custom_op("anyup_fast::project_queries_backward", mutates_args=())
 def project_queries_backward(
-    grad: Tensor, query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
+    grad: Tensor, query: Tensor, pixels: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `project_queries` for its tensors, in plain PyTorch for every back end."""
-    return torch_gradients.project_queries_backward(grad, query, conv, norm, weight, bias, eps)
+    """Gradients of `convolve_and_project` for its tensors."""
+    return torch_gradients.project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
 
 
 @project_queries_backward.register_fake
-def _(grad, query, conv, norm, weight, bias, eps):
+def _(grad, query, pixels, conv, norm, weight, bias, eps):
     return tuple(x.new_empty(x.shape) for x in (query, conv, norm, weight, bias))
 
 
+@torch.library.custom_op("anyup_fast::convolve_and_project", mutates_args=())
+def convolve_and_project(
+    query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`project_queries` in plain PyTorch with gradients; also gives the convolution's output, which backward needs."""
+    convolved = query.new_empty(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    return torch_forward.project_queries(query, conv, norm, weight, bias, eps=eps, convolved=convolved), convolved
+
+
+@convolve_and_project.register_fake
+def _(query, conv, norm, weight, bias, eps):
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape, dtype=dtype)
+
+
 def _save_projection(ctx, inputs, output):
-    *tensors, ctx.eps, _ = inputs
-    ctx.save_for_backward(*tensors)
+    query, *weights, ctx.eps = inputs
+    ctx.save_for_backward(query, output[1], *weights)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward_projection(ctx, grad):
-    return *project_queries_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
+def _backward_projection(ctx, grad, _):
+    return *project_queries_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-project_queries.register_autograd(_backward_projection, setup_context=_save_projection)
+convolve_and_project.register_autograd(_backward_projection, setup_context=_save_projection)
 
 
 @torch.library.custom_op("anyup_fast::res_block", mutates_args=())
-def res_block(x: Tensor, weights: list[Tensor], num_groups: int) -> tuple[Tensor, Tensor]:
-    """`anyup_fast.ops.res_block`, weights as a list without None; with the statistics (B, 2, 2, num_groups)."""
+def res_block(x: Tensor, weights: list[Tensor], num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`anyup_fast.ops.res_block`, weights as a list without None; with what backward needs besides the input."""
     return torch_gradients.res_block(x, Block(*weights), num_groups)
 
 
 @res_block.register_fake
 def _(x, weights, num_groups):
     statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(*x.shape[:3], len(weights[5])), statistics
+    shape = *x.shape[:3], len(weights[5])
+    return x.new_empty(shape), x.new_empty(shape), statistics
 
 
 @torch.library.custom_op("anyup_fast::res_block_backward", mutates_args=())
-def res_block_backward(grad: Tensor, x: Tensor, weights: list[Tensor], statistics: Tensor) -> list[Tensor]:
+def res_block_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, statistics: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
     """Gradients of `res_block` for x and each weight."""
-    grad_x, grads = torch_gradients.res_block_backward(grad, x, Block(*weights), statistics)
+    grad_x, grads = torch_gradients.res_block_backward(grad, x, hidden, statistics, Block(*weights))
     return [grad_x, *grads]
 
 
 @res_block_backward.register_fake
-def _(grad, x, weights, statistics):
+def _(grad, x, hidden, statistics, weights):
     return [tensor.new_empty(tensor.shape) for tensor in (x, *weights)]
 
 
 def _save_block(ctx, inputs, output):
     x, weights, _ = inputs
-    ctx.save_for_backward(x, output[1], *weights)
-    ctx.mark_non_differentiable(output[1])
+    _, *kept = output
+    ctx.save_for_backward(x, *kept, *weights)
+    ctx.mark_non_differentiable(*kept)
 
 
-def _backward_block(ctx, grad, _):
-    x, statistics, *weights = ctx.saved_tensors
-    grad_x, *grads = res_block_backward(grad, x, weights, statistics)
+def _backward_block(ctx, grad, *_):
+    x, hidden, statistics, *weights = ctx.saved_tensors
+    grad_x, *grads = res_block_backward(grad, x, hidden, statistics, weights)
     return grad_x, grads, None
 
 

@@ -14,8 +14,8 @@ RESPONSES = 1 << 20  # of the feature-agnostic layer at once
 NORM_EPS = 1e-5
 
 
-def project_queries(query, conv, norm, weight, bias, *, eps):
-    """`anyup_fast.ops.project_queries`, in float32 at least."""
+def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
+    """`anyup_fast.ops.project_queries`, in float32 at least; `convolved`, if given, takes the convolution's output."""
     compute = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
@@ -23,10 +23,12 @@ def project_queries(query, conv, norm, weight, bias, *, eps):
         height, width, dim = query.shape[1:]
         walk = Walk((height, width), dim, conv)
         convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
-        for source, target in zip(query, out, strict=True):
+        for b, (source, target) in enumerate(zip(query, out, strict=True)):
             for flat, rows, cols in walk.pieces:
                 halo = with_halo(source, rows, cols, compute)
                 pixels = convolve(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
+                if convolved is not None:
+                    convolved[b].view(-1, dim)[flat] = pixels
                 _project(pixels, folded, bias, eps, target.view(-1, dim)[flat])
     return out
 

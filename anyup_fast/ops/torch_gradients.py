@@ -26,16 +26,19 @@ from .weights import Block
 
 
 def res_block(x, weights, num_groups):
-    """`anyup_fast.ops.res_block`: (B, H, W, out) and statistics (B, 2, 2, num_groups)."""
+    """`anyup_fast.ops.res_block` (B, H, W, out), with what backward needs besides the input.
+
+    That is the output of the block's first convolution (B, H, W, out) and the statistics of both normalisations
+    (B, 2, 2, num_groups).
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        block = cast(weights, wide)
-        matrices = cast(weights, x.dtype)
+        block, matrices = cast(weights, wide), cast(weights, x.dtype)
         width = len(block.conv_out)
-        out = x.new_empty(*x.shape[:3], width)
+        out, hidden = (x.new_empty(*x.shape[:3], width) for _ in range(2))
         statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
         walk = Walk(x.shape[1:3], max(width, x.shape[3]), block.conv_in, num_groups)
-        for source, target, its in zip(_flat(x), _flat(out), statistics, strict=True):
+        for source, middle, target, its in zip(*map(_flat, (x, hidden, out)), statistics, strict=True):
             moments = Moments()
             for flat, _, _ in walk.pieces:
                 moments.add(source[flat].to(wide), walk.scratch(1, flat, x.shape[3]))
@@ -43,71 +46,55 @@ def res_block(x, weights, num_groups):
             outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
             moments = Moments()
             for flat, _, _ in walk.pieces:
-                hidden = _multiply(walk.active(source, flat, outer), matrices.conv_in.T, target[flat])
-                moments.add(hidden.to(wide), walk.scratch(1, flat, width))
+                product = _multiply(walk.active(source, flat, outer), matrices.conv_in.T, middle[flat])
+                moments.add(product.to(wide), walk.scratch(1, flat, width))
             its[1] = moments.groups(num_groups)
             inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
             for flat, _, _ in walk.pieces:
-                active = walk.active(target, flat, inner).to(x.dtype)
-                if block.skip is None:
-                    target[flat] = source[flat]
-                else:
-                    torch.mm(source[flat], matrices.skip.T, out=target[flat])
-                target[flat].addmm_(active, matrices.conv_out.T)
-    return out, statistics
+                skipped = source[flat] if block.skip is None else source[flat] @ matrices.skip.T
+                active = walk.active(middle, flat, inner).to(x.dtype)
+                torch.addmm(skipped, active, matrices.conv_out.T, out=target[flat])
+    return out, hidden, statistics
 
 
-def res_block_backward(grad, x, weights, statistics):
+def res_block_backward(grad, x, hidden, statistics, weights):
     """Gradients of `res_block` for x and for the tensors of the block, in its order."""
     wide = statistics.dtype
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        block = cast(weights, wide)
-        matrices = cast(weights, x.dtype)
+        block, matrices = cast(weights, wide), cast(weights, x.dtype)
         n_in, n_out = x.shape[3], len(block.conv_out)
         grads = Block(*(None if tensor is None else torch.zeros_like(tensor) for tensor in block))
         grad_x = x.new_empty(x.shape)
         walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
-        hidden = x.new_empty(x.shape[1] * x.shape[2], n_out)
-        slope = grad_x.new_empty(hidden.shape)
-        for source, given, result, its in zip(_flat(x), _flat(grad), _flat(grad_x), statistics, strict=True):
-            outer, inner = (
-                group_affine(of_norm, weight, bias)
-                for of_norm, weight, bias in (
-                    (its[0], block.norm_in_weight, block.norm_in_bias),
-                    (its[1], block.norm_out_weight, block.norm_out_bias),
-                )
-            )
+        slopes = grad_x if n_in == n_out else x.new_empty(hidden.shape)
+        for source, middle, given, result, slope, its in zip(
+            *map(_flat, (x, hidden, grad, grad_x, slopes)), statistics, strict=True
+        ):
+            outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
+            inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
             through = _ThroughNorm(its[1], block.norm_out_weight)
             for flat, _, _ in walk.pieces:
-                h = _multiply(walk.active(source, flat, outer), matrices.conv_in.T, hidden[flat]).to(wide)
-                before = torch.addcmul(inner[1], h, inner[0], out=walk.scratch(1, flat, n_out))
-                down = _multiply(given[flat], matrices.conv_out, walk.scratch(0, flat, n_out))
-                torch.ops.aten.silu_backward.grad_input(down, before, grad_input=down)
-                through.add(down, h, walk.scratch(2, flat, n_out))
-                slope[flat] = down
+                before = torch.addcmul(inner[1], middle[flat], inner[0], out=walk.scratch(0, flat, n_out))
+                down = _before_silu(_multiply(given[flat], matrices.conv_out, slope[flat]), before)
+                through.add(down.to(wide), middle[flat].to(wide), walk.scratch(1, flat, n_out))
                 _add_product(grads.conv_out, given[flat], F.silu(before, inplace=True))
             scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
             through = _ThroughNorm(its[0], block.norm_in_weight)
             for flat, _, _ in walk.pieces:
-                change = torch.addcmul(offset, hidden[flat], share, out=walk.scratch(0, flat, n_out))
+                change = torch.addcmul(offset, middle[flat], share, out=walk.scratch(0, flat, n_out))
                 change.addcmul_(slope[flat], scale)
                 before = torch.addcmul(outer[1], source[flat], outer[0], out=walk.scratch(1, flat, n_in))
-                _add_product(grads.conv_in, change, torch.ops.aten.silu.out(before, out=walk.scratch(2, flat, n_in)))
-                down = _multiply(change, matrices.conv_in, walk.scratch(2, flat, n_in))
-                torch.ops.aten.silu_backward.grad_input(down, before, grad_input=down)
-                result[flat] = down
-                through.add(down, source[flat].to(wide), walk.scratch(0, flat, n_in))
+                down = _before_silu(_multiply(change, matrices.conv_in, result[flat]), before)
+                through.add(down.to(wide), source[flat].to(wide), walk.scratch(2, flat, n_in))
+                _add_product(grads.conv_in, change, F.silu(before, inplace=True))
             scale, offset, share = through.coefficients(len(source), grads.norm_in_weight, grads.norm_in_bias)
             for flat, _, _ in walk.pieces:
                 change = torch.addcmul(offset, source[flat], share, out=walk.scratch(0, flat, n_in))
                 change.addcmul_(result[flat], scale)
-                if block.skip is None:
-                    torch.add(change, given[flat], out=result[flat])
-                else:
+                skipped = given[flat] if block.skip is None else given[flat] @ matrices.skip
+                torch.add(change, skipped, out=result[flat])
+                if block.skip is not None:
                     _add_product(grads.skip, given[flat], source[flat])
-                    torch.add(
-                        change, _multiply(given[flat], matrices.skip, walk.scratch(1, flat, n_in)), out=result[flat]
-                    )
     return grad_x, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True) if w is not None]
 
 
@@ -163,24 +150,27 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
     )
 
 
-def project_queries_backward(grad, query, conv, norm, weight, bias, eps):
-    """Gradients of `anyup_fast.ops.project_queries` for query, conv, norm, weight and bias."""
+def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps):
+    """Gradients of `anyup_fast.ops.project_queries` for query, conv, norm, weight and bias.
+
+    `pixels` (B, H', W', D) is what the convolution made of `query`.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         originals = conv, norm, weight, bias
         conv, norm, weight, bias = cast(originals, wide)
         height, width, dim = query.shape[1:]
         walk = Walk((height, width), dim, conv)
-        convolve, back = Convolution(conv), Convolution(conv.flip(2, 3).transpose(0, 1))
+        back = Convolution(conv.flip(2, 3).transpose(0, 1))
         folded = weight * norm
         grad_query, of_conv = torch.empty_like(query), query.new_empty(height, width, dim)
         grad_conv, products, grad_bias = torch.zeros_like(conv), torch.zeros_like(weight), torch.zeros_like(bias)
-        for source, given, result in zip(query, _flat(grad), _flat(grad_query), strict=True):
+        for source, convolved, given, result in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
             for flat, rows, cols in walk.pieces:
                 halo = with_halo(source, rows, cols, wide)
-                pixels = convolve(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
-                inverse = pixels.square().mean(1, keepdim=True).add_(eps).rsqrt_()
-                unit = pixels.mul_(inverse)
+                unit = walk.scratch(0, flat, dim).copy_(convolved[flat])
+                inverse = torch.mul(unit, unit, out=walk.scratch(1, flat, dim)).mean(1, keepdim=True).add_(eps).rsqrt_()
+                unit.mul_(inverse)
                 down = given[flat].to(wide)
                 grad_bias += down.sum(0)
                 products.addmm_(down.T, unit)
@@ -269,6 +259,11 @@ def _multiply(a, matrix, out):
     if out.dtype == matrix.dtype:
         return torch.mm(a.to(matrix.dtype), matrix, out=out)
     return out.copy_(a.to(matrix.dtype) @ matrix)
+
+
+def _before_silu(grad, x):
+    """Turn the gradient for `silu(x)` into that for x, in place."""
+    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
 def _add_product(total, a, b):
