@@ -51,7 +51,7 @@ def distance(actual, expected):
 @torch.no_grad()
 def test_any_number_of_channels(channels):
     model, given = peaky(lfu_dim=None), inputs(channels=channels)
-    assert model.why_not_fused(*given) is None
+    assert model.why_not_fused() is None
     assert distance(model(*given), plain(model, *given)) < 1e-12
 
 
@@ -83,7 +83,7 @@ def test_any_sizes(size, grid, output):
 @torch.no_grad()
 def test_any_configuration(config):
     model, given = peaky(**config), inputs(batch=4)
-    assert model.why_not_fused(*given) is None
+    assert model.why_not_fused() is None
     assert distance(model(*given), plain(model, *given)) < 1e-12
 
 
@@ -165,25 +165,10 @@ def test_two_runs_are_equal_and_no_global_is_changed():
     assert flags() == before
 
 
-def test_gradients_take_the_plain_layers_and_it_is_said(caplog):
-    ops.choice.log_once.cache_clear()
-    model, given = peaky(), inputs()
-    with caplog.at_level("INFO", logger="anyup_fast"):
-        recorded = model(*given)
-        recorded.sum().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "out_proj" not in n and "freqs" not in n)
-    assert sum("fused path is not taken: gradients" in record.getMessage() for record in caplog.records) == 1
-    with torch.no_grad():
-        assert distance(model(*given), recorded.detach()) < 1e-7
-    frozen = peaky().requires_grad_(False)
-    assert frozen.why_not_fused(*given) is None
-    assert "gradients" in frozen.why_not_fused(given[0], given[1].requires_grad_())
-
-
 @torch.no_grad()
 def test_a_wide_first_convolution_takes_the_plain_layers_and_it_is_said():
     model, given = peaky(kernel_size=3), inputs()
-    assert "kernel_size 3" in model.why_not_fused(*given)
+    assert "kernel_size 3" in model.why_not_fused()
     assert distance(model(*given), plain(model, *given)) < 1e-14
 
 
@@ -274,17 +259,13 @@ def test_wrong_arguments_are_named(call, words):
 
 
 def test_a_back_end_that_cannot_run_says_why():
-    model, (image, features) = peaky(), inputs()
+    model, (image, _) = peaky(), inputs()
     with pytest.raises(RuntimeError, match="needs a GPU"):
         ops.guidance(image.float(), model.guidance_weights(), (8, 8), (2, 2), backend="triton")
     with pytest.raises(RuntimeError, match="specification are the layers"):
         ops.guidance(image.float(), model.guidance_weights(), (8, 8), (2, 2), backend="reference")
     with pytest.raises(RuntimeError, match="needs a GPU"):
         ops.project_queries(torch.randn(1, 4, 4, 32), *model.query_projection(), backend="triton")
-    basis = torch.randn(8, 1, 5, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="records no gradients"):
-        ops.feature_unification(features, basis, backend="torch")
-    assert ops.feature_unification(features, basis).requires_grad
 
 
 MEASURE = """

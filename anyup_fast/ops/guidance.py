@@ -113,10 +113,10 @@ def _why_not_projection(name, query, recorded):
         return "this operator has none: its specification are the layers of AnyUp"
     if name == "torch":
         return None
-    if recorded:
-        return "records no gradients, which are asked for"
     if reason := why_no_triton(query.device, query.dtype):
         return reason
+    if recorded:
+        return "records no gradients, which are asked for"
     from ..kernels.query_projection import why_not_query_projection
 
     return why_not_query_projection(query.shape[-1], query.dtype)

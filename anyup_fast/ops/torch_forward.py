@@ -165,10 +165,15 @@ class Moments:
         if self.room is None:
             # One block: small tensors that stay would cut the heap to pieces among the large ones that come and go.
             self.room = x.new_empty(2, self.PIECES, x.shape[1])
-        total, spread = self.room[:, len(self.counts)]
-        torch.sum(x, 0, out=total)
-        deviation = torch.sub(x, total / len(x), out=scratch)
-        torch.sum(deviation.square_(), 0, out=spread)
+        mean, variance = self.room[:, len(self.counts)]
+        if x.device.type == "cpu":
+            for target, source in zip(
+                (mean, variance), torch.batch_norm_update_stats(as_picture(x), None, None, 0.0), strict=True
+            ):
+                target.copy_(source)
+        else:
+            torch.mean(x, 0, out=mean)
+            torch.mean(torch.sub(x, mean, out=scratch).square_(), 0, out=variance)
         self.counts.append(len(x))
         if len(self.counts) == self.PIECES:
             self._gather()
@@ -181,10 +186,10 @@ class Moments:
         for i, count in enumerate(self.counts):
             if count != self.counts[0]:
                 counts[i] = count  # a fill: a tensor made of the list would wait for an accelerator
-        sums, spreads = self.room[:, : len(self.counts)].double()
+        means, variances = self.room[:, : len(self.counts)].double()
         count = sum(self.counts)
-        mean = sums.sum(0) / count
-        spread = (spreads + counts * (sums / counts - mean).square()).sum(0)
+        mean = (means * counts).sum(0) / count
+        spread = (counts * (variances + (means - mean).square())).sum(0)
         apart, total = mean - self.mean, self.count + count
         self.spread = self.spread + spread + apart.square() * (self.count * count / total)
         self.mean = self.mean + apart * (count / total)
@@ -198,6 +203,11 @@ class Moments:
     def affine(self, weight, bias, num_groups):
         """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
         return group_affine(self.groups(num_groups), weight, bias)
+
+
+def as_picture(x):
+    """Pixels (P, D) as the picture (1, D, P, 1), channels last, that torch's own normalisations take."""
+    return x.view(1, len(x), 1, -1).permute(0, 3, 1, 2)
 
 
 def group_statistics(mean, variance, num_groups):

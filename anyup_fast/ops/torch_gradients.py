@@ -14,6 +14,7 @@ from .torch_forward import (
     Convolution,
     Moments,
     Walk,
+    as_picture,
     by_channel,
     cast,
     group_affine,
@@ -217,7 +218,7 @@ def feature_unification_backward(grad, features, basis):
 
 
 class _ThroughNorm:
-    """Gradient of a GroupNorm, from the sums over all pixels of the gradient and of its product with the input.
+    """Gradient of a GroupNorm, from the sums over all pixels of the gradient and of its product with the unit input.
 
     Args:
         statistics: mean and inverse deviation (2, num_groups).
@@ -226,20 +227,26 @@ class _ThroughNorm:
 
     def __init__(self, statistics, weight):
         self.num_groups = statistics.shape[1]
-        self.mean, self.inverse = by_channel(statistics.double(), len(weight))
+        self.narrow = by_channel(statistics, len(weight))
+        self.mean, self.inverse = self.narrow.double()
         self.weight = weight
         self.sums = torch.zeros(2, len(weight), dtype=torch.float64, device=weight.device)
 
     def add(self, grad, x, scratch):
         """Take in the gradients and inputs (P, D) of some pixels; `scratch` is written to."""
-        self.sums[0] += grad.sum(0)
-        self.sums[1] += torch.mul(grad, x, out=scratch).sum(0)
+        if grad.device.type == "cpu":
+            given = as_picture(grad), as_picture(x), None, None, None, *self.narrow
+            _, unit, plain = torch.ops.aten.native_batch_norm_backward(*given, True, 0.0, [False, True, True])
+        else:
+            mean, inverse = self.narrow
+            unit, plain = torch.sub(x, mean, out=scratch).mul_(grad).sum(0) * inverse, grad.sum(0)
+        self.sums[0] += plain
+        self.sums[1] += unit
 
     def coefficients(self, pixels, grad_weight, grad_bias):
         """Three (D,): the gradient for x is `first * grad + second + third * x`. Adds to those of weight and bias."""
         weight = self.weight.double()
-        plain = self.sums[0]
-        with_unit = (self.sums[1] - self.mean * plain) * self.inverse
+        plain, with_unit = self.sums
         grad_weight += with_unit
         grad_bias += plain
         means = torch.stack((weight * plain, weight * with_unit)).unflatten(1, (self.num_groups, -1)).mean(2) / pixels
