@@ -70,7 +70,7 @@ def feature_unification(features, basis):
         basis = basis.to(compute).flatten(1).T.contiguous()
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
         rows, cols = (taps_inside(n, k, out.device) for n in (height, width))
-        share = (1 / (rows[:, None] * cols))[..., None, None].to(compute)
+        share = (1 / (rows[:, None] * cols).to(compute))[..., None, None]
         for source, target in zip(features, out, strict=True):
             padded = F.pad(source.to(compute), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)

@@ -196,7 +196,7 @@ def feature_unification_backward(grad, features, basis):
         grad_matrix = torch.zeros_like(matrix)
         grad_features = features.new_empty(features.shape)
         rows, cols = (taps_inside(n, k, features.device) for n in (height, width))
-        share = (1 / (rows[:, None] * cols))[..., None, None].to(wide)
+        share = (1 / (rows[:, None] * cols).to(wide))[..., None, None]
         for source, given, result in zip(features, grad.permute(0, 2, 3, 1), grad_features, strict=True):
             padded = F.pad(source.to(wide), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
