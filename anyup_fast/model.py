@@ -260,14 +260,16 @@ class AnyUp(nn.Module):
         if max_memory is not None and max_memory < self._memory(image, maps, output_size):
             out = self._frugal(image, features, maps, output_size, max_memory)
             return out.tensor_split((features.shape[1],), 1) if vis_attn else out
-        if reason is None and recorded:
-            query, key = self._recorded(image, features, output_size)
-        elif reason is None:
+        if reason is None and not recorded:
             query, key, _ = self.guided(image, features, output_size)
-            query = self.projected_queries(query)
         else:
-            log_once(f"AnyUp: the fused path is not taken: {reason}")
-            query, key = self._plain(image, features, output_size)
+            if reason is not None:
+                log_once(f"AnyUp: the fused path is not taken: {reason}")
+            query, key = self.encoded(image, features)
+            if output_size != tuple(image.shape[-2:]):
+                query = _pooled(query, output_size)
+        query = self.projected_queries(query)
+        key = key.to(query.dtype)
         query, key, maps = _broadcast(query, key, maps)
         out = self.cross_decode.attend(query, key, maps, q_chunk_size)
         if vis_attn and self.head_mode == "split":
@@ -275,37 +277,41 @@ class AnyUp(nn.Module):
             return out, self.cross_decode.attend(query, key, colours, q_chunk_size, head_mode="mean")
         return out.tensor_split((features.shape[1],), 1) if vis_attn else out
 
-    def _plain(self, image, features, output_size):
-        """Projected queries and keys by the plain layers."""
-        guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
-        query, key = self.queries(guide, output_size), self.keys(guide, features)
-        return self.cross_decode.projected(query, key)
+    def encoded(self, image, features):
+        """What queries and keys are made of, with gradients.
 
-    def _recorded(self, image, features, output_size):
-        """Projected queries and keys by the fused layers, with gradients."""
+        Args:
+            image: (B, input_dim, H, W). features: (B, C, h, w), as `forward` takes them.
+
+        Returns:
+            query (B, H, W, qk_dim), to be pooled where the output has another size and given to `projected_queries`;
+            projected key (B, h, w, heads, d). Both float32 at least on CPUs; a batch of one where the inputs are.
+        """
+        if self.why_not_fused():
+            guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
+            key = self.keys(guide, features).permute(0, 2, 3, 1)
+            attention = self.cross_decode.cross_attn
+            key = F.linear(attention.norm_k(key), *attention.in_projection(1))
+            return self.query_encoder(guide).permute(0, 2, 3, 1), self._split_heads(key)
         dtype = self._stored_dtype(image)
+        wide = wide_dtype(dtype)
         weights, keys = self.guidance_weights(), self.key_weights()
-        size, key_size = image.shape[-2:], features.shape[-2:]
         with torch.autocast(image.device.type, enabled=False):
             x = F.linear(image.permute(0, 2, 3, 1).to(dtype), weights.image_conv.to(dtype))
             x = _through(x, weights.image)
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
             query, from_image = _through(query, weights.query), _through(from_image, weights.key)
-            if tuple(output_size) != tuple(size):
-                query = _pooled(query, output_size)
-            query = self.projected_queries(query)
-            wide = wide_dtype(dtype)
-            from_image = _pooled(from_image.to(wide), key_size)
+            from_image = _pooled(from_image.to(wide), features.shape[-2:])
             from_features = self.key_features_encoder[0](unit_channels(features)).permute(0, 2, 3, 1).to(wide)
             from_features = _through(from_features, keys.features)
             both = torch.cat(_broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
             key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
             key = rms_norm(_through(key, keys.blocks), keys.norm.to(wide))
-            key = self._split_heads(F.linear(key, keys.weight.to(wide), keys.bias.to(wide)))
-        return query, key.to(query.dtype)
+            key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
+        return query, self._split_heads(key)
 
     def _stored_dtype(self, image):
-        """Of what the differentiable path holds for every pixel: as `guided`, but float32 at least on CPUs."""
+        """Of what `encoded` holds for every pixel: as `guided`, but float32 at least on CPUs."""
         dtype = self._dtype(image)
         return dtype if image.device.type in ("cuda", "xpu") else wide_dtype(dtype)
 

@@ -37,7 +37,7 @@ from .data import composite, find_pictures
 from .files import written_aside
 from .image import normalize
 from .model import AnyUp
-from .ops import window_bounds, windowed_attention
+from .ops import windowed_attention
 
 logger = logging.getLogger("anyup_fast")
 
@@ -289,43 +289,41 @@ def instance_target(features, instances):
 
 
 def decode_region(model, query, key, features, rows, cols):
-    """`model.cross_decode` for the output rows and columns of two slices: (B, C, rows, cols)."""
-    decode = model.cross_decode
-    halo = F.pad(query, (1, 1, 1, 1))[..., rows.start : rows.stop + 2, cols.start : cols.stop + 2]
-    query_part = F.conv2d(halo, decode.conv2d.weight).permute(0, 2, 3, 1)
-    q, k = decode.cross_attn.project(query_part, key.permute(0, 2, 3, 1))
-    row_bounds, col_bounds = (
-        window_bounds(n, n_key, decode.window_ratio)[part]
-        for n, n_key, part in zip(query.shape[-2:], key.shape[-2:], (rows, cols), strict=True)
-    )
-    return windowed_attention(q, k, features.permute(0, 2, 3, 1), row_bounds, col_bounds).permute(0, 3, 1, 2)
+    """Output (B, C, rows, cols) of two slices, from what `AnyUp.encoded` gives."""
+    height, width = query.shape[1:3]
+    top, left = max(rows.start - 1, 0), max(cols.start - 1, 0)
+    halo = query[:, top : min(rows.stop + 1, height), left : min(cols.stop + 1, width)]
+    part = model.projected_queries(halo)[:, rows.start - top :, cols.start - left :]
+    part = part[:, : rows.stop - rows.start, : cols.stop - cols.start]
+    row_bounds, col_bounds = model.cross_decode.bounds((height, width), key.shape[1:3])
+    value = features.permute(0, 2, 3, 1)
+    return windowed_attention(part, key, value, row_bounds[rows], col_bounds[cols]).permute(0, 3, 1, 2)
 
 
 def training_loss(model, sample, rng, config):
     """Loss of one batch and its terms as floats."""
     image = photometric(sample.guide, rng) if rng.random() < 0.5 else sample.guide
-    guide = model.guidance(normalize(image).contiguous(memory_format=torch.channels_last))
-    query, key = model.query_encoder(guide), model.keys(guide, sample.features)
+    query, key = model.encoded(normalize(image), sample.features)
     terms = {}
     if sample.target.shape != sample.features.shape:
-        pooled = F.adaptive_avg_pool2d(query, sample.target.shape[-2:])
-        output = model.cross_decode(pooled, key, sample.features).float()
+        pooled = F.adaptive_avg_pool2d(query.permute(0, 3, 1, 2), sample.target.shape[-2:]).permute(0, 2, 3, 1)
+        output = model.cross_decode.attend(model.projected_queries(pooled), key, sample.features)
         terms["main"] = feature_loss(output, sample.target)
         small = F.adaptive_avg_pool2d(output, sample.features.shape[-2:])
         terms["reconstruction"] = feature_loss(small, sample.features)
     # At the guide's resolution a region and a part of the channels are enough: the attention is the same for all.
-    rows, cols = (_random_slice(rng, n, REGION) for n in query.shape[-2:])
+    rows, cols = (_random_slice(rng, n, REGION) for n in query.shape[1:3])
     part = torch.from_numpy(rng.permutation(sample.features.shape[1])[:REGION_CHANNELS])
     features = sample.features[:, part]
     native = config.native_weight and "main" not in terms
     if native:
-        per_cell = query.shape[-1] // features.shape[-1]
+        per_cell = query.shape[2] // features.shape[3]
         rows, cols = (_whole_cells(pixels, per_cell) for pixels in (rows, cols))
     shown = features
     if config.spread_weight:
-        places, square_distance = _places(features, query.shape[-2:], rows, cols)
+        places, square_distance = _places(features, query.shape[1:3], rows, cols)
         shown = torch.cat((features, places), 1)
-    region = decode_region(model, query, key, shown, rows, cols).float()
+    region = decode_region(model, query, key, shown, rows, cols)
     if config.spread_weight:
         terms["spread"] = square_distance(region[:, -places.shape[1] :]).mean()
         region = region[:, : -places.shape[1]]
@@ -336,9 +334,8 @@ def training_loss(model, sample, rng, config):
         target, weight = instance_target(sample.target[:, part], sample.instances)
         terms["dense"] = feature_loss(region, target[..., rows, cols], weight[:, rows, cols])
     if rng.random() < config.consistency_share:
-        guide = model.guidance(normalize(photometric(sample.guide, rng)).contiguous(memory_format=torch.channels_last))
-        key = model.keys(guide, sample.features)
-        other = decode_region(model, model.query_encoder(guide), key, features, rows, cols).float()
+        query, key = model.encoded(normalize(photometric(sample.guide, rng)), sample.features)
+        other = decode_region(model, query, key, features, rows, cols)
         terms["consistency"] = feature_loss(other, region.detach()) / config.consistency_share
     weights = {"main": 1.0, "reconstruction": 0.1, "consistency": config.consistency_weight}
     weights |= {"dense": config.dense_weight, "native": config.native_weight, "spread": config.spread_weight}

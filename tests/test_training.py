@@ -327,9 +327,9 @@ def test_instance_targets_do_not_mix_instances():
 def test_regions_equal_the_whole():
     model = tiny.model()
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 32, 20, 24, generator=generator), torch.randn(2, 32, 5, 6, generator=generator)
-    features = torch.randn(2, 7, 5, 6, generator=generator)
-    whole = model.cross_decode(query, key, features)
+    image, features = torch.randn(2, 3, 20, 24, generator=generator), torch.randn(2, 7, 5, 6, generator=generator)
+    query, key = model.encoded(image, features)
+    whole = model(image, features)
     for rows, cols in ((slice(0, 20), slice(0, 24)), (slice(0, 3), slice(20, 24)), (slice(7, 12), slice(5, 6))):
         part = training.decode_region(model, query, key, features, rows, cols)
         torch.testing.assert_close(part, whole[..., rows, cols], rtol=1e-5, atol=1e-5)
