@@ -241,17 +241,37 @@ class Prepared:
         shape = (len(self._features), *(() if self._argmax else (self.channels,)), *size)
         if isinstance(out, (str, os.PathLike)):
             store = Store(out, shape, self._stored_dtype(), tile, {"content": self._digest()}, resume)
-            for box in boxes:
-                if box not in store.done:
-                    store.write(box, self._stored(self.region(*box, size)))
+            for box, part in self._on_host((box for box in boxes if box not in store.done), size):
+                store.write(box, self._stored(part))
             return store.finish()
         if tuple(out.shape) != shape:
             raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
-        for top, left, height, width in boxes:
-            part = self.region(top, left, height, width, size)
-            part = part.to(out.device) if isinstance(out, torch.Tensor) else self._stored(part)
+        elsewhere = isinstance(out, torch.Tensor) and out.device.type != "cpu"
+        parts = ((box, self.region(*box, size)) for box in boxes) if elsewhere else self._on_host(boxes, size)
+        for (top, left, height, width), part in parts:
+            part = part if isinstance(out, torch.Tensor) else self._stored(part)
             out[..., top : top + height, left : left + width] = part
         return out
+
+    def _on_host(self, boxes, size):
+        """Iterate over (box, tile on the CPU); from a CUDA GPU a tile is copied while the next one is computed."""
+        pending = None
+        for box in boxes:
+            part = self.region(*box, size)
+            if part.device.type != "cuda":
+                yield box, part.cpu()
+                continue
+            copier = self._shared.setdefault("copier", torch.cuda.Stream(part.device))
+            copier.wait_stream(torch.cuda.current_stream(part.device))
+            with torch.cuda.stream(copier):
+                host = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+                part.record_stream(copier)
+                copied = copier.record_event()
+            if pending is not None:
+                yield _awaited(*pending)
+            pending = box, host, copied
+        if pending is not None:
+            yield _awaited(*pending)
 
     def _tile(self, tile, max_memory):
         if tile is not None:
@@ -285,7 +305,7 @@ class Prepared:
 
     def _stored(self, part):
         part = part.float() if part.dtype == torch.bfloat16 else part
-        return part.cpu().numpy().astype(self._stored_dtype(), copy=False)
+        return part.numpy().astype(self._stored_dtype(), copy=False)
 
     def _digest(self):
         """What a stream depends on besides its sizes, as a hexadecimal number; of an image that is read, the shape."""
@@ -417,6 +437,11 @@ class Prepared:
             logits = windowed_attention(query[:, rows, cols], key, value, row_bounds[rows], col_bounds[cols])
             labels[:, rows, cols] = logits.argmax(-1)
         return labels
+
+
+def _awaited(box, host, copied):
+    copied.synchronize()
+    return box, host
 
 
 def _patch(image_size, output_size):

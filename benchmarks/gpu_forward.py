@@ -18,6 +18,8 @@ GOALS_MS = {"448/32/384": 0.9, "518/37/768": 1.4, "1024/64/768": 5.0, "2048/128/
 GOALS_GIB = {"448/32/384": 0.23, "1024/64/768": 2.0, "2048/128/1024": 10.5}
 # Norm of the difference over norm.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+# Of gradients, which are sums over all pixels.
+GRADIENT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 CASES = (
     ((56, 70), (4, 5), 384, None, 1),
     ((56, 70), (4, 5), 21, (100, 90), 2),
@@ -68,6 +70,8 @@ def sweep(device):
             except RuntimeError as error:  # a launch that fails, a wait for the device: told with the rest
                 failed.append(f"{what}: {' '.join(str(error).split())[:200]}")
             failed += _operator_faults(model, exact, given, output)
+            failed += [f"{what}, {fault}" for fault in _part_faults(model, given, output, expected, limit)]
+            failed += [f"{what}, {fault}" for fault in _gradient_faults(model, exact, given, output)]
     print(f"correctness of the forward: {len(CASES) * len(TOLERANCE)} problems, {len(failed)} failed")
     return failed
 
@@ -94,6 +98,37 @@ def _runs(model, given, output, device):
     if not torch.equal(captured, first):
         raise RuntimeError("a captured graph of the forward gives another result")
     yield captured, "captured"
+
+
+def _part_faults(model, given, output, expected, limit):
+    """Faults of what `prepare` answers: tiles copied to the host while others are computed, and points."""
+    prepared = model.prepare(*given)
+    streamed = torch.empty(expected.shape, dtype=given[1].dtype)
+    prepared.stream(tile=17, output_size=output, out=streamed)
+    points = torch.tensor([[0, 0], [n - 1 for n in expected.shape[2:]]])
+    found = prepared.at(points, output)
+    pairs = {"stream": (streamed, expected), "points": (found, expected[:, :, points[:, 0], points[:, 1]].mT)}
+    errors = {name: distance(*pair) for name, pair in pairs.items()}
+    return [f"{name}: error {error:.1e}" for name, error in errors.items() if not error <= 2 * limit]
+
+
+@torch.enable_grad()
+def _gradient_faults(model, exact, given, output):
+    """The worst parameter, where its gradient differs from that of the plain layers in float64 on the CPU."""
+    limit = GRADIENT_TOLERANCE[given[0].dtype]
+    out = model(*given, output)
+    out.backward(out.detach())
+    expected = plain(exact, *(tensor.cpu().double() for tensor in given), output)
+    expected.backward(expected.detach())
+    pairs = zip(model.named_parameters(), exact.parameters(), strict=True)
+    grads = {name: (p.grad.cpu().double(), twin.grad) for (name, p), twin in pairs if twin.grad is not None}
+    # With a single key no weight matters: gradients are zero and their rounding is measured by the output.
+    floor = 1e-3 * max(*(twin.norm() for _, twin in grads.values()), expected.norm())
+    errors = {name: ((grad - twin).norm() / max(twin.norm(), floor)).item() for name, (grad, twin) in grads.items()}
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    model.zero_grad()
+    exact.zero_grad()
+    return [f"gradient of {worst}: error {errors[worst]:.1e}"] * (not errors[worst] <= limit)
 
 
 def _operator_faults(model, exact, given, output):

@@ -88,5 +88,8 @@ def test_the_sweep_for_gpus_sees_what_is_wrong(monkeypatch, capsys):
     assert gpu_forward.sweep(torch.device("cpu")) == []
     right = gpu_forward.AnyUp.projected_queries
     monkeypatch.setattr(gpu_forward.AnyUp, "projected_queries", lambda *arguments: right(*arguments) * 1.05)
-    assert len(gpu_forward.sweep(torch.device("cpu"))) == 3
-    assert "3 failed" in capsys.readouterr().out
+    faults = gpu_forward.sweep(torch.device("cpu"))
+    for part in ("first run: error", "stream: error", "points: error"):
+        assert sum(part in fault for fault in faults) == 3
+    assert any("float32, gradient of" in fault for fault in faults)
+    assert f"{len(faults)} failed" in capsys.readouterr().out
