@@ -41,16 +41,18 @@ def windowed_attention_backward(
     col_bounds: Tensor,
     scale: float,
     head_mode: str,
+    for_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `windowed_attention` for query, key and value, in plain PyTorch for every back end."""
+    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), in plain PyTorch."""
     return torch_backend.windowed_attention_backward(
-        grad, query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode
+        grad, query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode, for_value=for_value
     )
 
 
 @windowed_attention_backward.register_fake
-def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value):
+    of_value = value.new_empty(value.shape if for_value else (len(value), 0))
+    return query.new_empty(query.shape), key.new_empty(key.shape), of_value
 
 
 def _precision():
@@ -64,8 +66,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grads = windowed_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode)
-    return *grads, None, None, None, None, None
+    for_value = ctx.needs_input_grad[2]
+    *grads, of_value = windowed_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, for_value)
+    return *grads, of_value if for_value else None, None, None, None, None, None
 
 
 windowed_attention.register_autograd(_backward, setup_context=_save)
@@ -267,14 +270,16 @@ def _(features, basis, backend):
 
 
 @torch.library.custom_op("anyup_fast::feature_unification_backward", mutates_args=())
-def feature_unification_backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Gradients of `feature_unification` for features and basis."""
-    return torch_gradients.feature_unification_backward(grad, features, basis)
+def feature_unification_backward(
+    grad: Tensor, features: Tensor, basis: Tensor, backend: str, for_features: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `feature_unification` for features (if asked for, else empty) and basis."""
+    return torch_gradients.feature_unification_backward(grad, features, basis, for_features)
 
 
 @feature_unification_backward.register_fake
-def _(grad, features, basis, backend):
-    return features.new_empty(features.shape), basis.new_empty(basis.shape)
+def _(grad, features, basis, backend, for_features):
+    return features.new_empty(features.shape if for_features else 0), basis.new_empty(basis.shape)
 
 
 def _save_unification(ctx, inputs, output):
@@ -283,7 +288,9 @@ def _save_unification(ctx, inputs, output):
 
 
 def _backward_unification(ctx, grad):
-    return *feature_unification_backward(grad, *ctx.saved_tensors, ctx.backend), None
+    for_features = ctx.needs_input_grad[0]
+    of_features, of_basis = feature_unification_backward(grad, *ctx.saved_tensors, ctx.backend, for_features)
+    return of_features if for_features else None, of_basis, None
 
 
 feature_unification.register_autograd(_backward_unification, setup_context=_save_unification)

@@ -42,12 +42,21 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     return out
 
 
-def windowed_attention_backward(grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean"):
-    """Gradients of `windowed_attention` for query, key and value; weights are computed again, a few tiles at a time."""
+def windowed_attention_backward(
+    grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", for_value=True
+):
+    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty).
+
+    Weights are computed again, a few tiles at a time.
+    """
     heads, head_dim = query.shape[3:]
     scale = head_dim**-0.5 if scale is None else scale
     compute = _compute_dtype(query, value)
-    grads = [torch.zeros(x.shape, dtype=compute, device=x.device) for x in (query, key, value)]
+    grads = [
+        torch.empty(query.shape, dtype=compute, device=query.device),
+        torch.zeros(key.shape, dtype=compute, device=key.device),
+        torch.zeros(value.shape if for_value else (len(value), 0), dtype=compute, device=value.device),
+    ]
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, _ = _plan(row_bounds, col_bounds, heads, value.shape[3], blocks=False)
         strips = _strips(rows, cols, key.shape[2], heads, value.shape[3])
@@ -197,17 +206,19 @@ def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_va
     shared = weights.mean(1, keepdim=True) if head_mode == "mean" else weights
     g = strip.queries(row, _groups(grad, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
     v = strip.keys(row, _groups(value, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
-    for_value = (shared.mT @ g).transpose(1, 2).flatten(2)
     slope = g @ v.mT / (heads // shared.shape[1])
     slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
     for_query = (slope @ k * scale).transpose(1, 2).unflatten(1, (-1, strip.length))
     for_key = (slope.mT @ q).transpose(1, 2)
     for tile, part in zip(strip.tiles, for_query, strict=True):
         grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
-    for low, key_part, value_part in zip(strip.lows, for_key, for_value, strict=True):
-        seen = slice(row.low, row.high), slice(low, low + strip.n_keys)
-        grad_key[seen] += key_part.view_as(grad_key[seen])
-        grad_value[seen] += value_part.view_as(grad_value[seen])
+    sums = [(grad_key, for_key)]
+    if grad_value.numel():
+        sums.append((grad_value, (shared.mT @ g).transpose(1, 2).flatten(2)))
+    for total, parts in sums:
+        for low, part in zip(strip.lows, parts, strict=True):
+            seen = total[row.low : row.high, low : low + strip.n_keys]
+            seen += part.view_as(seen)
 
 
 def _blocked(row, col, query, key, value, out, scale, head_mode):

@@ -26,7 +26,7 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
         for b, (source, target) in enumerate(zip(query, out, strict=True)):
             for flat, rows, cols in walk.pieces:
                 halo = with_halo(source, rows, cols, compute)
-                pixels = convolve(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
+                pixels = convolve(halo, walk.scratch(0, flat, dim))
                 if convolved is not None:
                     convolved[b].view(-1, dim)[flat] = pixels
                 _project(pixels, folded, bias, eps, target.view(-1, dim)[flat])
@@ -53,8 +53,8 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
             moments = Moments()
             for flat, r, c in walk.pieces:
                 halo = padded[r.start : r.stop + 2, c.start : c.stop + 2]
-                product = convolve(halo, walk.scratch(0, flat, 2 * dim), x[flat])
-                moments.add(product, walk.scratch(1, flat, dim))
+                x[flat] = convolve(halo, walk.scratch(0, flat, 2 * dim))
+                moments.add(x[flat], walk.scratch(1, flat, dim))
             key = walk.blocks(x, hidden, moments, weights.blocks)
             for flat, _, _ in walk.pieces:
                 _project(key[flat], folded, weights.bias, eps, target.view(-1, dim)[flat])
@@ -128,12 +128,13 @@ class Convolution:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.taps = weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
-    def __call__(self, halo, scratch, out):
-        """From (rows + 2, cols + 2, in), with a scratch (rows * cols, in), into `out` (rows * cols, out channels)."""
+    def __call__(self, halo, scratch):
+        """From (rows + 2, cols + 2, in), with a scratch (rows * cols, in), to (rows * cols, out channels)."""
         rows, cols = (n - 2 for n in halo.shape[:2])
         if halo.device.type == "cpu":
             product = F.conv2d(halo[None].permute(0, 3, 1, 2), self.weight)
-            return out.view(rows, cols, -1).copy_(product[0].permute(1, 2, 0)).view_as(out)
+            return product[0].permute(1, 2, 0).flatten(0, 1)
+        out = halo.new_empty(rows * cols, self.weight.shape[0])
         # On accelerators a convolution may be rounded more coarsely than matrix products are.
         for i, tap in enumerate(self.taps):
             scratch.view(rows, cols, -1).copy_(halo[i // 3 : i // 3 + rows, i % 3 : i % 3 + cols])

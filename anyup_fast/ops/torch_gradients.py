@@ -164,40 +164,40 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         walk = Walk((height, width), dim, conv)
         back = Convolution(conv.flip(2, 3).transpose(0, 1))
         folded = weight * norm
-        grad_query, of_conv = torch.empty_like(query), query.new_empty(height, width, dim)
+        grad_query, of_conv = torch.empty_like(query), query.new_empty(height, width, dim, dtype=wide)
         grad_conv, products, grad_bias = torch.zeros_like(conv), torch.zeros_like(weight), torch.zeros_like(bias)
         for source, convolved, given, result in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
             for flat, rows, cols in walk.pieces:
                 halo = with_halo(source, rows, cols, wide)
-                unit = walk.scratch(0, flat, dim).copy_(convolved[flat])
-                inverse = torch.mul(unit, unit, out=walk.scratch(1, flat, dim)).mean(1, keepdim=True).add_(eps).rsqrt_()
-                unit.mul_(inverse)
+                squares = torch.mul(convolved[flat], convolved[flat], out=walk.scratch(1, flat, dim))
+                inverse = squares.mean(1, keepdim=True).add_(eps).rsqrt_()
+                unit = torch.mul(convolved[flat], inverse, out=walk.scratch(0, flat, dim))
                 down = given[flat].to(wide)
                 grad_bias += down.sum(0)
                 products.addmm_(down.T, unit)
-                down = torch.mm(down, folded, out=walk.scratch(2, flat, dim))
-                down.addcmul_(unit, (down * unit).mean(1, keepdim=True), value=-1).mul_(inverse)
-                of_conv.view(-1, dim)[flat] = down
+                down = torch.mm(down, folded, out=of_conv.view(-1, dim)[flat])
+                along = torch.mul(down, unit, out=walk.scratch(1, flat, dim)).mean(1, keepdim=True)
+                down.addcmul_(unit, along, value=-1).mul_(inverse)
                 grad_conv += _weight_gradient(down.view(1, *(n - 2 for n in halo.shape[:2]), dim), halo[None], conv)
             for flat, rows, cols in walk.pieces:
                 halo = with_halo(of_conv, rows, cols, wide)
-                result[flat] = back(halo, walk.scratch(0, flat, dim), walk.scratch(1, flat, dim))
+                result[flat] = back(halo, walk.scratch(0, flat, dim))
         grads = grad_conv, (weight * products).sum(0), products * norm, grad_bias
     return grad_query, *(g.to(w.dtype) for g, w in zip(grads, originals, strict=True))
 
 
-def feature_unification_backward(grad, features, basis):
-    """Gradients of `anyup_fast.ops.feature_unification` for features and basis."""
+def feature_unification_backward(grad, features, basis, for_features=True):
+    """Gradients of `anyup_fast.ops.feature_unification` for features (if asked for, else empty) and basis."""
     wide = torch.promote_types(features.dtype, torch.float32)
     filters, _, k, _ = basis.shape
     channels, height, width = features.shape[1:]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         matrix = basis.to(wide).flatten(1).T.contiguous()
         grad_matrix = torch.zeros_like(matrix)
-        grad_features = features.new_empty(features.shape)
+        grad_features = features.new_empty(features.shape if for_features else 0)
         rows, cols = (taps_inside(n, k, features.device) for n in (height, width))
         share = (1 / (rows[:, None] * cols).to(wide))[..., None, None]
-        for source, given, result in zip(features, grad.permute(0, 2, 3, 1), grad_features, strict=True):
+        for b, (source, given) in enumerate(zip(features, grad.permute(0, 2, 3, 1), strict=True)):
             padded = F.pad(source.to(wide), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
             spread = torch.zeros_like(padded)
@@ -209,11 +209,14 @@ def feature_unification_backward(grad, features, basis):
                 slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)
                 slope = slope.view(-1, filters)
                 grad_matrix.addmm_(inside.T, slope)
+                if not for_features:
+                    continue
                 taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(share[r, c]).permute(2, 0, 1, 3)
                 for i in range(k * k):
                     top, left = r.start + i // k, c.start + i % k
                     spread[:, top : top + shape[0], left : left + shape[1]] += taps[..., i]
-            result.copy_(spread[:, k // 2 : k // 2 + height, k // 2 : k // 2 + width])
+            if for_features:
+                grad_features[b] = spread[:, k // 2 : k // 2 + height, k // 2 : k // 2 + width]
     return grad_features, grad_matrix.T.reshape(basis.shape).to(basis.dtype)
 
 
