@@ -29,8 +29,8 @@ def anyup(use_natten=False, pretrained=True, device="cpu"):
         anyup_fast.AnyUp: call it with (image, features, output_size=None).
 
     Raises:
-        ValueError: a device that can't be used here. RuntimeError: the download failed; the message tells how to put the
-            file in place by hand.
+        ValueError: a device that can't be used here.
+        RuntimeError: the download failed; the message tells how to put the file in place by hand.
     """
     return _model("anyup_paper", use_natten, pretrained, device)
 
@@ -52,11 +52,11 @@ def anyup_embedded(use_natten=False, pretrained=True, device="cpu"):
 
 
 def _model(weights, use_natten, pretrained, device):
-    device = checked_device(device)
+    device = checked_device("cpu" if device is None else device)
     rule = "neighborhood" if use_natten else "ratio"
     if pretrained:
         return anyup_fast.AnyUp.from_pretrained(weights, device=device, window_rule=rule)
-    return anyup_fast.AnyUp(window_rule=rule).to(device)
+    return anyup_fast.AnyUp(window_rule=rule).to(device).eval()
 
 
 def _make_kernels_known():
