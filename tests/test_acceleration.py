@@ -20,7 +20,7 @@ CLASSES = {"published": PublishedAnyUp, "natten": NattenAnyUp, "falcon": FalconA
 KINDS = tuple(CLASSES)
 OTHER = {"qk_dim": 64, "kernel_size_lfu": 3, "window_ratio": 0.21, "num_heads": 2, "lfu_dim": 32, "input_dim": 3}
 
-# Norm of the difference over norm. Measured: 1.5e-6 at most for outputs, 2e-5 for gradients.
+# Norm of the difference over norm, float32 on both sides. Measured over three seeds: 9e-6 for outputs, 4e-5 for gradients.
 TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 
