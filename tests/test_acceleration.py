@@ -20,7 +20,7 @@ CLASSES = {"published": PublishedAnyUp, "natten": NattenAnyUp, "falcon": FalconA
 KINDS = tuple(CLASSES)
 OTHER = {"qk_dim": 64, "kernel_size_lfu": 3, "window_ratio": 0.21, "num_heads": 2, "lfu_dim": 32, "input_dim": 3}
 
-# Norm of the difference over norm, float32 on both sides. Measured over three seeds: 9e-6 for outputs, 4e-5 for gradients.
+# Norm of the difference over norm, float32 on both sides. Measured: 9e-6 for outputs, 4e-5 for gradients.
 TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
 
@@ -372,8 +372,9 @@ def test_compiled_before_and_after():
     after = compiled(image)
     assert torch.equal(after, model(image)) and not torch.equal(after, before)
     module = model.head["upsampler"]
-    module.forward = torch.compile(module.forward, backend="eager")  # as the compile() of Falcon-Perception does
-    assert relative(model(image), before) < TOLERANCE
+    inner, called = module.forward, []
+    module.forward = lambda *given: called.append(1) or inner(*given)  # as the compile() of Falcon-Perception does
+    assert torch.equal(model(image), after) and called == [1]
 
 
 @torch.no_grad()
