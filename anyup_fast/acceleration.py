@@ -30,6 +30,7 @@ logger = logging.getLogger("anyup_fast")
 ENCODERS = ("image_encoder", "query_encoder", "key_encoder", "key_features_encoder", "aggregation")
 PARTS = {*ENCODERS, "rope", "cross_decode"}
 ALIKE = 5  # of the seven parts make a module worth a line in the report
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -246,8 +247,8 @@ def accelerate(module):
         if reason is not None:
             left_alone.append(LeftAlone(name, reason))
             continue
+        decode = candidate.cross_decode
         if not isinstance(candidate, _Accelerated):
-            decode = candidate.cross_decode
             for part, mixin in zip((candidate, decode, decode.cross_attn), KINDS[kind], strict=True):
                 part.__class__ = _exchanged(mixin, type(part))
         replaced.append(Replaced(name, kind, config))
@@ -259,15 +260,17 @@ def accelerate(module):
 
 def _why_not_exchanged(module):
     """Why the class of a module that looks alike can't be exchanged: one sentence, or None."""
+    if isinstance(module, _Accelerated):
+        return None
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted, and scripted code can't be exchanged: accelerate before torch.jit"
-    if isinstance(module, AnyUp) and not isinstance(module, _Accelerated):
+    if isinstance(module, AnyUp):
         return "it is anyup_fast's own AnyUp already"
     for name, inner in module.named_modules():
-        if "forward" in vars(inner) and not isinstance(module, _Accelerated):
+        if "forward" in vars(inner):
             return f"{name or 'it'} has a forward beside that of its class (compile() may set one): accelerate first"
-        if name and (inner._forward_hooks or inner._forward_pre_hooks):
-            return f"its layer {name} has forward hooks, which would no longer be called"
+        if name and any(getattr(inner, hooks) for hooks in HOOKS):
+            return f"its layer {name} has hooks, which would no longer be called"
     return None
 
 

@@ -326,7 +326,13 @@ class AnyUp(nn.Module):
         return self.image_encoder[0].weight.dtype
 
     def _records_gradients(self, *given):
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self.parameters()))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self._weights()))
+
+    def _weights(self):
+        """The parameters; in a replica of nn.DataParallel, which has none, the tensors in their place."""
+        if not getattr(self, "_is_replica", False):
+            return list(self.parameters())
+        return [tensor for module in self.modules() for tensor in module._former_parameters.values()]
 
     def _check_max_memory(self, max_memory, recorded):
         if not _is_count(max_memory):

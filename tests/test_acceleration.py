@@ -223,6 +223,41 @@ def test_copies_and_pickles_are_accelerated_and_their_own(kind):
         assert type(twin) is CLASSES[kind] and relative(twin(*given), expected) < TOLERANCE
 
 
+def replica(module):
+    """What nn.DataParallel makes of a module for a device: tensors in place of parameters."""
+    twins = {inner: inner._replicate_for_data_parallel() for inner in module.modules()}
+    for inner, twin in twins.items():
+        for name, child in inner._modules.items():
+            setattr(twin, name, twins[child])
+        twin._former_parameters = {}
+        for name, parameter in inner._parameters.items():
+            if parameter is None:
+                twin._parameters[name] = None
+            else:
+                twin._former_parameters[name] = parameter.clone()
+                setattr(twin, name, twin._former_parameters[name])
+    return twins[module]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "own"])
+def test_replicas_of_data_parallel_train_the_module(kind):
+    module = anyup_fast.AnyUp(qk_dim=32) if kind == "own" else build(kind)
+    given = inputs(kind)
+    if kind != "own":
+        accelerate(module)
+
+    def gradients(of):
+        module.zero_grad()
+        of(*given).square().sum().backward()
+        return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+    expected = gradients(module)
+    found = gradients(replica(module))
+    assert len(found) > 60 and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 @torch.no_grad()
 def test_inner_modules_keep_their_own_forward():
     module = build("published")
@@ -307,7 +342,11 @@ NEAR_MISSES = {
     "no ratio": (lambda m: delattr(m.cross_decode, "window_ratio"), "cross_decode.window_ratio is None, no number"),
     "hooks": (
         lambda m: m.image_encoder[0].register_forward_hook(lambda *_: None),
-        "its layer image_encoder.0 has forward hooks",
+        "its layer image_encoder.0 has hooks",
+    ),
+    "backward hooks": (
+        lambda m: m.aggregation.register_full_backward_hook(lambda *_: None),
+        "its layer aggregation has hooks",
     ),
     "own forward": (lambda m: setattr(m, "forward", m.forward), "it has a forward beside .* accelerate first"),
 }
