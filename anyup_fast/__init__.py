@@ -16,6 +16,7 @@ _HOME_OF = {
     "upsample_features_with_anyup": "api",
     "visualize_feature_comparison": "api",
     "AnyUp": "model",
+    "accelerate": "acceleration",
 }
 
 __all__ = ["__version__", *sorted(_HOME_OF)]

@@ -51,10 +51,14 @@ class CrossAttention(nn.Module):
 
     def project(self, query, key):
         """Normalise and project (B, ..., dim) queries and keys to (B, ..., heads, head_dim)."""
-        heads = self.attention.num_heads
         q = F.linear(self.norm_q(query), *self.in_projection(0))
         k = F.linear(self.norm_k(key), *self.in_projection(1))
-        return q.unflatten(-1, (heads, -1)), k.unflatten(-1, (heads, -1))
+        return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1))
+
+    @property
+    def heads(self):
+        """Number of attention heads."""
+        return self.attention.num_heads
 
     def in_projection(self, part):
         """Weight (dim, dim) and bias (dim,) of the projection of queries (part 0) or keys (part 1)."""
@@ -83,6 +87,11 @@ class CrossDecode(nn.Module):
         """query (B, dim, H', W'), key (B, dim, h, w) -> (B, H', W', heads, d) and (B, h, w, heads, d)."""
         query = self.conv2d(query).permute(0, 2, 3, 1)
         return self.cross_attn.project(query, key.permute(0, 2, 3, 1))
+
+    def projection(self, part):
+        """(norm, weight, bias) of the projection of queries (part 0) or keys (part 1)."""
+        attention = self.cross_attn
+        return (attention.norm_q, attention.norm_k)[part].weight, *attention.in_projection(part)
 
     def attend(self, query, key, value, q_chunk_size=None, head_mode=None):
         """Projected query (B, H', W', heads, d), key (B, h, w, heads, d), value (B, C, h, w) -> (B, C, H', W')."""
@@ -199,14 +208,15 @@ class AnyUp(nn.Module):
         """Weights of what makes keys of the pooled guide and the unified features, as `ops.project_keys` takes them."""
         _, *feature_blocks = self.key_features_encoder
         merge, *blocks = self.aggregation
-        attention = self.cross_decode.cross_attn
-        projection = attention.norm_k.weight, *attention.in_projection(1)
-        return KeyWeights(_blocks(feature_blocks), merge.weight, _blocks(blocks), *projection)
+        return KeyWeights(_blocks(feature_blocks), merge.weight, _blocks(blocks), *self.cross_decode.projection(1))
 
     def query_projection(self):
         """(conv, norm, weight, bias), as `anyup_fast.ops.project_queries` takes them."""
-        attention = self.cross_decode.cross_attn
-        return self.cross_decode.conv2d.weight, attention.norm_q.weight, *attention.in_projection(0)
+        return self.cross_decode.conv2d.weight, *self.cross_decode.projection(0)
+
+    def unified(self, features):
+        """Features of any number of channels as (B, lfu_dim, h, w), float32 at least."""
+        return self.key_features_encoder[0](unit_channels(features))
 
     def queries(self, guide, output_size):
         """Queries (B, qk_dim, H', W') before the 3x3 convolution."""
@@ -215,8 +225,8 @@ class AnyUp(nn.Module):
     def keys(self, guide, features):
         """Keys (B, qk_dim, h, w) from the pooled guide and the features."""
         from_image = F.adaptive_avg_pool2d(self.key_encoder(guide), features.shape[-2:])
-        unified, *blocks = self.key_features_encoder
-        from_features = unified(unit_channels(features))
+        _, *blocks = self.key_features_encoder
+        from_features = self.unified(features)
         dtype = from_image.dtype
         if dtype in (torch.float16, torch.bfloat16):
             # 1/M plus a few parts in a hundred thousand: the first normalisation must still see float32.
@@ -290,8 +300,8 @@ class AnyUp(nn.Module):
         if self.why_not_fused():
             guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
             key = self.keys(guide, features).permute(0, 2, 3, 1)
-            attention = self.cross_decode.cross_attn
-            key = F.linear(attention.norm_k(key), *attention.in_projection(1))
+            norm, weight, bias = self.cross_decode.projection(1)
+            key = F.linear(rms_norm(key.to(wide_dtype(key.dtype)), norm).to(key.dtype), weight, bias)
             return self.query_encoder(guide).permute(0, 2, 3, 1), self._split_heads(key)
         dtype = self._stored_dtype(image)
         wide = wide_dtype(dtype)
@@ -302,7 +312,7 @@ class AnyUp(nn.Module):
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
             query, from_image = _through(query, weights.query), _through(from_image, weights.key)
             from_image = _pooled(from_image.to(wide), features.shape[-2:])
-            from_features = self.key_features_encoder[0](unit_channels(features)).permute(0, 2, 3, 1).to(wide)
+            from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
             from_features = _through(from_features, keys.features)
             both = torch.cat(_broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
             key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
@@ -322,7 +332,13 @@ class AnyUp(nn.Module):
         return self.image_encoder[0].weight.dtype
 
     def _records_gradients(self, *given):
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self.parameters()))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self._weights()))
+
+    def _weights(self):
+        """The parameters; in a replica of nn.DataParallel, which has none, the tensors in their place."""
+        if not getattr(self, "_is_replica", False):
+            return list(self.parameters())
+        return [tensor for module in self.modules() for tensor in module._former_parameters.values()]
 
     def _check_max_memory(self, max_memory, recorded):
         if not _is_count(max_memory):
@@ -461,7 +477,7 @@ class AnyUp(nn.Module):
 
     def projected_keys(self, from_image, features):
         """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w)."""
-        from_features = self.key_features_encoder[0](unit_channels(features))
+        from_features = self.unified(features)
         from_image, from_features = _broadcast(from_image, from_features)
         return self._split_heads(project_keys(from_image, from_features, self.key_weights()))
 
@@ -470,7 +486,7 @@ class AnyUp(nn.Module):
         return self._split_heads(project_queries(query, *self.query_projection()))
 
     def _split_heads(self, x):
-        return x.unflatten(-1, (self.cross_decode.cross_attn.attention.num_heads, -1))
+        return x.unflatten(-1, (self.cross_decode.cross_attn.heads, -1))
 
     def _check(self, image, features, output_size, q_chunk_size):
         weight = self.image_encoder[0].weight
