@@ -183,7 +183,7 @@ class AnyUp(nn.Module):
             config = {**config, "window_rule": window_rule}
         model = cls(**config)
         model.load_state_dict(state_dict)
-        return model.to(device or "cpu").eval()
+        return model.to("cpu" if device is None else device).eval()
 
     @property
     def window_ratio(self):
