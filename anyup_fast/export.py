@@ -86,7 +86,7 @@ class PlainForward(nn.Module):
         unify, *blocks = model.key_features_encoder
         from_features = reference.feature_unification(unit_channels(features), unify.basis)
         for block in blocks:
-            from_features = block(from_features)
+            from_features = through(block, from_features)
         key = encoded(model.aggregation, torch.cat((from_image, from_features), 1))
         query, key = decode.projected(query, key)
         rule = RULES[decode.window_rule]
@@ -102,8 +102,24 @@ def encoded(encoder, x):
     pad = first.kernel_size[0] // 2
     x = nn.functional.conv2d(reflected(x, pad), first.weight)
     for block in blocks:
-        x = block(x)
+        x = through(block, x)
     return x
+
+
+def through(block, x):
+    """`block(x)` of a ResBlock."""
+    norm_in, _, conv_in, norm_out, _, conv_out = block.block
+    hidden = conv_in(nn.functional.silu(normalised(x, norm_in)))
+    return conv_out(nn.functional.silu(normalised(hidden, norm_out))) + block.shortcut(x)
+
+
+def normalised(x, norm):
+    """GroupNorm by means of means: those that runtimes have lose 2e-4 of the result over 448x448 pixels."""
+    groups = x.unflatten(1, (norm.num_groups, -1))
+    centred = groups - groups.mean(4, keepdim=True).mean((2, 3), keepdim=True)
+    variance = centred.square().mean(4, keepdim=True).mean((2, 3), keepdim=True)
+    unit = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2)
+    return unit * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 def reflected(x, pad):
