@@ -31,6 +31,7 @@ from .ops import (
 from .ops.choice import log_once
 
 SMALL_BUFFERS = 12 << 20  # bytes that the pieces in work take, whatever the sizes
+_INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
 
 
 WINDOW_RULES = {"ratio": window_bounds, "neighborhood": neighborhood_bounds}
@@ -522,7 +523,7 @@ def checked_output_size(output_size, default):
         raise ValueError(f"output_size: need (height, width) or None, got {output_size!r}")
     if not all(_is_count(n) for n in output_size):
         raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
-    return tuple(int(n) for n in output_size)
+    return tuple(n if isinstance(n, _INTEGERS) else int(n) for n in output_size)
 
 
 def _through(x, blocks):
@@ -539,12 +540,14 @@ def _pooled(x, size):
 
 def _broadcast(*tensors):
     """The tensors with the batch size of the longest; a single element is repeated as a view."""
-    batch = max(map(len, tensors))
+    batch = max(tensor.shape[0] for tensor in tensors)  # `len` would fix it in graphs with dynamic shapes
     return [tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors]
 
 
 def _is_count(n):
-    return hasattr(n, "__index__") and not isinstance(n, bool) and int(n) > 0
+    if isinstance(n, _INTEGERS):
+        return not isinstance(n, bool) and n > 0
+    return hasattr(n, "__index__") and int(n) > 0
 
 
 def _matrices(encoder):

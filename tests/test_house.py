@@ -14,7 +14,7 @@ from tree import ROOT, project_files
 LEVELS = [
     {"cli"},
     {"api", "batch", "distributed", "training", "data", "evaluation"},
-    {"acceleration", "image", "encoders", "checkpoints", "model", "upsampling", "stores", "visualize"},
+    {"image", "encoders", "checkpoints", "model", "upsampling", "stores", "visualize", "acceleration", "export"},
     {"layers", "ops"},
     {"kernels"},
     {"files", "weights"},

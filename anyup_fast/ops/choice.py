@@ -58,7 +58,12 @@ def choose(operator, backend, why_not):
     raise RuntimeError(f"{operator}: no back end can run")
 
 
-@cache
 def log_once(message):
-    """Log `message` at level INFO, the first time it comes up."""
+    """Log `message` at level INFO, the first time it comes up; while a graph is traced, not at all."""
+    if not torch.compiler.is_compiling():
+        _logged(message)
+
+
+@cache
+def _logged(message):
     _log.info(message)

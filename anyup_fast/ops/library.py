@@ -3,8 +3,26 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_forward, torch_gradients, torch_guidance
+from . import torch_backend, torch_forward, torch_gradients, torch_guidance, windows
 from .weights import Block, GuidanceWeights, KeyWeights
+
+
+@torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
+def window_bounds(n_query: int, n_key: int, ratio: float) -> Tensor:
+    """`anyup_fast.ops.window_bounds` as a traced graph sees it: a table of the caller's own."""
+    return windows.window_bounds(n_query, n_key, ratio).clone()
+
+
+@torch.library.custom_op("anyup_fast::neighborhood_bounds", mutates_args=())
+def neighborhood_bounds(n_query: int, n_key: int, ratio: float) -> Tensor:
+    """`anyup_fast.ops.neighborhood_bounds` as a traced graph sees it: a table of the caller's own."""
+    return windows.neighborhood_bounds(n_query, n_key, ratio).clone()
+
+
+@window_bounds.register_fake
+@neighborhood_bounds.register_fake
+def _(n_query, n_key, ratio):
+    return torch.empty(n_query, 2, dtype=torch.int32, device="cpu")
 
 
 @torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=())
@@ -51,7 +69,7 @@ def windowed_attention_backward(
 
 @windowed_attention_backward.register_fake
 def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value):
-    of_value = value.new_empty(value.shape if for_value else (len(value), 0))
+    of_value = value.new_empty(value.shape if for_value else (value.shape[0], 0))
     return query.new_empty(query.shape), key.new_empty(key.shape), of_value
 
 
@@ -99,10 +117,10 @@ def _(image, weights, output_height, output_width, key_height, key_width, dtype,
     wide = torch.promote_types(dtype, torch.float32)
     width = len(weights[0])
     query = image.new_empty(
-        len(image), output_height, output_width, width, dtype=dtype if backend == "triton" else wide
+        image.shape[0], output_height, output_width, width, dtype=dtype if backend == "triton" else wide
     )
-    key = image.new_empty(len(image), key_height, key_width, width, dtype=wide)
-    return query, key, image.new_empty(len(image), torch_guidance.NORMS, 2, width, dtype=wide)
+    key = image.new_empty(image.shape[0], key_height, key_width, width, dtype=wide)
+    return query, key, image.new_empty(image.shape[0], torch_guidance.NORMS, 2, width, dtype=wide)
 
 
 @torch.library.custom_op("anyup_fast::project_queries", mutates_args=())
@@ -172,7 +190,7 @@ def res_block(x: Tensor, weights: list[Tensor], num_groups: int) -> tuple[Tensor
 
 @res_block.register_fake
 def _(x, weights, num_groups):
-    statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
+    statistics = x.new_empty(x.shape[0], 2, 2, num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
     shape = *x.shape[:3], len(weights[5])
     return x.new_empty(shape), x.new_empty(shape), statistics
 
@@ -265,7 +283,7 @@ def feature_unification(features: Tensor, basis: Tensor, backend: str) -> Tensor
 
 @feature_unification.register_fake
 def _(features, basis, backend):
-    shape = len(features), len(basis), *features.shape[2:]
+    shape = features.shape[0], len(basis), *features.shape[2:]
     return features.new_empty(shape, dtype=torch.promote_types(features.dtype, torch.float32))
 
 

@@ -1,16 +1,29 @@
 """Window rules: which low-resolution rows or columns each output row or column attends to.
 
 Flooring a float is a discontinuity, so the rules are evaluated once, on the CPU, and every back end receives
-the same integers.
+the same integers. In traced graphs they are operators of their own, which no compiler can reorder.
 """
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept must serve training as well
+def _kept(rule):
+    """`rule` with its last tables kept; in a graph that is traced, the operator of its name in their place."""
+    kept = lru_cache(maxsize=256)(torch.inference_mode(False)(rule))  # what is kept must serve training as well
+
+    @wraps(rule)
+    def bounds(n_query, n_key, ratio):
+        if torch.compiler.is_compiling():
+            return getattr(torch.ops.anyup_fast, rule.__name__)(n_query, n_key, float(ratio))
+        return kept(n_query, n_key, ratio)
+
+    bounds.cache_clear = kept.cache_clear
+    return bounds
+
+
+@_kept
 def window_bounds(n_query, n_key, ratio):
     """Bounds along one axis of the windows that cover `ratio` of the axis on either side of a query.
 
@@ -38,8 +51,7 @@ def window_bounds(n_query, n_key, ratio):
     return torch.stack((start, end), 1).to(torch.int32)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept must serve training as well
+@_kept
 def neighborhood_bounds(n_query, n_key, ratio):
     """Bounds along one axis of the published "NATTEN" variant: a fixed number of cells around the query's own.
 
