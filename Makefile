@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/anyup-fast demo --out demo $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

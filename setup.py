@@ -19,7 +19,7 @@ VIZ = ["matplotlib>=3.7"]
 DEMO = ["scikit-image>=0.22"]
 TRAIN = ["tqdm>=4.60"]
 STREAM = ["zarr>=3.0; python_version >= '3.11'"]
-DEV = ["pytest>=8", "pytest-benchmark>=4", "ruff>=0.6", "build>=1.2", "setuptools>=64"]
+DEV = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "ruff>=0.6", "build>=1.2", "setuptools>=64"]
 
 setup(
     name="anyup-fast",
