@@ -287,7 +287,8 @@ def _(features, basis, backend):
 @torch.library.custom_op("anyup_fast::feature_unification_backward", mutates_args=())
 def feature_unification_backward(grad: Tensor, features: Tensor, basis: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of `feature_unification` for features and basis."""
-    return torch_gradients.feature_unification_backward(grad, features, basis)
+    grad_features, grad_basis = torch_gradients.feature_unification_backward(grad, features, basis)
+    return grad_features, grad_basis.contiguous()
 
 
 @feature_unification_backward.register_fake
