@@ -25,6 +25,8 @@ HEAVY = {
     "PIL",
     "matplotlib",
     "onnx",
+    "onnxruntime",
+    "onnxscript",
     "ray",
     "safetensors",
     "scipy",

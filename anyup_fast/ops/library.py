@@ -292,7 +292,8 @@ def feature_unification_backward(
     grad: Tensor, features: Tensor, basis: Tensor, backend: str, for_features: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `feature_unification` for features (if asked for, else empty) and basis."""
-    return torch_gradients.feature_unification_backward(grad, features, basis, for_features)
+    of_features, of_basis = torch_gradients.feature_unification_backward(grad, features, basis, for_features)
+    return of_features, of_basis.contiguous()
 
 
 @feature_unification_backward.register_fake
