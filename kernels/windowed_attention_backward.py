@@ -185,23 +185,23 @@ def _query_blocks_kernel(
             sums = sums + (deltas[h] + tl.sum(tl.where(seen, e, 0.0) * slope, 1),)
         deltas = sums
     if not SPLIT:  # in the log-sum-exp rides the mean over the heads
-        sums = ()
+        scaled = ()
         for h in tl.static_range(GROUP):
-            sums = sums + (deltas[h] * HEADS,)
-        deltas = sums
+            scaled = scaled + (deltas[h] * HEADS,)
+        deltas = scaled
     for n in tl.range(0, n_blocks, num_stages=1):
         row, col, mask_k, seen, slope = _key_block(
             n, g_ptrs, v_base, v_h, v_w, mask_pix, r0, r1, c0, c1, span_r0, span_r1, span_c0, span_c1, n_channels,
             KEY_H, KEY_W, BLOCK_C, PRECISION, STAGES,
         )  # fmt: skip
         k_ptrs = k_base + (row * k_h + col * k_w)[None, :] + offs_d[:, None]
-        sums = ()
+        gradients = ()
         for h in tl.static_range(GROUP):
             k = tl.load(k_ptrs + h * k_n, mask=mask_d[:, None] & mask_k[None, :], other=0.0)
             e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - lses[h][:, None])
             e = tl.where(seen, e, 0.0) * (slope - deltas[h][:, None])
-            sums = sums + (_dot_slope(e, tl.trans(k), accs[h], PRECISION),)
-        accs = sums
+            gradients = gradients + (_dot_slope(e, tl.trans(k), accs[h], PRECISION),)
+        accs = gradients
     for h in tl.static_range(GROUP):
         tl.store(delta_ptr + offs_stats + h, deltas[h], mask=mask_pix)
         grad_q_ptrs = grad_q_ptr + ((offs_stats + h) * HEAD_DIM)[:, None] + offs_d[None, :]
