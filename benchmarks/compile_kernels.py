@@ -98,7 +98,7 @@ def compile_kernel(fn, constants, options, target, dtype, precision=None):
             sums = ("lse_ptr", "norm_ptr", "delta_ptr", "grad_k_ptr", "grad_v_ptr")
             signature[name] = "*fp32" if name in sums else "*" + TYPES[dtype]
         else:
-            signature[name] = "fp32" if name in ("qk_scale", "scale", "safe_offset") else "i32"
+            signature[name] = "fp32" if name in ("qk_scale", "scale", "safe_offset", "log2e") else "i32"
         if name.endswith("_ptr") or re.fullmatch(r"[gqkv]_[bhwn]|channels", name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=values, attrs=attributes)

@@ -136,8 +136,8 @@ def _taps_kernel(
         lse = tl.load(lse_ptr + pixel * channels + entry % channels, mask=mask, other=0.0)
         delta = tl.load(delta_ptr + pixel * channels + entry % channels, mask=mask, other=0.0)
         grad = tl.load(grad_ptr + pixel * FILTERS + entry // channels, mask=mask, other=0.0)
+        # Nothing where there is no response: gradient and mean are 0 there.
         slope = tl.exp2(response * (share * log2e) - lse) * (grad - delta) * share
-        slope = tl.where(mask, slope, 0.0)
         acc = _dot(slope, tl.trans(x), acc, PRECISION)
         tapped = _dot(tl.trans(basis), slope, None, PRECISION)
         tapped_ptrs = tapped_ptr + ((pix * (SIZE * SIZE) + offs_t) * channels)[:, None] + offs_c[None, :]
@@ -180,7 +180,7 @@ def plan(device, channels, filters, kernel_size, precision=None):
     if grouped:
         stats.update(BLOCK_F=min(stats["BLOCK_F"], 64), num_warps=8)
     block = max(16, triton.next_power_of_2(filters))
-    taps = dict(FILTERS=filters, SIZE=kernel_size, BLOCK_M=block, BLOCK_C=max(16, min(64, 8192 // block)))
+    taps = dict(FILTERS=filters, SIZE=kernel_size, BLOCK_M=block, BLOCK_C=max(16, min(32, 4096 // block)))
     taps.update(BLOCK_T=max(16, min(32, triton.next_power_of_2(kernel_size**2))))
     taps.update(PRECISION=dot_precision(device, torch.float32, precision), num_warps=8, num_stages=1)
     block_c = min(256, triton.next_power_of_2(channels))

@@ -388,12 +388,17 @@ def plan(device, dtype, spans):
     if spans is not None:
         rows, cols = spans(8, 8)
         keys = max(16, triton.next_power_of_2(rows * cols))
+    cuda, generation = device.kind == "cuda", device.capability[0]
+    # From there on operands come from shared memory, which leaves registers for more pixels.
+    roomy = cuda and generation >= 9
     if dtype == torch.float32:
-        windows = {16: (32, 4), 32: (32, 4), 64: (32, 8), 128: (16, 8)}
-        query, key, value = (Blocks(8, 8, 32, 16, 8), Blocks(4, 8, 32, 16, 8), Blocks(4, 8, 64, 32, 8))
+        windows = dict.fromkeys((16, 32, 64), (32 if roomy else 16, 8))
+        query, key = Blocks(8, 8, 32 if roomy else 16, 16, 8), Blocks(2, 8, 64, 16, 8 if generation == 10 else 4)
+        value = Blocks(4 if roomy else 2, 8, 64, 32, 8 if generation == 10 else 4)
     else:
-        windows = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8), 256: (32, 8)}
-        query, key, value = (Blocks(8, 8, 64, 64, 8), Blocks(8, 8, 64, 64, 8), Blocks(8, 8, 64, 128, 8))
+        windows = {**dict.fromkeys((16, 32, 64), (64, 4)), 128: (64, 8 if cuda and generation != 9 else 4)}
+        query = Blocks(8, 8, 64, 64, 8) if roomy else Blocks(8, 8, 32, 32, 8) if cuda else Blocks(8, 8, 32, 64, 4)
+        key, value = Blocks(2 if cuda and not roomy else 4, 8, 64, 64, 4), Blocks(4, 8, 64, 128, 4)
     if keys in windows:
         block_c, warps = windows[keys]
         query = Blocks(8, 8, keys, block_c, warps)
@@ -441,6 +446,9 @@ def windowed_attention_bwd(
     Returns:
         (grad_query, grad_key, grad_value), contiguous, in shape and dtype of their tensors. Sums are float32. Equal to
         the bit from run to run; nothing here waits for the device.
+
+    Raises:
+        ValueError: `tiles` takes windows as one block that they do not fit in, or whose bounds are not on the CPU.
     """
     batch, height, width, heads, head_dim = query.shape
     n_rows, n_cols, channels = value.shape[1:]
@@ -497,6 +505,10 @@ def windowed_attention_bwd(
         delta = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
         blocks = tiles.query
         if tiles.window:
+            if span_h * span_w > blocks.block_k:
+                raise ValueError(
+                    f"tiles: {blocks.block_k} keys do not hold the {span_h} x {span_w} that a tile of pixels spans"
+                )
             lse = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
             _query_window_kernel[(programs,)](
                 grad, query, key, value, lse, delta, grad_query, *pointers, *numbers,

@@ -117,7 +117,7 @@ def test_the_operator_passes_opcheck():
         torch.library.opcheck(library.windowed_attention, (*tensors, *bounds, 0.3, mode, "torch"))
     plain = [x.detach() for x in tensors]
     grad = torch.randn(1, 9, 10, 4)
-    torch.library.opcheck(library.windowed_attention_backward, (grad, *plain, *bounds, 0.3, "mean"))
+    torch.library.opcheck(library.windowed_attention_backward, (grad, *plain, *bounds, 0.3, "mean", "torch"))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -41,15 +41,18 @@ def windowed_attention_backward(
     col_bounds: Tensor,
     scale: float,
     head_mode: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `windowed_attention` for query, key and value, in plain PyTorch for every back end."""
-    return torch_backend.windowed_attention_backward(
-        grad, query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode
-    )
+    """Gradients of `windowed_attention` for query, key and value, on the back end of the forward."""
+    if backend == "triton":
+        from ..kernels.windowed_attention_backward import windowed_attention_bwd as run
+    else:
+        run = torch_backend.windowed_attention_backward
+    return run(grad, query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
 
 
 @windowed_attention_backward.register_fake
-def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode):
+def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, backend):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
@@ -59,12 +62,12 @@ def _precision():
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.head_mode, _ = inputs
+    *tensors, ctx.scale, ctx.head_mode, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    grads = windowed_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode)
+    grads = windowed_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, ctx.backend)
     return *grads, None, None, None, None, None
 
 
