@@ -13,8 +13,9 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-# Bytes of the worst kernel, as measured on Triton 3.9.0 and rounded up.
+# Bytes of the worst kernel, as measured on Triton 3.9.0 (232, 112, 72 and 184) and rounded up; elsewhere none.
 MOST_SPILT = {("sm_80", "float32"): 240, ("sm_80", "bfloat16"): 120, ("sm_90", "bfloat16"): 96}
+MOST_SPILT_TAPS = 192
 # Channels of the features; 128 filters of 5x5 are compiled.
 UNIFIED = {"grouped": 384, "gathered": 100}
 if not BENCHMARKS.is_dir():
@@ -28,13 +29,17 @@ def lines(*command):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def most_spilt(row):
+    return MOST_SPILT_TAPS if row["kernel"] == "taps" else MOST_SPILT.get((row["target"], row["dtype"]), 0)
+
+
 def faults(rows):
     """Sentences about kernels that spill, leave the tensor cores idle or don't fit."""
     return [
         f"{row['target']} {row['dtype']} {row['kernel']}: {complaint}"
         for row in rows
         for complaint, wrong in (
-            (f"{row['stack']} bytes spilt", row["stack"] > MOST_SPILT.get((row["target"], row["dtype"]), 0)),
+            (f"{row['stack']} bytes spilt", row["stack"] > most_spilt(row)),
             ("no tensor cores", not row["tensor_core"] and row["kernel"] not in ("gathered", "gather")),
             (f"{row['shared']} bytes of shared memory of {row['bound']}", row["shared"] > row["bound"]),
         )
@@ -64,8 +69,9 @@ def test_feature_unification(target):
 
 
 def test_faults_are_seen():
-    fine = dict(target="gfx942", dtype="float32", kernel="taps", stack=0, tensor_core=6, shared=10, bound=20)
-    assert faults([fine, dict(fine, kernel="gather", tensor_core=0), dict(fine, target="sm_80", stack=240)]) == []
+    fine = dict(target="gfx942", dtype="float32", kernel="key", stack=0, tensor_core=6, shared=10, bound=20)
+    spilt = dict(fine, target="sm_80", stack=240), dict(fine, kernel="taps", stack=192)
+    assert faults([fine, dict(fine, kernel="gather", tensor_core=0), *spilt]) == []
     wrong = [dict(fine, stack=16), dict(fine, tensor_core=0), dict(fine, shared=30)]
     assert [f.rpartition(": ")[2] for f in faults(wrong)] == [
         "16 bytes spilt",
