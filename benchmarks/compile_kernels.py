@@ -10,6 +10,8 @@ four as the stack, and MFMA instructions.
 
 import argparse
 import csv
+import functools
+import itertools
 import json
 import re
 import subprocess
@@ -69,31 +71,37 @@ def kernels_of(tile):
     return {tile.design: (getattr(w, f"_{tile.design}_kernel"), tile.block_k)}
 
 
-def compile_kernel(fn, block_k, tile, target, dtype, span_w=None):
-    """Compile one device function as the launcher would for 4 heads of 32 and channels divisible by 16."""
+def compile_tile(fn, block_k, tile, target, dtype, span_w=None):
+    """Compile one device function of the forward as its launcher would."""
+    constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
+    constants.update(SPAN_W=span_w or round(block_k**0.5), PACKED=True, STAGES=tile.stages)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    return compile_kernel(fn, constants, options, target, dtype, tile.precision)
+
+
+def compile_kernel(fn, constants, options, target, dtype, precision=None):
+    """Compile one device function for 4 heads of 32 and channels divisible by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kind, arch, warp, _ = TARGETS[target]
-    wide = "tf32x3" if dtype == "float32" and kind == "cuda" else "ieee"
-    constants = dict(HEADS=4, HEAD_DIM=32, BLOCK_D=32, SPLIT=False, BLOCK_H=tile.block_h, BLOCK_W=tile.block_w)
-    constants.update(BLOCK_K=block_k, BLOCK_C=tile.block_c, STAGES=tile.stages, PRECISION=tile.precision or wide)
-    constants.update(SPAN_W=span_w or round(block_k**0.5), PACKED=True)
+    wide = {"float32": "tf32x3", "float16": "tf32"}.get(dtype, "ieee") if kind == "cuda" else "ieee"
+    constants = dict(HEADS=4, HEAD_DIM=32, BLOCK_D=32, SPLIT=False, PRECISION=precision or wide, **constants)
     signature, attributes, values = {}, {}, {}
     for index, name in enumerate(fn.arg_names):
         if name in constants:
             signature[name], values[(index,)] = "constexpr", constants[name]
-        elif name in ("row_ptr", "col_ptr", "row_tile_ptr", "col_tile_ptr"):
+        elif name in ("row_ptr", "col_ptr", "row_tile_ptr", "col_tile_ptr", "row_range_ptr", "col_range_ptr"):
             signature[name] = "*i32"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in ("lse_ptr", "norm_ptr") else "*" + TYPES[dtype]
+            sums = ("lse_ptr", "norm_ptr", "delta_ptr", "grad_k_ptr", "grad_v_ptr")
+            signature[name] = "*fp32" if name in sums else "*" + TYPES[dtype]
         else:
-            signature[name] = "fp32" if name in ("qk_scale", "safe_offset") else "i32"
-        if name.endswith("_ptr") or re.fullmatch(r"[qkv]_[bhwn]|channels", name):
+            signature[name] = "fp32" if name in ("qk_scale", "scale", "safe_offset", "log2e") else "i32"
+        if name.endswith("_ptr") or re.fullmatch(r"[gqkv]_[bhwn]|channels", name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=values, attrs=attributes)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     return triton.compile(source, target=GPUTarget(kind, arch, warp), options=options)
 
 
@@ -163,7 +171,7 @@ def rows(targets, dtypes, defaults_only=False):
                 if bound > device.shared_memory or device.capability < tile.needs:
                     continue
                 for name, (fn, block_k) in kernels_of(tile).items():
-                    compiled = compile_kernel(
+                    compiled = compile_tile(
                         fn, block_k, tile, target, dtype, widths.get(next(iter(chosen.get(tile, [])), None))
                     )
                     yield dict(
@@ -182,16 +190,63 @@ def rows(targets, dtypes, defaults_only=False):
                     )
 
 
+def backward_rows(targets, dtypes):
+    """As `rows`, for the kernels of the backward and the plans of `GRIDS` and of windows that are not one block."""
+    import triton
+    from anyup_fast.kernels import windowed_attention_backward as w
+    from anyup_fast.kernels.windowed_attention import _frozen, _spans
+
+    from anyup_fast.ops import window_bounds
+
+    for target, dtype in itertools.product(targets, dtypes):
+        device, seen = device_of(target), {}
+        for grid, (image, cells, _) in {**GRIDS, "any": (0, 0, 0)}.items():
+            bounds = _frozen(window_bounds(image, cells, 0.1)) if image else None
+            spans = functools.partial(_spans, bounds, bounds) if image else None
+            plan = w.plan(device, getattr(torch, dtype), spans)
+            kernels = {"key": (w._key_kernel, plan.key), "value": (w._value_kernel, plan.value)}
+            if plan.window:
+                kernels["query_window"] = w._query_window_kernel, plan.query
+            else:
+                kernels["query_blocks"] = w._query_blocks_kernel, plan.query
+            for name, (fn, blocks) in kernels.items():
+                width = spans(blocks.block_h, blocks.block_w)[1] if name == "query_window" else w.KEY_W
+                seen.setdefault((name, fn, blocks, width), []).append(grid)
+        for (name, fn, blocks, width), grids in seen.items():
+            sizes = dict(BLOCK_H=blocks.block_h, BLOCK_W=blocks.block_w, BLOCK_C=blocks.block_c, STAGES=blocks.stages)
+            sizes.update(KEY_H=blocks.block_k // w.KEY_W, KEY_W=w.KEY_W, GROUP=4)
+            sizes.update(BLOCK_K=blocks.block_k, SPAN_W=width, PACKED=width <= 16)
+            options = dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)
+            yield dict(
+                triton=triton.__version__,
+                target=target,
+                dtype=dtype,
+                kernel=name,
+                tile=f"{blocks.block_h}x{blocks.block_w}",
+                block_k=blocks.block_k,
+                block_c=blocks.block_c,
+                warps=blocks.warps,
+                stages=blocks.stages,
+                **measure(compile_kernel(fn, sizes, options, target, dtype)),
+                bound=device.shared_memory,
+                default_for=" ".join(grids),
+            )
+
+
 def main(arguments=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(TYPES))
-    parser.add_argument("--defaults", action="store_true", help="only the tiles chosen for the 32, 37 and 64 grids")
+    parser.add_argument("--defaults", action="store_true", help="the forward alone, tiles of the 32, 37, 64 grids")
+    parser.add_argument("--backward", action="store_true", help="only the kernels of the backward")
     parser.add_argument("--json", action="store_true", help="print JSON lines and write no table")
     options = parser.parse_args(arguments)
     table = []
-    for row in rows(options.targets, options.dtypes, options.defaults):
+    found = () if options.backward else rows(options.targets, options.dtypes, options.defaults)
+    if options.backward or not options.defaults:
+        found = itertools.chain(found, backward_rows(options.targets, options.dtypes))
+    for row in found:
         table.append(row)
         print(json.dumps(row) if options.json else "  ".join(f"{v}" for v in row.values()), flush=True)
     if not options.json:

@@ -9,7 +9,8 @@ for equality to the bit, and once captured in a CUDA graph; then every shape to 
 fails, no time is printed. Times are medians of CUDA events around single calls (20th and 80th percentiles beside them)
 after a warm-up, with the L2 cache cleared before each call and the caching allocator left alone; peak memory is what a
 call allocates beyond its inputs. Rivals run where they fit: the twin, SDPA with a mask, FlexAttention (compiled) with
-the same window. The forward is measured whole, captured in a graph, and stage by stage (`gpu_forward.py`). Rows go to
+the same window. The forward is measured whole, captured in a graph, and stage by stage (`gpu_forward.py`). The
+backward is compared gradient by gradient and timed alone and with the forward (`gpu_backward.py`). Rows go to
 results/gpu.csv with device, versions and commit.
 """
 
@@ -29,6 +30,7 @@ use_checkout()
 sys.path.insert(0, str(ROOT / "tests"))
 
 import attention_cases  # noqa: E402
+import gpu_backward  # noqa: E402
 import gpu_forward  # noqa: E402
 import torch  # noqa: E402
 from anyup_fast.kernels import tiling  # noqa: E402
@@ -341,7 +343,8 @@ def main(arguments=None):
 
     torch.backends.cuda.matmul.allow_tf32 = False
     started = time.perf_counter()
-    failed = sweep(options.count, torch.device("cuda")) or gpu_forward.sweep(torch.device("cuda"))
+    device = torch.device("cuda")
+    failed = sweep(options.count, device) or gpu_forward.sweep(device) or gpu_backward.sweep(options.count, device)
     if failed:
         print("\n".join(failed), file=sys.stderr)
         return 1
@@ -366,6 +369,11 @@ def main(arguments=None):
             rows.append(row)
             print(row["shape"], row["dtype"], row["what"], row.get("milliseconds", "-"), row["note"], flush=True)
         torch.cuda.empty_cache()
+        if shape in gpu_backward.SHAPES and not options.tune:
+            for row in gpu_backward.measure(shape, dtype, timed):
+                rows.append(row)
+                print(row["shape"], row["dtype"], row["what"], row["milliseconds"], row["note"], flush=True)
+            torch.cuda.empty_cache()
         if shape in gpu_forward.GOALS_MS and not options.tune:
             for row in gpu_forward.measure(shape, dtype, timed):
                 rows.append(row)

@@ -35,6 +35,14 @@ def _pixel(height, width, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _taps(offs_t, i, j, r0, r1, c0, c1, SIZE: tl.constexpr):
+    """Rows and columns of taps (T,) of the pixel (i, j), and which of them lie on the map."""
+    row = i + offs_t // SIZE - SIZE // 2
+    col = j + offs_t % SIZE - SIZE // 2
+    return row, col, (offs_t < SIZE * SIZE) & (row >= r0) & (row < r1) & (col >= c0) & (col < c1)
+
+
+@triton.jit
 def _grouped_kernel(
     x_ptr, basis_ptr, out_ptr, height, width, groups, log2e,
     FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -43,9 +51,7 @@ def _grouped_kernel(
     image, i, j, r0, r1, c0, c1 = _pixel(height, width, SIZE)
     scale = log2e / ((r1 - r0) * (c1 - c0)).to(tl.float32)
     offs_t = tl.arange(0, BLOCK_T)
-    row = i + offs_t // SIZE - SIZE // 2
-    col = j + offs_t % SIZE - SIZE // 2
-    mask_t = (offs_t < SIZE * SIZE) & (row >= r0) & (row < r1) & (col >= c0) & (col < c1)
+    row, col, mask_t = _taps(offs_t, i, j, r0, r1, c0, c1, SIZE)
     offs_a = tl.arange(0, BLOCK_M)
     mask_a = offs_a < FILTERS
     offs_x = ((image * height + row) * width + col) * groups * FILTERS
@@ -71,6 +77,22 @@ def _grouped_kernel(
 
 
 @triton.jit
+def _responses(x_ptr, basis_ptr, image, i, j, r0, r1, c0, c1, height, width, channels, entry, mask,
+               FILTERS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Sums over the taps of the pixel (i, j) of what `entry`, channel * FILTERS + filter, names; filters lie by tap."""
+    channel = entry // FILTERS
+    filter = entry % FILTERS
+    response = tl.zeros(entry.shape, tl.float32)
+    for row in tl.range(r0, r1, num_stages=1):
+        for col in tl.range(c0, c1, num_stages=1):
+            offs_x = ((image * height + row) * width + col) * channels
+            tap = (row - i + SIZE // 2) * SIZE + col - j + SIZE // 2
+            x = tl.load(x_ptr + offs_x + channel, mask=mask, other=0.0)
+            response += x * tl.load(basis_ptr + tap * FILTERS + filter, mask=mask, other=0.0)
+    return response
+
+
+@triton.jit
 def _gathered_kernel(
     x_ptr, basis_ptr, out_ptr, height, width, channels, log2e,
     FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -85,15 +107,8 @@ def _gathered_kernel(
         mask_b = (offs_b < channels)[None, :]
         mask = mask_a[:, None] & mask_b
         entry = offs_a[:, None] * channels + offs_b[None, :]
-        channel = entry // FILTERS
-        filter = entry % FILTERS
-        response = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
-        for row in tl.range(r0, r1, num_stages=1):
-            for col in tl.range(c0, c1, num_stages=1):
-                offs_x = ((image * height + row) * width + col) * channels
-                tap = (row - i + SIZE // 2) * SIZE + col - j + SIZE // 2
-                x = tl.load(x_ptr + offs_x + channel, mask=mask, other=0.0)
-                response += x * tl.load(basis_ptr + tap * FILTERS + filter, mask=mask, other=0.0)
+        response = _responses(x_ptr, basis_ptr, image, i, j, r0, r1, c0, c1, height, width, channels, entry, mask,
+                              FILTERS, SIZE)  # fmt: skip
         x = tl.where(mask_a[:, None], response * scale, float("-inf"))
         e = tl.exp2(x - tl.max(x, 0)[None, :])
         acc += tl.where(mask_b, e / tl.sum(e, 0)[None, :], 0.0)

@@ -74,6 +74,36 @@ def _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM
 
 
 @triton.jit
+def _rectangle(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1,
+               BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """All keys of a tile: rows and columns (K,), which of them exist, and bits of keys (K,) and pixels (P,)."""
+    offs_k = tl.arange(0, BLOCK_K)
+    key_r = offs_k // SPAN_W
+    key_c = offs_k % SPAN_W
+    mask_k = (key_r < span_r1 - span_r0) & (key_c < span_c1 - span_c0)
+    if PACKED:
+        # One bit per row and column of the rectangle: a key is seen if both of its bits are among the pixel's.
+        key_bits = tl.where(mask_k, (1 << key_r) | (1 << (key_c + 16)), -1)
+        row_bits = (1 << (r1 - span_r0)) - (1 << (r0 - span_r0))
+        col_bits = (1 << (c1 - span_c0)) - (1 << (c0 - span_c0))
+        pix_bits = row_bits | (col_bits << 16)
+    else:
+        key_bits, pix_bits = key_r, r0
+    return span_r0 + key_r, span_c0 + key_c, mask_k, key_bits, pix_bits
+
+
+@triton.jit
+def _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED: tl.constexpr):
+    """Which pixel sees which key, (P, K)."""
+    if PACKED:
+        seen = (key_bits[None, :] & pix_bits[:, None]) == key_bits[None, :]
+    else:
+        seen = mask_k[None, :] & (row[None, :] >= r0[:, None]) & (row[None, :] < r1[:, None])
+        seen = seen & (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+    return seen
+
+
+@triton.jit
 def _window_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
@@ -87,18 +117,10 @@ def _window_kernel(
         BLOCK_H, BLOCK_W,
     )  # fmt: skip
     P: tl.constexpr = BLOCK_H * BLOCK_W
-    offs_k = tl.arange(0, BLOCK_K)
-    key_r = offs_k // SPAN_W
-    key_c = offs_k % SPAN_W
-    mask_k = (key_r < span_r1 - span_r0) & (key_c < span_c1 - span_c0)
-    key_h = (span_r0 + key_r).to(tl.int64)
-    key_w = (span_c0 + key_c).to(tl.int64)
-    if PACKED:
-        # One bit per row and column of the rectangle: a key is seen if both of its bits are among the pixel's.
-        key_bits = tl.where(mask_k, (1 << key_r) | (1 << (key_c + 16)), -1)
-        row_bits = (1 << (r1 - span_r0)) - (1 << (r0 - span_r0))
-        col_bits = (1 << (c1 - span_c0)) - (1 << (c0 - span_c0))
-        pix_bits = row_bits | (col_bits << 16)
+    row, col, mask_k, key_bits, pix_bits = _rectangle(
+        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, BLOCK_K, SPAN_W, PACKED
+    )
+    key_h, key_w = row.to(tl.int64), col.to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     offs_c = tl.arange(0, BLOCK_C)
     k_ptrs = k_ptr + image.to(tl.int64) * k_b + (key_h * k_h + key_w * k_w)[None, :] + offs_d[:, None]
@@ -113,12 +135,7 @@ def _window_kernel(
         q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
         k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
         s = _dot(q, k, None, PRECISION)
-        if PACKED:
-            seen = (key_bits[None, :] & pix_bits[:, None]) == key_bits[None, :]
-        else:
-            h, w = span_r0 + key_r, span_c0 + key_c
-            seen = mask_k[None, :] & (h[None, :] >= r0[:, None]) & (h[None, :] < r1[:, None])
-            seen = seen & (w[None, :] >= c0[:, None]) & (w[None, :] < c1[:, None])
+        seen = _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED)
         s = tl.where(seen, s, float("-inf"))
         e = tl.exp2(s * qk_scale - (tl.max(s, 1) * qk_scale)[:, None])
         if SPLIT:
@@ -449,6 +466,23 @@ def _spans(row_windows, col_windows, block_h, block_w):
     return _frozen_tables(row_windows, block_h, cpu)[2], _frozen_tables(col_windows, block_w, cpu)[2]
 
 
+def _norms(key):
+    """Length (B, heads) of the longest key of each head, which bounds every logit: |q . k| <= |q| |k|."""
+    return torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax((1, 2)).contiguous()
+
+
+def _log_sum_exp(query, key, rows, cols, row_tiles, col_tiles, qk_scale, constants):
+    """(B, H', W', heads) float32, to the base of 2: of the logits, plus log2(heads) unless the heads split channels."""
+    batch, height, width, heads, _ = query.shape
+    n_tiles = len(row_tiles), len(col_tiles)
+    lse = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
+    _stats_kernel[(batch * n_tiles[0] * n_tiles[1] * heads,)](
+        query, key, _norms(key), lse, rows, cols, row_tiles, col_tiles, *query.stride()[:4], *key.stride()[:4],
+        height, width, *n_tiles, qk_scale, max(SAFE_OFFSET[query.dtype], 12.0), **constants,
+    )  # fmt: skip
+    return lse
+
+
 def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", tile=None):
     """Launch the kernels for checked arguments (see `anyup_fast.ops.windowed_attention`).
 
@@ -495,21 +529,13 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
                 qk_scale, **sizes, SPAN_W=span_w, PACKED=span_w <= 16 and span_h <= 16, BLOCK_C=tile.block_c, **options,
             )  # fmt: skip
             return out
-        # The longest key of each head bounds every logit: |q . k| <= |q| |k|.
-        norms = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax((1, 2)).contiguous()
-        safe = SAFE_OFFSET[value.dtype] if tile.design == "heads" else max(SAFE_OFFSET[query.dtype], 12.0)
         if tile.design == "heads":
             _heads_kernel[(programs,)](
-                query, key, value, norms, out, *pointers, *strides, *value.stride()[:3], height, width, channels,
-                *n_tiles, qk_scale, safe, **sizes, BLOCK_C=tile.block_c, **options,
+                query, key, value, _norms(key), out, *pointers, *strides, *value.stride()[:3], height, width, channels,
+                *n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **sizes, BLOCK_C=tile.block_c, **options,
             )  # fmt: skip
             return out
-        lse = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
-        sizes.update(BLOCK_K=tile.stats_block_k, STAGES=tile.stages)
-        _stats_kernel[(programs * heads,)](
-            query, key, norms, lse, *pointers, *strides, height, width, *n_tiles, qk_scale, safe, **sizes, **options
-        )
-        sizes.update(BLOCK_K=tile.block_k)
+        lse = _log_sum_exp(query, key, *pointers, qk_scale, {**sizes, **options, "BLOCK_K": tile.stats_block_k})
         blocks = heads * triton.cdiv(channels // heads, tile.block_c) if split else triton.cdiv(channels, tile.block_c)
         _apply_kernel[(programs * blocks,)](
             query, key, value, lse, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,

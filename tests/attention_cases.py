@@ -11,6 +11,14 @@ from anyup_fast.ops import neighborhood_bounds, reference, window_bounds
 # Relative error (largest difference over largest |value|) against the twin in float64, with the largest seen over 400
 # problems in the interpreter beside it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+# The same for each gradient: largest difference over the largest |expected|, or over a tenth of what it could be where
+# slopes cancel.
+GRADIENTS = ("query", "key", "value")
+GRADIENT_TOLERANCE = {
+    torch.float32: dict(query=2e-6, key=2e-6, value=2e-6),
+    torch.bfloat16: dict(query=2e-2, key=2e-2, value=2e-2),
+    torch.float16: dict(query=2.5e-3, key=2.5e-3, value=2.5e-3),
+}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -46,6 +54,44 @@ class Problem:
             *wide, self.row_bounds, self.col_bounds, scale=self.scale, head_mode=self.head_mode
         )
         return ((out.double().cpu() - expected).abs().max() / self.value.double().abs().max()).item()
+
+    def grad(self):
+        """A gradient of the output, drawn, inside a buffer full of NaN."""
+        shape = *self.query.shape[:3], self.value.shape[3]
+        generator = torch.Generator().manual_seed(len(self.text))
+        return _bordered(torch.randn(shape, generator=generator).to(self.value.dtype))
+
+    def gradients(self, grad=None):
+        """The twin's gradients of query, key and value in float64, on the CPU."""
+        wide = [x.double().cpu().requires_grad_() for x in (self.query, self.key, self.value)]
+        out = reference.windowed_attention(
+            *wide, self.row_bounds, self.col_bounds, scale=self.scale, head_mode=self.head_mode
+        )
+        return torch.autograd.grad(out, wide, (self.grad() if grad is None else grad).double().cpu())
+
+    def gradient_errors(self, gradients, grad=None):
+        """Name to error of each gradient, see `GRADIENT_TOLERANCE`; infinite where one is not finite."""
+        given = (self.grad() if grad is None else grad).double().cpu()
+        query, key, value = (x.double().cpu() for x in (self.query, self.key, self.value))
+        slope = (given.flatten(1, 2) @ value.flatten(1, 2).mT).abs().max() / query.shape[3]
+        slope = slope * abs(query.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        most = slope * key.abs().max(), slope * query.abs().max(), given.abs().max()
+        errors = {}
+        for name, gradient, expected, room in zip(GRADIENTS, gradients, self.gradients(grad), most, strict=True):
+            difference = (gradient.double().cpu() - expected).abs().max()
+            size = torch.maximum(expected.abs().max(), room / 10).clamp(min=1e-300)
+            errors[name] = (difference / size).item() if torch.isfinite(gradient).all() else math.inf
+        return errors
+
+    def gradient_faults(self, gradients, grad=None):
+        """Sentences about the gradients beyond the tolerance of their dtype."""
+        dtypes = self.query.dtype, self.value.dtype
+        limits = GRADIENT_TOLERANCE[max(dtypes, key=lambda dtype: GRADIENT_TOLERANCE[dtype]["query"])]
+        return [
+            f"gradient of {name}: error {error:.2e} exceeds {limits[name]:.1e}"
+            for name, error in self.gradient_errors(gradients, grad).items()
+            if not error <= limits[name]
+        ]
 
 
 def _bordered(x, device="cpu"):

@@ -118,7 +118,8 @@ def test_the_operator_passes_opcheck():
     plain = [x.detach() for x in tensors]
     grad = torch.randn(1, 9, 10, 4)
     for for_value in (True, False):
-        torch.library.opcheck(library.windowed_attention_backward, (grad, *plain, *bounds, 0.3, "mean", for_value))
+        arguments = (grad, *plain, *bounds, 0.3, "mean", for_value, "torch")
+        torch.library.opcheck(library.windowed_attention_backward, arguments)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -60,15 +60,20 @@ def windowed_attention_backward(
     scale: float,
     head_mode: str,
     for_value: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), in plain PyTorch."""
-    return torch_backend.windowed_attention_backward(
-        grad, query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode, for_value=for_value
-    )
+    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), on a named back end."""
+    tensors = grad, query, key, value, row_bounds, col_bounds
+    if backend == "triton":
+        from ..kernels.windowed_attention_backward import windowed_attention_bwd
+
+        *grads, of_value = windowed_attention_bwd(*tensors, scale=scale, head_mode=head_mode)
+        return *grads, of_value if for_value else value.new_empty(len(value), 0)
+    return torch_backend.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
 
 
 @windowed_attention_backward.register_fake
-def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value):
+def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value, backend):
     of_value = value.new_empty(value.shape if for_value else (value.shape[0], 0))
     return query.new_empty(query.shape), key.new_empty(key.shape), of_value
 
@@ -79,13 +84,15 @@ def _precision():
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.head_mode, _ = inputs
+    *tensors, ctx.scale, ctx.head_mode, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
     for_value = ctx.needs_input_grad[2]
-    *grads, of_value = windowed_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, for_value)
+    *grads, of_value = windowed_attention_backward(
+        grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, for_value, ctx.backend
+    )
     return *grads, of_value if for_value else None, None, None, None, None, None
 
 
@@ -292,6 +299,11 @@ def feature_unification_backward(
     grad: Tensor, features: Tensor, basis: Tensor, backend: str, for_features: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `feature_unification` for features (if asked for, else empty) and basis."""
+    if backend == "triton":
+        from ..kernels.feature_unification_backward import feature_unification_bwd
+
+        of_features, of_basis = feature_unification_bwd(grad, features, basis)
+        return of_features if for_features else features.new_empty(0), of_basis
     of_features, of_basis = torch_gradients.feature_unification_backward(grad, features, basis, for_features)
     return of_features, of_basis.contiguous()
 
