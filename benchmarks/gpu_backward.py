@@ -64,7 +64,7 @@ def checked(arguments, grad, gradients):
     """
     wide = (x.double() for x in (grad, *arguments[:3]))
     scale = arguments[0].shape[-1] ** -0.5
-    expected = library.windowed_attention_backward(*wide, *arguments[3:], scale, "mean", "torch")
+    expected = library.windowed_attention_backward(*wide, *arguments[3:], scale, "mean", True, "torch")
     limits, worst = attention_cases.GRADIENT_TOLERANCE[grad.dtype], 0.0
     for name, gradient, right in zip(attention_cases.GRADIENTS, gradients, expected, strict=True):
         error = ((gradient.double() - right).abs().max() / right.abs().max()).item()

@@ -229,7 +229,7 @@ def test_ranges_hold_all_pixels_that_see_a_tile():
 def test_the_operator_takes_the_kernels_and_passes_opcheck(monkeypatch):
     monkeypatch.setattr(kernels, "plan", lambda *_: small(True))
     problem = attention_cases.make(15, torch.float32, (3, 3), (3, 3), 4, heads=2).to(DEVICE)
-    arguments = (problem.grad().to(DEVICE), *problem.tensors, 0.3, "mean", "triton")
+    arguments = (problem.grad().to(DEVICE), *problem.tensors, 0.3, "mean", True, "triton")
     problem.scale = 0.3
     assert not problem.gradient_faults(library.windowed_attention_backward(*arguments))
     torch.library.opcheck(library.windowed_attention_backward, arguments)
