@@ -75,7 +75,8 @@ class Problem:
         query, key, value = (x.double().cpu() for x in (self.query, self.key, self.value))
         slope = (given.flatten(1, 2) @ value.flatten(1, 2).mT).abs().max() / query.shape[3]
         slope = slope * abs(query.shape[-1] ** -0.5 if self.scale is None else self.scale)
-        most = slope * key.abs().max(), slope * query.abs().max(), given.abs().max()
+        pixels = math.prod(query.shape[:3]) ** 0.5
+        most = slope * key.abs().max(), slope * query.abs().max() * pixels, given.abs().max() * pixels
         errors = {}
         for name, gradient, expected, room in zip(GRADIENTS, gradients, self.gradients(grad), most, strict=True):
             difference = (gradient.double().cpu() - expected).abs().max()
