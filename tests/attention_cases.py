@@ -12,12 +12,13 @@ from anyup_fast.ops import neighborhood_bounds, reference, window_bounds
 # problems in the interpreter beside it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 # The same for each gradient: largest difference over the largest |expected|, or over a tenth of what it could be where
-# slopes cancel.
+# slopes cancel. Largest seen over 14 problems in the interpreter, query, key, value: 2.7e-6 (one key: nothing but
+# cancellation), 8.4e-7, 2.7e-7; 1.0e-2, 5.7e-3, 1.1e-2; 4.2e-4, 3.0e-4, 4.5e-4.
 GRADIENTS = ("query", "key", "value")
 GRADIENT_TOLERANCE = {
-    torch.float32: dict(query=2e-6, key=2e-6, value=2e-6),
-    torch.bfloat16: dict(query=2e-2, key=2e-2, value=2e-2),
-    torch.float16: dict(query=2.5e-3, key=2.5e-3, value=2.5e-3),
+    torch.float32: dict(query=4e-6, key=2e-6, value=1e-6),
+    torch.bfloat16: dict(query=2e-2, key=1.5e-2, value=2e-2),
+    torch.float16: dict(query=1.5e-3, key=1e-3, value=1.5e-3),
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -75,7 +76,8 @@ class Problem:
         query, key, value = (x.double().cpu() for x in (self.query, self.key, self.value))
         slope = (given.flatten(1, 2) @ value.flatten(1, 2).mT).abs().max() / query.shape[3]
         slope = slope * abs(query.shape[-1] ** -0.5 if self.scale is None else self.scale)
-        most = slope * key.abs().max(), slope * query.abs().max(), given.abs().max()
+        pixels = math.prod(query.shape[:3]) ** 0.5
+        most = slope * key.abs().max(), slope * query.abs().max() * pixels, given.abs().max() * pixels
         errors = {}
         for name, gradient, expected, room in zip(GRADIENTS, gradients, self.gradients(grad), most, strict=True):
             difference = (gradient.double().cpu() - expected).abs().max()
