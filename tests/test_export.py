@@ -34,7 +34,7 @@ def distance(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("output_size", [None, (33, 21)])
+@pytest.mark.parametrize("output_size", [pytest.param(None, marks=pytest.mark.slow), (33, 21)])
 @torch.no_grad()
 def test_an_exported_program_runs_at_other_sizes(output_size, tmp_path):
     model = tiny.model()
