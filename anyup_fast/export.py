@@ -19,9 +19,10 @@ def export_onnx(model, path, image_shape=(None,) * 4, features_shape=(None,) * 4
 
     The graph holds operators of the ONNX standard only and computes what `model(image, features, output_size)` does
     without gradients, by the plain layers: the windows are evaluated in it, in float32 and in the order of
-    `anyup_fast.ops.window_bounds`. Nothing in it is fused, and the whole attention is built: a run takes about
-    `3 * B * heads * H' * W' * h * w` numbers of four bytes, for 224x224 pixels from 16x16 features and four heads
-    0.6 GB, for 448x448 from 32x32 ten.
+    `anyup_fast.ops.window_bounds`. Nothing in it is fused, and the whole attention is built: a run takes between three
+    and four times its `4 * B * heads * H' * W' * h * w` bytes, for 224x224 pixels from 16x16 features and four heads
+    0.7 GiB (measured, ONNX Runtime), for 448x448 from 32x32 by that measure 11 GiB. Writing takes up to a minute; with
+    sizes that are fixed it takes less.
 
     Args:
         model: AnyUp in float32, any configuration, on the CPU.

@@ -67,3 +67,6 @@ def log_once(message):
 @cache
 def _logged(message):
     _log.info(message)
+
+
+log_once.cache_clear = _logged.cache_clear
