@@ -231,6 +231,8 @@ def operators():
             *bounds,
             0.3,
             "split",
+            True,
+            "torch",
         ),
         "guidance": (image, plain, 7, 5, 2, 3, torch.float32, "torch"),
         "project_queries": (x, *projection, 1e-7, "torch"),
@@ -247,7 +249,7 @@ def operators():
         "branches": _differentiable(x.clone(), freqs.clone(), *(conv.clone() for conv in convs)),
         "branches_backward": (x, x, x, freqs, *convs),
         "feature_unification": (*_differentiable(features.clone(), basis.clone()), "torch"),
-        "feature_unification_backward": (torch.randn(1, 16, 2, 3), features, basis, "torch"),
+        "feature_unification_backward": (torch.randn(1, 16, 2, 3), features, basis, "torch", True),
     }
 
 
