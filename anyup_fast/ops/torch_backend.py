@@ -96,9 +96,12 @@ class Strip:
     def queries(self, row, source, dtype):
         """The queries of `source` (H', W', ...) inside, as (tiles, T, length, ...), zeros where padded."""
         shape = len(self.tiles), row.stop - row.start, self.length, *source.shape[2:]
-        packed = torch.zeros(shape, dtype=dtype, device=source.device)
+        packed = torch.empty(shape, dtype=dtype, device=source.device)
         for tile, part in zip(self.tiles, packed, strict=True):
-            part[:, : tile.stop - tile.start] = source[row.start : row.stop, tile.start : tile.stop]
+            length = tile.stop - tile.start
+            part[:, :length] = source[row.start : row.stop, tile.start : tile.stop]
+            if length < self.length:
+                part[:, length:] = 0
         return packed
 
     def keys(self, row, source, dtype):

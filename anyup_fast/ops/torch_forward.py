@@ -115,10 +115,18 @@ def _reflected(n, device):
 
 def with_halo(source, rows, cols, dtype):
     """Pixels of `source` (H, W, D) of two slices with one more on every side, zeros outside."""
-    height, width = source.shape[:2]
-    edges = cols.start == 0, cols.stop == width, rows.start == 0, rows.stop == height
-    halo = source[max(rows.start - 1, 0) : rows.stop + 1, max(cols.start - 1, 0) : cols.stop + 1]
-    return F.pad(halo.to(dtype), (0, 0, *map(int, edges)))
+    halo = source.new_empty(rows.stop - rows.start + 2, cols.stop - cols.start + 2, source.shape[2], dtype=dtype)
+    inner = [
+        slice(int(part.start == 0), part.stop - part.start + 2 - int(part.stop == length))
+        for part, length in zip((rows, cols), source.shape[:2], strict=True)
+    ]
+    halo[tuple(inner)] = source[max(rows.start - 1, 0) : rows.stop + 1, max(cols.start - 1, 0) : cols.stop + 1]
+    for axis, part in enumerate(inner):
+        if part.start:
+            halo.select(axis, 0).zero_()
+        if part.stop < halo.shape[axis]:
+            halo.select(axis, -1).zero_()
+    return halo
 
 
 class Convolution:
