@@ -44,10 +44,18 @@ def anyup_multi_backbone(use_natten=False, pretrained=True, device="cpu"):
 
 
 def anyup_embedded(use_natten=False, pretrained=True, device="cpu"):
-    """AnyUp with the weights that lie in this repository: no download. They need the package safetensors.
+    """AnyUp with the weights that lie in this repository: no download.
 
-    Arguments, result and errors as for `anyup`.
+    Arguments, result and errors as for `anyup`; RuntimeError too where the package safetensors, which reads the
+    weights, is missing.
     """
+    if pretrained:
+        try:
+            import safetensors  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                "anyup_embedded: its weights need the package safetensors: pip install safetensors"
+            ) from error
     return _model("embedded", use_natten, pretrained, device)
 
 
@@ -60,15 +68,19 @@ def _model(weights, use_natten, pretrained, device):
 
 
 def _make_kernels_known():
-    """Let `anyup_fast.kernels` be imported from the folder kernels/ beside this file, where it is not installed."""
-    name = "anyup_fast.kernels"
-    if importlib.util.find_spec(name) is None:
-        folder = Path(__file__).parent / "kernels"
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules[name] = anyup_fast.kernels = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])  # a docstring: Triton is imported where a kernel is used
+    """Where anyup_fast is that of this checkout, let `anyup_fast.kernels` be the folder kernels/ beside it.
+
+    An editable installation of another checkout would answer with the kernels of that one.
+    """
+    name, root = "anyup_fast.kernels", Path(__file__).parent
+    if name in sys.modules or not Path(anyup_fast.__file__).parents[1].samefile(root):
+        return
+    folder = root / "kernels"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[name] = anyup_fast.kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])  # a docstring: Triton is imported where a kernel is used
 
 
 _make_kernels_known()

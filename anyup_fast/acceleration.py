@@ -30,6 +30,7 @@ logger = logging.getLogger("anyup_fast")
 ENCODERS = ("image_encoder", "query_encoder", "key_encoder", "key_features_encoder", "aggregation")
 PARTS = {*ENCODERS, "rope", "cross_decode"}
 ALIKE = 5  # of the seven parts make a module worth a line in the report
+COMPUTES = ("forward", "upsample")  # methods that a subclass may override to compute something else
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -202,7 +203,18 @@ class Acceleration:
         self.replaced, self.left_alone, self._modules = tuple(replaced), tuple(left_alone), modules
 
     def restore(self):
-        """Give every replaced module the class that it had before. A second call does nothing."""
+        """Give every replaced module the class that it had before. A second call does nothing.
+
+        Raises:
+            RuntimeError: a module was given a forward beside that of its class since then (the `compile()` of
+                Falcon-Perception's sets one), which would still be that of this package. No module is restored.
+        """
+        for entry, module in zip(self.replaced, self._modules, strict=True):
+            if isinstance(module, _Accelerated) and "forward" in vars(module):
+                raise RuntimeError(
+                    f"{entry.name or 'the module'} has a forward that was set after accelerate (compile() may set one) "
+                    "and would stay: delete it first, `del module.forward`"
+                )
         for module in self._modules:
             if isinstance(module, _Accelerated):
                 for part in (module.cross_decode.cross_attn, module.cross_decode, module):
@@ -290,7 +302,12 @@ def _recognised(module):
         return None, None, str(error)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         return None, None, f"no AnyUp has its widths: {error}"
-    reason = _difference(_named_as(kind, expected), shapes) or _other_layers(module) or _other_arguments(module, kind)
+    reason = (
+        _difference(_named_as(kind, expected), shapes)
+        or _other_layers(module)
+        or _other_arguments(module, kind)
+        or _overridden(module)
+    )
     return (None, None, reason) if reason else (kind, config, None)
 
 
@@ -383,11 +400,25 @@ def _other_layers(module):
 
 def _other_arguments(module, kind):
     """How the arguments of forward differ from those of the kind: one sentence, or None."""
-    original = module._stands_for[1] if isinstance(module, _Accelerated) else type(module)
-    given = list(inspect.signature(original.forward).parameters)[1:]
+    given = list(inspect.signature(_class_before(module).forward).parameters)[1:]
     if given[: len(ARGUMENTS[kind])] != ARGUMENTS[kind]:
         return f"its forward takes ({', '.join(given)}), the {kind} one ({', '.join(ARGUMENTS[kind])})"
     return None
+
+
+def _overridden(module):
+    """Which class of the module or its layers computes otherwise than the one that it derives from: one sentence."""
+    for name, layer in module.named_modules():
+        classes = [cls for cls in _class_before(layer).__mro__ if cls is not nn.Module]
+        for method in COMPUTES:
+            own, *others = [cls.__name__ for cls in classes if method in vars(cls)] or [None]
+            if others:
+                return f"{f'its {name}' if name else 'it'} is a {own}, whose {method} overrides that of {others[0]}"
+    return None
+
+
+def _class_before(module):
+    return module._stands_for[1] if isinstance(module, _Exchanged) else type(module)
 
 
 def _pair(size):

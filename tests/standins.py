@@ -107,7 +107,7 @@ class CrossAttentionBlock(nn.Module):
         return out.transpose(1, 2).unflatten(2, q.shape[2:])
 
 
-class PublishedAnyUp(nn.Module):
+class Encoders(nn.Module):
     def __init__(
         self, input_dim=3, qk_dim=128, kernel_size=1, kernel_size_lfu=5, window_ratio=0.1, num_heads=4, lfu_dim=None
     ):
@@ -139,6 +139,8 @@ class PublishedAnyUp(nn.Module):
         key = torch.cat((key, self.key_features_encoder(F.normalize(features, dim=1))), 1)
         return query, self.aggregation(key)
 
+
+class PublishedAnyUp(Encoders):
     def forward(self, image, features, output_size=None, vis_attn=False, q_chunk_size=None):
         size = image.shape[2:] if output_size is None else output_size
         query, key = self.query_key(self.guide(image), features, size)
@@ -280,7 +282,7 @@ def block_mask(height, width, h, w, ratio=0.1):
     return create_block_mask(seen, None, None, height * width, h * w, device="cpu")
 
 
-class FalconAnyUp(PublishedAnyUp):
+class FalconAnyUp(Encoders):
     """Images in [-1, 1], a mask from outside, V split by head, no output projection."""
 
     def __init__(self, **config):

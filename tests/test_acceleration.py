@@ -1,6 +1,7 @@
 """`accelerate` against modules built like other packages', before and after, and against the golden vectors."""
 
 import copy
+import functools
 import io
 import json
 import logging
@@ -378,6 +379,41 @@ def test_other_arguments_are_left_alone():
     assert "its forward takes (features, image," in entry.reason
 
 
+def overriding(cls, method):
+    """A class below `cls` whose `method` gives twice as much."""
+    inherited = getattr(cls, method)
+
+    @functools.wraps(inherited)
+    def twice(self, *args, **kwargs):
+        return 2 * inherited(self, *args, **kwargs)
+
+    return type("Twice", (cls,), {method: twice})
+
+
+@pytest.mark.parametrize("name", ["", "cross_decode", "image_encoder.1", "key_encoder.0"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_what_a_subclass_computes_is_not_dropped(kind, name):
+    module, given = build(kind), inputs(kind)
+    layer = module.get_submodule(name)
+    base, layer.__class__ = type(layer).__name__, overriding(type(layer), "forward")
+    before = module(*given)
+    report = accelerate(module)
+    (entry,) = report.left_alone
+    base = "PublishedAnyUp" if base == "NattenAnyUp" else base  # whose forward that is
+    assert entry.reason == f"{f'its {name}' if name else 'it'} is a Twice, whose forward overrides that of {base}"
+    assert not report.replaced and torch.equal(module(*given), before)
+
+
+def test_an_upsample_of_its_own_is_not_dropped_and_a_mere_name_is_no_obstacle():
+    base = type("Base", (PublishedAnyUp,), {"upsample": lambda self: None})
+    (entry,) = accelerate(type("Own", (base,), {"upsample": lambda self: None})(qk_dim=32)).left_alone
+    assert entry.reason == "it is a Own, whose upsample overrides that of Base"
+    named = type("Named", (base,), {"extra_repr": lambda self: "", "other": 3})(qk_dim=32)
+    report = accelerate(named)
+    assert report.replaced and accelerate(named).replaced, "and what is accelerated is so the second time"
+
+
 def test_the_kinds_are_told_apart_in_one_model(caplog):
     model = nn.Sequential(*(build(kind) for kind in KINDS), anyup_fast.AnyUp(qk_dim=32), nn.Linear(2, 2))
     with caplog.at_level(logging.INFO, "anyup_fast"):
@@ -424,3 +460,32 @@ def test_an_accelerated_module_can_be_prepared():
     accelerate(module)
     region = module.prepare(image, features).region(top=3, left=4, height=8, width=9)
     assert relative(region, whole[..., 3:11, 4:13]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_forward_set_later_is_not_left_behind_by_restore():
+    first, second = build("published"), build("falcon")
+    given, before = inputs("falcon"), second(*inputs("falcon"))
+    report = accelerate(model := nn.ModuleDict({"first": first, "second": second}))
+    after = second(*given)
+    second.forward = torch.compile(second.forward, backend="eager")  # as the compile() of Falcon-Perception does
+    with pytest.raises(RuntimeError, match="second has a forward that was set after .* delete it first"):
+        report.restore()
+    assert type(first) is not PublishedAnyUp, "all or nothing"
+    assert relative(second(*given), after) < TOLERANCE
+    del model["second"].forward
+    report.restore()
+    assert type(first) is PublishedAnyUp and torch.equal(second(*given), before)
+
+
+@torch.no_grad()
+def test_compiled_modules_follow_restore():
+    model = Pipeline(build("published"))
+    image, _, _ = inputs("published")
+    before = model(image)
+    report = accelerate(model)
+    compiled = torch.compile(model, backend="eager")
+    model.head["upsampler"].compile(backend="eager")
+    assert relative(compiled(image), before) < TOLERANCE and relative(model(image), before) < TOLERANCE
+    report.restore()
+    assert torch.equal(compiled(image), before) and torch.equal(model(image), before)

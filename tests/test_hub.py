@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -53,16 +54,21 @@ def offline(environment, home):
     return environment | proxies | {"no_proxy": "", "NO_PROXY": "", "TORCH_HOME": str(home)}
 
 
+def uninstalled(source, *arguments):
+    """Environment and command of a Python that runs `source` and sees no installed anyup_fast."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # Without `site` no .pth file is read, so that an editable installation is not seen.
+    folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    environment |= {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1"}
+    return environment, [sys.executable, "-S", "-c", source, *arguments]
+
+
 @torch.no_grad()
 def test_a_checkout_loads_without_an_installation_and_gives_the_published_numbers(torch_home, tmp_path):
     home, weights = torch_home
     image, features = inputs(size=(28, 35), grid=(4, 5))
     torch.save((image, features), tmp_path / "inputs.pt")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    # Without `site` no .pth file is read, so that an editable installation is not seen.
-    folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    environment |= {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-S", "-c", PROBE, str(ROOT), str(tmp_path)]
+    environment, command = uninstalled(PROBE, str(ROOT), str(tmp_path))
     done = subprocess.run(
         command, cwd=tmp_path, env=offline(environment, home), capture_output=True, text=True, timeout=120
     )
@@ -120,3 +126,46 @@ def test_offline_the_message_tells_where_to_put_the_file(monkeypatch, tmp_path):
         monkeypatch.setenv(variable, value)
     with pytest.raises(RuntimeError, match="fetch the file elsewhere and put it at .*anyup_paper.pth"):
         load("anyup")
+
+
+# Another checkout is installed in editable form: its finder answers for `anyup_fast.kernels`.
+ANOTHER = """
+import sys
+from importlib.util import spec_from_file_location
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "anyup_fast.kernels":
+            folder = sys.argv[2] + "/kernels"
+            return spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
+
+sys.meta_path.append(Finder)
+import torch
+if sys.argv[3] == "before":
+    sys.path.insert(0, sys.argv[2])
+    import anyup_fast
+    sys.path.pop(0)
+torch.hub.load(sys.argv[1], "anyup", pretrained=False, source="local")
+import anyup_fast.kernels.tiling
+print(anyup_fast.__file__, anyup_fast.kernels.tiling.__file__, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("imported", ["before", "not yet"])
+def test_kernels_are_those_of_the_package_that_is_used(imported, tmp_path):
+    for name in ("anyup_fast", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pyc", "*.safetensors"))
+    environment, command = uninstalled(ANOTHER, str(ROOT), str(tmp_path), imported)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    used = tmp_path if imported == "before" else ROOT
+    assert done.stdout.split() == [str(used / "anyup_fast" / "__init__.py"), str(used / "kernels" / "tiling.py")]
+
+
+def test_embedded_weights_without_safetensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(RuntimeError, match="anyup_embedded: .* package safetensors: pip install safetensors"):
+        load("anyup_embedded")
+    assert isinstance(load("anyup_embedded", pretrained=False), AnyUp)
