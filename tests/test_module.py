@@ -248,6 +248,8 @@ def operators():
         "res_block_backward": (x, x, hidden, statistics, block),
         "branches": _differentiable(x.clone(), freqs.clone(), *(conv.clone() for conv in convs)),
         "branches_backward": (x, x, x, freqs, *convs),
+        "pooled": (*_differentiable(x.clone()), 3, 9),
+        "pooled_backward": (torch.randn(2, 3, 9, 32), x),
         "feature_unification": (*_differentiable(features.clone(), basis.clone()), "torch"),
         "feature_unification_backward": (torch.randn(1, 16, 2, 3), features, basis, "torch", True),
     }
@@ -261,6 +263,39 @@ def test_every_operator_is_checked():
     assert set(operators()) == set(registered())
 
 
+def turned(argument):
+    """The same numbers with the axes of every tensor in the opposite order in memory."""
+    if isinstance(argument, (list, tuple)):
+        return [turned(part) for part in argument]
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    axes = tuple(reversed(range(argument.ndim)))
+    return argument.detach().permute(axes).contiguous().permute(axes).requires_grad_(argument.requires_grad)
+
+
+def outputs_and_gradients(operator, arguments):
+    outputs = operator(*arguments)
+    outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+    leaves = [
+        tensor for tensor in torch.utils._pytree.tree_leaves(arguments) if getattr(tensor, "requires_grad", False)
+    ]
+    if leaves:
+        outputs += torch.autograd.grad(outputs[0].square().sum(), leaves)
+    return outputs
+
+
+@pytest.mark.parametrize("layout", [list, turned])
 @pytest.mark.parametrize("name", operators())
-def test_opcheck(name):
-    torch.library.opcheck(registered()[name], tuple(operators()[name]))
+def test_opcheck(name, layout):
+    torch.library.opcheck(registered()[name], tuple(layout(operators()[name])))
+
+
+@pytest.mark.parametrize("name", operators())
+def test_operators_give_the_same_in_every_layout(name):
+    arguments = operators()[name]
+    expected = outputs_and_gradients(registered()[name], arguments)
+    for actual, one in zip(outputs_and_gradients(registered()[name], turned(arguments)), expected, strict=True):
+        assert actual.shape == one.shape and actual.is_contiguous()
+        torch.testing.assert_close(
+            actual, one, rtol=1e-4, atol=1e-5 * max(one.numel() and one.abs().max().item(), 1e-3)
+        )

@@ -64,7 +64,7 @@ def res_block_backward(grad, x, hidden, statistics, weights):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         block, matrices = cast(weights, wide), cast(weights, x.dtype)
         n_in, n_out = x.shape[3], len(block.conv_out)
-        grads = Block(*(None if tensor is None else torch.zeros_like(tensor) for tensor in block))
+        grads = Block(*(None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in block))
         grad_x = x.new_empty(x.shape)
         walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
         slopes = grad_x if n_in == n_out else x.new_empty(hidden.shape)
@@ -103,7 +103,7 @@ def branches(x, freqs, query_conv, key_conv):
     """`anyup_fast.ops.branches`: two tensors (B, H, W, D)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         walk, rotary, wide = _rotary(x, freqs)
-        query, key = torch.empty_like(x), torch.empty_like(x)
+        query, key = x.new_empty(x.shape), x.new_empty(x.shape)
         matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
         for source, *targets in zip(_flat(x), _flat(query), _flat(key), strict=True):
             for flat, rows, cols in walk.pieces:
@@ -119,7 +119,7 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
         walk, rotary, wide = _rotary(x, freqs)
         width, half = x.shape[3], x.shape[3] // 2
         matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
-        grad_x, grad_freqs = torch.empty_like(x), torch.zeros(2, width, dtype=torch.float64, device=x.device)
+        grad_x, grad_freqs = x.new_empty(x.shape), torch.zeros(2, width, dtype=torch.float64, device=x.device)
         grads = [torch.zeros(weight.shape, dtype=wide, device=x.device) for weight in (query_conv, key_conv)]
         row_at, col_at = rotary.axes
         for source, result, *given in zip(*map(_flat, (x, grad_x, grad_query, grad_key)), strict=True):
@@ -164,8 +164,8 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         walk = Walk((height, width), dim, conv)
         back = Convolution(conv.flip(2, 3).transpose(0, 1))
         folded = weight * norm
-        grad_query, of_conv = torch.empty_like(query), query.new_empty(height, width, dim, dtype=wide)
-        grad_conv, products, grad_bias = torch.zeros_like(conv), torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_query, of_conv = query.new_empty(query.shape), query.new_empty(height, width, dim, dtype=wide)
+        grad_conv, products, grad_bias = (tensor.new_zeros(tensor.shape) for tensor in (conv, weight, bias))
         for source, convolved, given, result in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
             for flat, rows, cols in walk.pieces:
                 halo = with_halo(source, rows, cols, wide)
