@@ -22,6 +22,7 @@ from .ops import (
     branches,
     guidance,
     neighborhood_bounds,
+    pooled,
     project_keys,
     project_queries,
     res_block,
@@ -221,11 +222,11 @@ class AnyUp(nn.Module):
 
     def queries(self, guide, output_size):
         """Queries (B, qk_dim, H', W') before the 3x3 convolution."""
-        return F.adaptive_avg_pool2d(self.query_encoder(guide), output_size)
+        return _pooled_picture(self.query_encoder(guide), output_size)
 
     def keys(self, guide, features):
         """Keys (B, qk_dim, h, w) from the pooled guide and the features."""
-        from_image = F.adaptive_avg_pool2d(self.key_encoder(guide), features.shape[-2:])
+        from_image = _pooled_picture(self.key_encoder(guide), features.shape[-2:])
         _, *blocks = self.key_features_encoder
         from_features = self.unified(features)
         dtype = from_image.dtype
@@ -278,7 +279,7 @@ class AnyUp(nn.Module):
                 log_once(f"AnyUp: the fused path is not taken: {reason}")
             query, key = self.encoded(image, features)
             if output_size != tuple(image.shape[-2:]):
-                query = _pooled(query, output_size)
+                query = pooled(query, output_size)
         query = self.projected_queries(query)
         key = key.to(query.dtype)
         query, key, maps = _broadcast(query, key, maps)
@@ -312,7 +313,7 @@ class AnyUp(nn.Module):
             x = _through(x, weights.image)
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
             query, from_image = _through(query, weights.query), _through(from_image, weights.key)
-            from_image = _pooled(from_image.to(wide), features.shape[-2:])
+            from_image = pooled(from_image.to(wide), features.shape[-2:])
             from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
             from_features = _through(from_features, keys.features)
             both = torch.cat(_broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
@@ -533,9 +534,9 @@ def _through(x, blocks):
     return x
 
 
-def _pooled(x, size):
-    """`adaptive_avg_pool2d` of (B, H, W, D)."""
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+def _pooled_picture(x, size):
+    """`adaptive_avg_pool2d` of (B, D, H, W)."""
+    return pooled(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
 
 
 def _broadcast(*tensors):

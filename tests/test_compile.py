@@ -26,6 +26,9 @@ SIZES = (
 )
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's C++ needs g++")
+
+
 @pytest.fixture(autouse=True)
 def _forgotten():
     """Graphs and their counts begin and end with each test."""
@@ -50,6 +53,21 @@ def test_ten_sizes_need_two_graphs_and_a_batch_two_more():
             given = inputs(size, grid, channels, batch)
             assert torch.equal(compiled(*given, output), model(*given, output))
         assert counter.frame_count <= limit, f"batch {batch}: with and without an output size one graph each"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("grad, limit", [(False, 3), (True, 4)])
+def test_squares_first_and_rectangles_later(grad, limit):
+    """Sizes that are equal in the first call share a symbol, and cost a graph where they differ later."""
+    model, counter = tiny.model(), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    squares = [((n, n), (n // 8, n // 8), channels, None) for n, channels in ((32, 8), (48, 12), (64, 8))]
+    others = [((24, 32), (3, 4), 8, None), ((32, 24), (4, 3), 8, (32, 24)), ((32, 32), (4, 4), 8, (20, 20))]
+    with torch.set_grad_enabled(grad):
+        for size, grid, channels, output in squares + others:
+            given = inputs(size, grid, channels)
+            assert torch.equal(compiled(*given, output), model(*given, output))
+    assert counter.frame_count <= limit
     assert not counters["graph_break"]
 
 
@@ -100,7 +118,7 @@ def test_autocast_vis_attn_and_chunks_leave_no_break():
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's C++ needs g++")
+@needs_compiler
 @torch.no_grad()
 def test_inductor_keeps_the_windows():
     # 720 rows from 64: in another order of operations, or in float64, the windows differ.
@@ -109,6 +127,39 @@ def test_inductor_keeps_the_windows():
     given = inputs((720, 4), (64, 3), 8)
     actual, expected = (function(*given) for function in (compiled, model))
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+@needs_compiler
+@torch.no_grad()
+def test_inductor_pools_to_sizes_that_stay_open():
+    # Not fused with this first convolution: the plain layers, pooling among them, are inductor's.
+    model = tiny.model(kernel_size=3)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for size, grid in (((17, 20), (4, 5)), ((21, 18), (6, 30))):
+        given = inputs(size, grid, 8)
+        actual, expected = (function(*given, (9, 25)) for function in (compiled, model))
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"kernel_size": 3}])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_inductor_gives_the_gradients(config, memory_format, dynamic):
+    model = tiny.model(**config).to(memory_format=memory_format)
+    parameters = [parameter for name, parameter in model.named_parameters() if "out_proj" not in name]
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for size, grid in (((17, 20), (4, 5)), ((21, 18), (6, 3))):
+        given = inputs(size, grid, 8)
+        # Where it is dynamic, inductor can't sort the strides of views that are kept for backward.
+        with torch._functorch.config.patch(recompute_views=dynamic):
+            actual, expected = (
+                torch.autograd.grad(function(*given).square().sum(), parameters) for function in (compiled, model)
+            )
+        floor = 1e-3 * max(grad.norm() for grad in expected)
+        for grad, other in zip(actual, expected, strict=True):
+            assert (grad - other).norm() <= 1e-4 * max(other.norm(), floor)
 
 
 @pytest.mark.parametrize("name", ["window_bounds", "neighborhood_bounds"])

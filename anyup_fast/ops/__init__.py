@@ -1,7 +1,7 @@
 """Public operators: contract, checks and choice of back end in a file each, the back ends in files beside them."""
 
 from .attention import backends, choose_backend, why_not, windowed_attention
-from .blocks import branches, res_block
+from .blocks import branches, pooled, res_block
 from .guidance import guidance, project_keys, project_queries
 from .unification import feature_unification
 from .weights import Block, GuidanceWeights, KeyWeights
@@ -17,6 +17,7 @@ __all__ = [
     "feature_unification",
     "guidance",
     "neighborhood_bounds",
+    "pooled",
     "project_keys",
     "project_queries",
     "res_block",

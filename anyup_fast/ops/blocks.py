@@ -1,4 +1,10 @@
-"""`res_block` and `branches`: the layers of AnyUp at image resolution, with gradients by recomputation."""
+"""The layers of AnyUp at image resolution.
+
+`res_block` and `branches` have gradients by recomputation, `pooled` a form that compilers take.
+"""
+
+import torch
+import torch.nn.functional as F
 
 from . import library
 
@@ -57,3 +63,20 @@ def branches(x, freqs, query_conv, key_conv):
     if x.ndim != 4 or 0 in x.shape or dim % 2 or shapes[1:] != [(2, dim), (dim, dim), (dim, dim)]:
         raise ValueError(f"x, freqs, query_conv and key_conv do not fit together: {shapes}")
     return library.branches(x, freqs, query_conv, key_conv)
+
+
+def pooled(x, size):
+    """`adaptive_avg_pool2d` with the channels last.
+
+    In a graph that is traced it is an operator of its own, differentiable once: Inductor can't lower PyTorch's to sizes
+    that stay symbols.
+
+    Args:
+        x: (B, H, W, D), any float dtype. size: (H', W').
+
+    Returns:
+        (B, H', W', D) in the dtype of `x`.
+    """
+    if torch.compiler.is_compiling():
+        return library.pooled(x, *size)
+    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)

@@ -1,6 +1,7 @@
 """Registration with torch.library: the operators that graphs, fakes and autograd see, and the back ends under them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_backend, torch_forward, torch_gradients, torch_guidance, windows
@@ -325,3 +326,38 @@ def _backward_unification(ctx, grad):
 
 
 feature_unification.register_autograd(_backward_unification, setup_context=_save_unification)
+
+
+@torch.library.custom_op("anyup_fast::pooled", mutates_args=())
+def pooled(x: Tensor, height: int, width: int) -> Tensor:
+    """`anyup_fast.ops.pooled` as a traced graph sees it."""
+    picture = x.permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(picture, (height, width)).permute(0, 2, 3, 1).contiguous()
+
+
+@pooled.register_fake
+def _(x, height, width):
+    return x.new_empty(x.shape[0], height, width, x.shape[3])
+
+
+@torch.library.custom_op("anyup_fast::pooled_backward", mutates_args=())
+def pooled_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `pooled` for x, of which only the shape counts."""
+    grad, x = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
+    return torch.ops.aten._adaptive_avg_pool2d_backward(grad, x).permute(0, 2, 3, 1).contiguous()
+
+
+@pooled_backward.register_fake
+def _(grad, x):
+    return x.new_empty(x.shape)
+
+
+def _save_pooled(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward_pooled(ctx, grad):
+    return pooled_backward(grad, *ctx.saved_tensors), None, None
+
+
+pooled.register_autograd(_backward_pooled, setup_context=_save_pooled)
