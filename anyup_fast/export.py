@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from .files import written_aside
 from .layers import unit_channels
 from .model import checked_output_size
 from .ops import reference, window_bounds
@@ -45,7 +46,7 @@ def export_onnx(model, path, image_shape=(None,) * 4, features_shape=(None,) * 4
     if output_size is not None:
         output_size = checked_output_size(output_size, None)
     batch, height, width, h, w = ANY
-    heads = model.cross_decode.cross_attn.attention.num_heads
+    heads = model.cross_decode.cross_attn.heads
     stand_ins = (batch, model.input_dim, height, width), (batch, 2 * heads, h, w)
     shapes, sizes = [], {}
     for name, given, spare in zip(("image", "features"), (image, features), stand_ins, strict=True):
@@ -62,7 +63,8 @@ def export_onnx(model, path, image_shape=(None,) * 4, features_shape=(None,) * 4
             output_names=["hr_features"],
             verbose=False,
         )
-    program.save(path)
+    with written_aside(path) as aside:
+        program.save(aside)
 
 
 class PlainForward(nn.Module):

@@ -37,7 +37,7 @@ from .data import composite, find_pictures
 from .files import written_aside
 from .image import normalize
 from .model import AnyUp
-from .ops import windowed_attention
+from .ops import pooled, windowed_attention
 
 logger = logging.getLogger("anyup_fast")
 
@@ -297,7 +297,8 @@ def decode_region(model, query, key, features, rows, cols):
     part = part[:, : rows.stop - rows.start, : cols.stop - cols.start]
     row_bounds, col_bounds = model.cross_decode.bounds((height, width), key.shape[1:3])
     value = features.permute(0, 2, 3, 1)
-    return windowed_attention(part, key, value, row_bounds[rows], col_bounds[cols]).permute(0, 3, 1, 2)
+    bounds = row_bounds[rows], col_bounds[cols]
+    return windowed_attention(part, key, value, *bounds, head_mode=model.head_mode).permute(0, 3, 1, 2)
 
 
 def training_loss(model, sample, rng, config):
@@ -306,8 +307,8 @@ def training_loss(model, sample, rng, config):
     query, key = model.encoded(normalize(image), sample.features)
     terms = {}
     if sample.target.shape != sample.features.shape:
-        pooled = F.adaptive_avg_pool2d(query.permute(0, 3, 1, 2), sample.target.shape[-2:]).permute(0, 2, 3, 1)
-        output = model.cross_decode.attend(model.projected_queries(pooled), key, sample.features)
+        coarse = model.projected_queries(pooled(query, sample.target.shape[-2:]))
+        output = model.cross_decode.attend(coarse, key, sample.features)
         terms["main"] = feature_loss(output, sample.target)
         small = F.adaptive_avg_pool2d(output, sample.features.shape[-2:])
         terms["reconstruction"] = feature_loss(small, sample.features)

@@ -312,7 +312,9 @@ class Prepared:
         tensors = [*self.model.state_dict().values(), self._features, self._value]
         if self._image is not None:
             tensors.append(self._image)
-        digest = hashlib.sha256(repr((self._image_shape, self.model.window_ratio, self._argmax)).encode())
+        decode = self.model.cross_decode
+        settings = self._image_shape, decode.window_ratio, decode.window_rule, self._argmax
+        digest = hashlib.sha256(repr(settings).encode())
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
