@@ -1,12 +1,46 @@
 """Where no GPU is at hand, Triton's kernels run in its interpreter; it has to know before anything imports it."""
 
+import importlib
+import math
 import os
+import shutil
+from pathlib import Path
 
 # Two processes whose threads share the cores wait for each other: one thread for each, and for what they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a launcher allocates holds NaN until a kernel writes it."""
+    empty = torch.empty
+
+    def poisoned_empty(*args, **options):
+        out = empty(*args, **options)
+        return out.fill_(math.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A callable (module, old, new) -> a copy of a module of kernels in which `new` stands for `old`."""
+
+    def copy(module, old, new):
+        source = Path(module.__file__)
+        name = f"broken_{tmp_path.name}"
+        shutil.copytree(source.parent, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
+        text = source.read_text(encoding="utf-8")
+        assert old in text
+        (tmp_path / name / source.name).write_text(text.replace(old, new), encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return importlib.import_module(f"{name}.{source.stem}")
+
+    return copy

@@ -1,9 +1,6 @@
 """The kernels of feature unification against the twin in float64: on a GPU, else in Triton's interpreter."""
 
-import importlib
 import math
-import shutil
-from pathlib import Path
 
 import attention_cases
 import pytest
@@ -25,15 +22,7 @@ A100 = Device("cuda", (8, 0), 166912, "A100")
 MI300 = Device("hip", (9, 4), 65536, "MI300")
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a launcher allocates holds NaN until a kernel writes it."""
-    empty = torch.empty
-
-    def poisoned_empty(*args, **options):
-        return empty(*args, **options).fill_(math.nan)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make(channels, filters, size, shape, dtype=torch.float32):
@@ -211,17 +200,10 @@ BROKEN = [
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="reads outside of what is there")
 @pytest.mark.parametrize(("old", "new", "channels", "filters"), BROKEN)
-def test_a_broken_mask_is_caught(old, new, channels, filters, tmp_path, monkeypatch):
-    source = Path(feature_unification.__file__)
-    name = f"broken_{tmp_path.name}"
-    shutil.copytree(source.parent, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
-    text = source.read_text(encoding="utf-8")
-    assert old in text
-    (tmp_path / name / source.name).write_text(text.replace(old, new), encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_broken_mask_is_caught(old, new, channels, filters, broken):
     arguments = make(channels, filters, 3, (1, 3, 4))
     check(*arguments)
-    out = solve(*arguments, importlib.import_module(f"{name}.feature_unification"))
+    out = solve(*arguments, broken(feature_unification, old, new))
     assert not error_of(out, *arguments) <= 100 * TOLERANCE
 
 

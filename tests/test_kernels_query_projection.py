@@ -1,9 +1,6 @@
 """The kernel of the query projection against the plain layers in float64: on a GPU, else in Triton's interpreter."""
 
-import importlib
 import math
-import shutil
-from pathlib import Path
 
 import attention_cases
 import numpy as np
@@ -30,15 +27,7 @@ DEVICES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a launcher allocates holds NaN until a kernel writes it."""
-    empty = torch.empty
-
-    def poisoned_empty(*args, **options):
-        return empty(*args, **options).fill_(math.nan)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make(seed, dtype, shape, dim, weight_dtype=torch.float32):
@@ -179,17 +168,10 @@ BROKEN = [
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="reads outside of what is there")
 @pytest.mark.parametrize(("old", "new"), BROKEN)
-def test_a_broken_mask_is_caught(old, new, tmp_path, monkeypatch):
-    source = Path(query_projection.__file__)
-    name = f"broken_{tmp_path.name}"
-    shutil.copytree(source.parent, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "tuned"))
-    text = source.read_text(encoding="utf-8")
-    assert old in text
-    (tmp_path / name / source.name).write_text(text.replace(old, new), encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_broken_mask_is_caught(old, new, broken):
     arguments = make(11, torch.float32, (1, 7, 9), 16)
     check(arguments)
-    out = solve(arguments, importlib.import_module(f"{name}.query_projection"))
+    out = solve(arguments, broken(query_projection, old, new))
     assert not error_of(out, arguments) <= 100 * TOLERANCE[torch.float32]
 
 
