@@ -19,6 +19,8 @@ VIZ = ["matplotlib>=3.7"]
 DEMO = ["scikit-image>=0.22"]
 TRAIN = ["tqdm>=4.60"]
 STREAM = ["zarr>=3.0; python_version >= '3.11'"]
+BATCH = ["tqdm>=4.60", "av>=12", "filelock>=3.12", *STREAM]
+RAY = ["ray[data]>=2.40"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 TESTS = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
 DEV = [*TESTS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
@@ -47,8 +49,10 @@ setup(
         "demo": ENCODERS + VIZ + DEMO,
         "train": TRAIN,
         "stream": STREAM,
+        "batch": BATCH,
+        "ray": BATCH + RAY,
         "onnx": ONNX,
-        "dev": ENCODERS + VIZ + DEMO + TRAIN + STREAM + ONNX + DEV,
+        "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + ONNX + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
     classifiers=[

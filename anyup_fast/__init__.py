@@ -17,12 +17,15 @@ _HOME_OF = {
     "visualize_feature_comparison": "api",
     "AnyUp": "model",
     "accelerate": "acceleration",
+    "open": "batch.archive",
 }
 
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 
 def __getattr__(name):
+    if name == "batch":
+        return import_module("anyup_fast.batch")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'anyup_fast' has no attribute {name!r}")
     value = getattr(import_module(f"anyup_fast.{_HOME_OF[name]}"), name)

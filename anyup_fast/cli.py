@@ -2,14 +2,18 @@
 
 import argparse
 import logging
+import os
 import platform
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from . import __version__
+from .batch.settings import DTYPES as BATCH_DTYPES
+from .batch.settings import FORMATS, KINDS
 
 logger = logging.getLogger("anyup_fast")
 
@@ -20,19 +24,23 @@ DTYPES = ("float16", "bfloat16", "float32")
 def main(argv=None):
     """Run `anyup-fast` with the arguments `argv` (None: the command line's) and return its exit code.
 
-    0 = done, 1 = it could not be done (a sentence on standard error says why), 2 = wrong arguments, 130 = interrupted.
+    0 = done, 1 = it could not be done (a sentence on standard error says why), 2 = wrong arguments, 3 = done, but for
+    pictures that could not be read (`batch`), 130 = interrupted, 143 = terminated.
     """
+    if "torch" not in sys.modules:
+        # Threads of GNU's OpenMP spin while they wait; beside any other busy process that costs a factor of thirty.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = _parser().parse_args(argv)
     try:
         with _reporting(arguments.quiet):
-            arguments.run(arguments)
+            code = arguments.run(arguments)
     except KeyboardInterrupt:
         print("anyup-fast: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         print(f"anyup-fast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 @contextmanager
@@ -91,28 +99,6 @@ def _parser():
     upsample.add_argument("--resume", action="store_true", help="with --stream: finish what was interrupted")
     upsample.set_defaults(run=_upsample)
 
-    for command in (demo, upsample):
-        command.add_argument(
-            "--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)"
-        )
-        command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
-        command.add_argument(
-            "--size",
-            type=_size,
-            default=448,
-            metavar="N|HxW",
-            help="shorter side, or both sides (default: 448)",
-        )
-        command.add_argument(
-            "--mode", choices=("mean", "pca"), default="pca", help="colours of the figure (default: pca)"
-        )
-        command.add_argument(
-            "--dtype", choices=DTYPES, default="float16", help="of the written features (default: float16)"
-        )
-        command.add_argument(
-            "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
-        )
-
     train = commands.add_parser("train", help="train weights of your own, by the recipe of the paper")
     train.add_argument("--scenes", required=True, metavar="FOLDER", help="photographs")
     train.add_argument("--stamps", metavar="FOLDER", help="cut-outs with transparency, pasted on the photographs")
@@ -151,9 +137,56 @@ def _parser():
     train.add_argument("--float32", action="store_true", help="no bfloat16")
     train.set_defaults(run=_train)
 
+    batch = commands.add_parser("batch", help="a folder, list or video into files; run again, it goes on")
+    batch.add_argument("input", help="folder, glob (quoted), .txt or .lst list of paths, video, or picture")
+    batch.add_argument("output", help="folder of the results and of their manifest")
+    batch.add_argument("--kind", choices=tuple(KINDS), default="features", help=f"{_told(KINDS)} (default: features)")
+    batch.add_argument("--format", choices=FORMATS, help="default: png for pca, else safetensors")
+    batch.add_argument("--dtype", choices=BATCH_DTYPES, default="float16", help="of features (default: float16)")
+    batch.add_argument("--head", metavar="FILE", help=".safetensors with weight (K, C) and bias, for head and labels")
+    batch.add_argument("--pca", metavar="FILE", help="pca.safetensors of another run, for its colours")
+    batch.add_argument("--film", metavar="FILE", help="with --kind pca: also make this .mp4, .mkv or .mov")
+    batch.add_argument("--rate", type=float, metavar="FPS", help="of the film (default: the video's, else 25)")
+    batch.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
+    batch.add_argument("--output-size", type=_size, metavar="N|HxW", help="of the output (default: every pixel)")
+    batch.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, 8 on GPUs)")
+    batch.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs)")
+    batch.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
+    batch.add_argument("--ray-address", metavar="ADDRESS", help="of a running Ray cluster (default: start one here)")
+    batch.add_argument("--overwrite", action="store_true", help="replace what was made with other settings")
+    batch.add_argument("--verify", action="store_true", help="compare what is done with its digests first")
+    batch.set_defaults(run=_batch)
+
+    for command in (demo, upsample, batch):
+        command.add_argument(
+            "--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)"
+        )
+        command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
+        command.add_argument(
+            "--size",
+            type=_size,
+            default=448,
+            metavar="N|HxW",
+            help="shorter side, or both sides (default: 448)",
+        )
+        command.add_argument(
+            "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
+        )
+    for command in (demo, upsample):
+        command.add_argument(
+            "--mode", choices=("mean", "pca"), default="pca", help="colours of the figure (default: pca)"
+        )
+        command.add_argument(
+            "--dtype", choices=DTYPES, default="float16", help="of the written features (default: float16)"
+        )
+
     info = commands.add_parser("info", help="versions, back ends, encoders and weights, and why one is not available")
     info.set_defaults(run=_info)
     return parser
+
+
+def _told(choices):
+    return "; ".join(f"{name} = {text}" for name, text in choices.items())
 
 
 def _size(text):
@@ -208,6 +241,7 @@ def _upsample(arguments):
     from .checkpoints import locate_checkpoint
     from .encoders import load_encoder
     from .model import AnyUp
+    from .upsampling import load_head
     from .visualize import FIGURE_SUFFIXES
 
     for option, path, suffixes in (
@@ -224,7 +258,7 @@ def _upsample(arguments):
     ):  # fmt: skip
         if given and not present:
             raise ValueError(f"{option}: needs {other}")
-    head = _head(arguments.head) if arguments.head else None
+    head = load_head(arguments.head) if arguments.head else None
     steps = _Steps()
     device = _device(arguments.device)
     model = AnyUp.from_pretrained(arguments.weights, device=device)
@@ -261,24 +295,6 @@ def _upsample(arguments):
         logger.info("-> %s", path)
     if not written:
         logger.warning("nothing written: name a file with --out, --figure or --stream")
-
-
-def _head(path):
-    """(weight, bias or None) of a .safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--head: no file {path}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"--head: {path} is no .safetensors file ({error})") from error
-    if "weight" not in tensors or set(tensors) - {"weight", "bias"}:
-        raise ValueError(
-            f"--head: {path} must hold weight (K, C) and, if there is one, bias (K,); got {sorted(tensors)}"
-        )
-    return tensors["weight"], tensors.get("bias")
 
 
 def _photo(name):
@@ -346,17 +362,41 @@ def _train(arguments):
         bf16=not arguments.float32,
         **{name: getattr(arguments, name) for name in names},
     )
-    bar = _progress_bar(disable=arguments.quiet)
+    bar = _progress_bar(disable=arguments.quiet, extra="train")
     path = train(config, arguments.out, cache=arguments.cache, save_every=arguments.save_every, progress=bar)
     logger.info("-> %s", path)
 
 
-def _progress_bar(disable):
+def _batch(arguments):
+    from .batch import make_film, run
+
+    if arguments.film and arguments.kind != "pca":
+        raise ValueError(f"--film: needs --kind pca, got {arguments.kind}")
+    names = (
+        "kind", "format", "dtype", "encoder", "layer", "weights", "size", "output_size", "head", "pca", "batch_size",
+        "workers", "device", "engine", "ray_address", "overwrite", "verify",
+    )  # fmt: skip
+    bar = _progress_bar(disable=arguments.quiet, extra="batch")
+    summary = run(
+        arguments.input,
+        arguments.output,
+        progress=lambda count: bar(total=count, unit="image"),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    if summary.signal is not None:
+        return 128 + summary.signal
+    if arguments.film:
+        count = make_film(arguments.input, arguments.output, arguments.film, arguments.rate)
+        logger.info("-> %s, %d frames", arguments.film, count)
+    return 3 if summary.failed else 0
+
+
+def _progress_bar(disable, extra):
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise RuntimeError("training needs tqdm: pip install 'anyup-fast[train]'") from error
-    return lambda items: tqdm(items, disable=disable, dynamic_ncols=True)
+        raise RuntimeError(f"the progress bar needs tqdm: pip install 'anyup-fast[{extra}]'") from error
+    return partial(tqdm, disable=disable, dynamic_ncols=True)
 
 
 def _info(arguments):

@@ -114,7 +114,7 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
     else:
         picture = _from_file_or_pil(source, max_pixels)
 
-    target = _target_size(picture.shape[1:], size, patch_multiple)
+    target = target_size(picture.shape[1:], size, patch_multiple)
     if target != picture.shape[1:]:
         name = f"size={size!r}, patch_multiple={patch_multiple!r}: the resized picture"
         _refuse_enormous(*target, max_pixels, name)
@@ -208,7 +208,8 @@ def _is_positive_int(value):
     return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
 
-def _target_size(shape, size, patch_multiple):
+def target_size(shape, size, patch_multiple):
+    """(H, W) that `load_image` gives a picture of `shape` (H, W)."""
     height, width = shape
     if isinstance(size, Integral):
         short = min(height, width)

@@ -357,7 +357,7 @@ class AnyUp(nn.Module):
             return "each head weighs channels of its own (head_mode 'split'), which parts and heads don't cover"
         return self.why_not_fused()
 
-    def prepare(self, image, features):
+    def prepare(self, image, features, state=None):
         """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
 
         Args:
@@ -365,6 +365,7 @@ class AnyUp(nn.Module):
                 (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
                 [0, 1], normalised as it is read.
             features: (B, C, h, w), B = 1 for a picture that is read.
+            state: of `Prepared.state`, of the same model, image and features: saves the passes over the image.
 
         Returns:
             anyup_fast.upsampling.Prepared. What depends on the whole image is computed with the first answer.
@@ -386,7 +387,7 @@ class AnyUp(nn.Module):
             raise ValueError(f"this model cannot be prepared: {reason}")
         if read is None:
             image, features = _broadcast(image, features)
-        return Prepared(self, image, features, read)
+        return Prepared(self, image, features, read, state)
 
     def why_not_fused(self):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.

@@ -65,13 +65,13 @@ class Store:
         else:
             chunks = (*shape[:-2], *(min(n, m) for n, m in zip(tile, shape[-2:], strict=True)))
             store = str(self.partial)
-            _zarr().create_array(store=store, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
+            open_zarr().create_array(store=store, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
 
     def _array(self):
         """The array, opened for one tile: a mapping that stays would count as memory, page by page."""
         if self.path.suffix == ".npy":
             return np.load(self.partial, mmap_mode="r+")
-        return _zarr().open_array(store=str(self.partial), mode="r+")
+        return open_zarr().open_array(store=str(self.partial), mode="r+")
 
     def write(self, box, values):
         """Put a tile (..., height, width) at the box (top, left, height, width), and note that it is there."""
@@ -91,7 +91,12 @@ class Store:
         return self.path
 
 
-def _zarr():
+def open_zarr():
+    """The package zarr.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
     try:
         import zarr
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,12 @@ class Prepared:
         channels: of the answers.
     """
 
-    def __init__(self, model, image, features, read=None):
+    def __init__(self, model, image, features, read=None, state=None):
         """Use `AnyUp.prepare`. With `read` (first, last) -> rows (n, W, channels), `image` is but a shape."""
         self.model, self._features = model, features
         self._image, self._read = (image, None) if read is None else (None, read)
         self._image_shape = tuple(image.shape)
-        self._shared = {}
+        self._shared = {} if state is None else self._checked_state(state)
         self._value = features.permute(0, 2, 3, 1)
         self._argmax = False
 
@@ -62,6 +63,26 @@ class Prepared:
     def channels(self):
         """Channels of the answers: those of the features, or the rows of the head."""
         return self._value.shape[-1]
+
+    @property
+    def image(self):
+        """The image (B, channels, H, W); None for a picture that is read by rows."""
+        return self._image
+
+    @property
+    def maps(self):
+        """What is spread over the output: the features, or the head's answers for them, (B, C, h, w)."""
+        return self._value.permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def state(self):
+        """What has been computed once for every answer, to be given to `AnyUp.prepare` again.
+
+        Returns:
+            {"key": projected keys (B, h, w, heads, d), "norms": scales and shifts of the normalisations}.
+        """
+        self._prepare()
+        return {name: self._shared[name] for name in ("key", "norms")}
 
     @torch.no_grad()
     def full(self, output_size=None):
@@ -97,7 +118,7 @@ class Prepared:
             ValueError: an empty rectangle, or one that leaves the output.
         """
         size = checked_output_size(output_size, self.output_size)
-        return self._region(_checked_box((top, left, height, width), size), size)
+        return self._region(checked_box((top, left, height, width), size), size)
 
     @torch.no_grad()
     def at(self, points, output_size=None, align="pixel"):
@@ -117,7 +138,7 @@ class Prepared:
             ValueError: points outside, of another kind or shape.
         """
         size = checked_output_size(output_size, self.output_size)
-        points = _checked_points(points, len(self._features), size, align)
+        points = checked_points(points, len(self._features), size, align)
         self._prepare()
         return self._answers_at(points, self._queries_at(points, size), size)
 
@@ -146,7 +167,7 @@ class Prepared:
             (B, h, w), float32, zero outside the window, the sum of each map is 1.
         """
         size = checked_output_size(output_size, self.output_size)
-        points = _checked_points(torch.tensor([[row, col]]), len(self._features), size, "pixel")
+        points = checked_points(torch.tensor([[row, col]]), len(self._features), size, "pixel")
         self._prepare()
         return self._maps_at(row, col, self._queries_at(points, size), size)
 
@@ -181,7 +202,7 @@ class Prepared:
         Raises:
             ValueError: a head that is not linear in the channels or does not fit them.
         """
-        weight, bias = _linear(linear, self.channels)
+        weight, bias = linear_head(linear, self.channels)
         value = self._value
         wide = torch.promote_types(value.dtype, torch.float32)
         with torch.autocast(value.device.type, enabled=False):
@@ -318,6 +339,18 @@ class Prepared:
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def _checked_state(self, state):
+        missing = {"key", "norms"} - set(state)
+        if missing:
+            raise ValueError(f"state: need key and norms, as Prepared.state gives them; {sorted(missing)} missing")
+        grid = len(self._features), *self._features.shape[-2:]
+        if tuple(state["key"].shape[:3]) != grid or len(state["norms"]) != grid[0]:
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            raise ValueError(
+                f"state: was made of other features, these are {tuple(self._features.shape)}; got {shapes}"
+            )
+        return {name: state[name].to(self._features.device) for name in ("key", "norms")}
 
     def _prepare(self):
         """Statistics of the normalisations and keys, once for everything that shares them."""
@@ -496,8 +529,8 @@ def _weighted(weights, rows, cols, value):
     return torch.einsum("nk,nkc->nc", weights, near).to(value.dtype)
 
 
-def _linear(linear, channels):
-    """(weight (K, C), bias (K,) or None) of what `Prepared.head` takes."""
+def linear_head(linear, channels=None):
+    """(weight (K, C), bias (K,) or None) of what `Prepared.head` takes; C is checked when `channels` are given."""
     if isinstance(linear, torch.nn.Linear):
         weight, bias = linear.weight, linear.bias
     elif isinstance(linear, torch.nn.Conv2d):
@@ -511,15 +544,37 @@ def _linear(linear, channels):
     else:
         kind = type(linear).__name__
         raise ValueError(f"linear: need nn.Linear, a 1x1 nn.Conv2d, a weight (K, C) or (weight, bias), got {kind}")
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != channels or len(weight) < 1:
+    fits = isinstance(weight, torch.Tensor) and weight.ndim == 2 and 0 not in weight.shape
+    if not fits or channels not in (None, weight.shape[1]):
         got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise ValueError(f"linear: the weight has to be (K, {channels}) for these features, got {got}")
+        wanted = "C" if channels is None else channels
+        raise ValueError(f"linear: the weight has to be (K, {wanted}) for these features, got {got}")
     if bias is not None and tuple(bias.shape) != (len(weight),):
         raise ValueError(f"linear: the bias has to be ({len(weight)},), got {tuple(bias.shape)}")
     return weight, bias
 
 
-def _checked_box(box, size):
+def load_head(path):
+    """(weight (K, C), bias (K,) or None) of a .safetensors file that holds tensors of these names.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: something else is in it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"head: there is no file {str(path)!r}; check the path")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"head: {path} is no .safetensors file ({error})") from error
+    if "weight" not in tensors or set(tensors) - {"weight", "bias"}:
+        raise ValueError(f"head: {path} must hold weight (K, C) and, if there is one, bias (K,); got {sorted(tensors)}")
+    return linear_head((tensors["weight"], tensors.get("bias")))
+
+
+def checked_box(box, size):
     if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in box):
         raise ValueError(f"top, left, height, width: need whole numbers, got {box}")
     top, left, height, width = map(int, box)
@@ -528,7 +583,7 @@ def _checked_box(box, size):
     return top, left, height, width
 
 
-def _checked_points(points, batch, size, align):
+def checked_points(points, batch, size, align):
     if align not in ("pixel", "normalized"):
         raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
     points = torch.as_tensor(points)

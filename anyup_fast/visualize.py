@@ -79,7 +79,7 @@ def joint_pca(lr_features, hr_features, n_components=3):
     if not isinstance(n_components, Integral) or isinstance(n_components, bool) or n_components < 1:
         raise ValueError(f"n_components must be a positive int, got {n_components!r}")
     maps = _checked_pair(lr_features, hr_features)
-    mean, axes, size = _principal_axes(maps, n_components)
+    mean, axes, size = principal_axes(maps, n_components)
     projected = [_projected(name, features, mean, axes) for name, features in maps.items()]
 
     lr, hr = (np.zeros((*one.shape[1:], n_components), np.float32) for one in projected)
@@ -354,12 +354,20 @@ def _sampled(features):
     return features[:, min(step, height) // 2 :: step, min(step, width) // 2 :: step]
 
 
-def _principal_axes(maps, n_components):
-    """Mean (C,) and axes (min(n_components, C), C) in float64, and the features' root mean square length."""
+def principal_axes(maps, n_components):
+    """One PCA of several maps (name -> (C, h, w)), each counting the same.
+
+    Returns:
+        mean (C,) and axes (min(n_components, C), C) in float64, each pointing where its largest loading is positive,
+        and the features' root mean square length.
+
+    Raises:
+        ValueError: values that are not finite, or too large.
+    """
     maps = {name: _sampled(features) for name, features in maps.items()}
-    pixels = {name: features.shape[1] * features.shape[2] for name, features in maps.items()}
+    pixels = {name: len(maps) * features.shape[1] * features.shape[2] for name, features in maps.items()}
     mean = sum(
-        part.cpu().double().sum(1) / (2 * pixels[name])
+        part.cpu().double().sum(1) / pixels[name]
         for name, features in maps.items()
         for _, part in _parts(name, features)
     )
@@ -367,7 +375,7 @@ def _principal_axes(maps, n_components):
     for name, features in maps.items():
         for _, part in _parts(name, features):
             part = part - mean.to(part)[:, None]
-            covariance += (part @ part.T).cpu().double() / (2 * pixels[name])
+            covariance += (part @ part.T).cpu().double() / pixels[name]
     if not covariance.isfinite().all():
         raise ValueError(f"{' and '.join(maps)} have values too large for a PCA in float32; scale them down")
     axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :n_components].T

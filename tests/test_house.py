@@ -23,6 +23,8 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 LEAVES = LEVELS[-1]
 HEAVY = {
     "PIL",
+    "av",
+    "filelock",
     "matplotlib",
     "onnx",
     "onnxruntime",

@@ -1,0 +1,114 @@
+"""The engine on several machines: the same stages on Ray Data.
+
+Reading and writing are tasks, encoding and upsampling are actors that hold the models. Pictures travel between them as
+pickled rows, a batch to a row; what comes back to this process, which alone writes the manifest, is their records.
+Every machine has to see the input and the output under the same paths.
+"""
+
+import dataclasses
+import os
+import pickle
+
+import torch
+
+from .stages import Reader, Upsampler, Writer
+
+BLOCKS = 2000  # blocks that Ray Data plans with, at most; a batch to each is finest
+SHARE = 0.25  # of a CPU, for reading and for writing
+
+
+class RayEngine:
+    """As `LocalEngine`.
+
+    Args:
+        device: "cpu", or "cuda" for actors that ask for a GPU each.
+        workers, writers: tasks that read, and that write, at a time; None leaves it to Ray.
+        at_a_time: actors; None means one for each GPU, or for each CPU of the cluster.
+        ray_address: of a running cluster; None starts Ray on this machine and stops it afterwards.
+    """
+
+    def __init__(self, settings, folder, device, patch, workers, at_a_time, writers, ray_address):
+        self.settings, self.folder, self.device = settings, os.path.abspath(folder), device
+        self.reader = Reader(settings, patch)
+        self.workers, self.at_a_time, self.writers = workers, at_a_time, writers
+        self.address = ray_address
+        self.waits = {}
+
+    def __call__(self, batches, stopped, done):
+        ray = _ray()
+        started = not ray.is_initialized()
+        if started:
+            ray.init(self.address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        try:
+            # What is computed when the signal comes is thrown away, and made again by the next run.
+            for row in self._results(ray, batches).iter_rows():
+                for picture in pickle.loads(row["pictures"]):
+                    done(picture)
+                if stopped():
+                    break
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _results(self, ray, batches):
+        from ray.data import ActorPoolStrategy, DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        on_gpu = self.device.startswith("cuda")
+        resources = ray.cluster_resources()
+        actors = self.at_a_time or max(1, int(resources.get("GPU" if on_gpu else "CPU", 1)))
+        share = {"num_gpus": 1} if on_gpu else {"num_cpus": max(SHARE, 1 - 2 * SHARE)}
+        rows = [{"batch": pickle.dumps((_absolute(sources), names))} for sources, names in batches]
+        found = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS))
+        read = found.map(_Read(self.reader), num_cpus=SHARE, concurrency=self.workers)
+        computed = read.map(
+            _Computed,
+            fn_constructor_args=(self.settings, self.folder, self.device),
+            compute=ActorPoolStrategy(size=min(actors, len(rows))),
+            **share,
+        )
+        return computed.map(_Written(Writer(self.settings, self.folder)), num_cpus=SHARE, concurrency=self.writers)
+
+
+def _absolute(sources):
+    """The same sources for processes that work in other folders."""
+    return [dataclasses.replace(source, path=os.path.abspath(source.path)) for source in sources]
+
+
+def _ray():
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise RuntimeError("engine: 'ray' needs the package ray: pip install 'anyup-fast[ray]'") from error
+    return ray
+
+
+class _Read:
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __call__(self, row):
+        sources, names = pickle.loads(row["batch"])
+        return {"pictures": pickle.dumps([self.reader(source) for source in sources]), "names": pickle.dumps(names)}
+
+
+class _Computed:
+    def __init__(self, settings, folder, device):
+        if device == "cpu":
+            torch.set_num_threads(1)
+        self.upsampler = Upsampler(settings, folder, device)
+
+    def __call__(self, row):
+        names = pickle.loads(row["names"])
+        pictures = self.upsampler(pickle.loads(row["pictures"]))
+        return {"pictures": pickle.dumps([picture for picture in pictures if picture.source.name in names])}
+
+
+class _Written:
+    def __init__(self, writer):
+        self.writer = writer
+
+    def __call__(self, row):
+        return {"pictures": pickle.dumps([self.writer(picture) for picture in pickle.loads(row["pictures"])])}
