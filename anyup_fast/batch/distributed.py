@@ -6,6 +6,7 @@ Every machine has to see the input and the output under the same paths.
 """
 
 import dataclasses
+import logging
 import os
 import pickle
 
@@ -51,10 +52,11 @@ class RayEngine:
                 ray.shutdown()
 
     def _results(self, ray, batches):
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         context.execution_options.preserve_order = True
         on_gpu = self.device.startswith("cuda")
         resources = ray.cluster_resources()
@@ -62,14 +64,12 @@ class RayEngine:
         share = {"num_gpus": 1} if on_gpu else {"num_cpus": max(SHARE, 1 - 2 * SHARE)}
         rows = [{"batch": pickle.dumps((_absolute(sources), names))} for sources, names in batches]
         found = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS))
-        read = found.map(_Read(self.reader), num_cpus=SHARE, concurrency=self.workers)
-        computed = read.map(
-            _Computed,
-            fn_constructor_args=(self.settings, self.folder, self.device),
-            compute=ActorPoolStrategy(size=min(actors, len(rows))),
-            **share,
-        )
-        return computed.map(_Written(Writer(self.settings, self.folder)), num_cpus=SHARE, concurrency=self.writers)
+        read = found.map(_Read(self.reader), num_cpus=SHARE, compute=TaskPoolStrategy(self.workers))
+        pool = ActorPoolStrategy(size=min(actors, len(rows)))
+        given = (self.settings, self.folder, self.device)
+        computed = read.map(_Computed, fn_constructor_args=given, compute=pool, **share)
+        writer = _Written(Writer(self.settings, self.folder))
+        return computed.map(writer, num_cpus=SHARE, compute=TaskPoolStrategy(self.writers))
 
 
 def _absolute(sources):

@@ -65,7 +65,7 @@ class LocalEngine:
                 try:
                     while not stopped():
                         if len(computing) <= self.at_a_time:
-                            batch = self._timed("waiting for pictures", next, arriving, None)
+                            batch = self._timed("waiting for pictures", _next, arriving, stopped)
                             if batch is not None:
                                 computing.append((computers.submit(upsampler, batch[0]), batch[1]))
                                 continue
@@ -73,9 +73,12 @@ class LocalEngine:
                             break
                         writing.add(*self._computed(computing))
                 finally:
-                    while computing:
-                        writing.add(*self._computed(computing))
-                    writing.finish()
+                    try:
+                        while computing:  # what is in work is finished
+                            writing.add(*self._computed(computing))
+                    finally:
+                        computing.clear()
+                        writing.finish()
 
     def _computed(self, computing):
         """The pictures of the oldest batch, those that are to be written."""
@@ -127,6 +130,16 @@ class _Writing:
             raise failures[0]
 
 
+def _next(arriving, stopped):
+    """The next batch; None at the end, or where a signal to all processes has ended those that decode."""
+    try:
+        return next(arriving, None)
+    except RuntimeError:
+        if stopped():
+            return None
+        raise
+
+
 def _as_it_is(batch):
     return batch
 
@@ -135,6 +148,6 @@ def _calm(_):
     """A decoding process yields to computing, and leaves signals to the process that has it."""
     if hasattr(os, "nice"):
         os.nice(10)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -150,6 +150,7 @@ def run(
             manifest.begin(described, weights=weights, anyup_fast=__version__)
             _work(made, batches, manifest, digest, folder, summary, progress, len(to_do), stopped)
         summary.signal = stopped()
+        outputs.clear_partial(folder)
     summary.seconds = time.perf_counter() - start
     for line in summary.lines():
         logger.info("%s", line)
