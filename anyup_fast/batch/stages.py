@@ -126,9 +126,10 @@ class Upsampler:
         maps, dtype, size = prepared.maps, self.settings.dtype, self._output_size(prepared)
         name = self.settings.storage[0]
         if dtype == "int8":
-            scale = maps.abs().amax((2, 3)) / 127
+            full = prepared.full(size)
+            scale = full.abs().amax((2, 3)) / 127
             scale = torch.where(scale > 0, scale, 1)
-            quantised = prepared.showing(maps / scale[..., None, None]).full(size).round().to(torch.int8)
+            quantised = full.div_(scale[..., None, None]).round_().to(torch.int8)
             return {name: _on_host(quantised), "scale": scale.cpu()}, scale.isfinite().all(1)
         # Weighted means never leave the range of what they are means of: the low-res maps show whether they fit.
         maps = maps.to(getattr(torch, dtype))

@@ -1,0 +1,504 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import broken_files, contents, encoded, fill, picture
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import anyup_fast
+from anyup_fast import cli
+from anyup_fast.batch import Settings, make_film, open_archive, outputs, run, runner, sources, stages
+from anyup_fast.batch.manifest import Manifest
+
+pytest.importorskip("transformers")
+pytest.importorskip("filelock")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Encoder, weights and head, as arguments of run."""
+    root = tmp_path_factory.mktemp("parts")
+    generator = torch.Generator().manual_seed(5)
+    head = {"weight": torch.randn(5, 32, generator=generator), "bias": torch.randn(5, generator=generator)}
+    save_file(head, root / "head.safetensors")
+    weights = tiny.checkpoint(root / "anyup.safetensors")
+    return {
+        "run": {"encoder": tiny.encoder_folder(root / "encoder"), "weights": weights, "size": 56, "workers": 0},
+        "head": root / "head.safetensors",
+    }
+
+
+def expected(path, parts, **options):
+    """Image, features and what AnyUp makes of them, computed one by one."""
+    image = anyup_fast.load_image(path, 56, patch_multiple=14)
+    features = anyup_fast.extract_features(image, parts["run"]["encoder"])
+    prepared = anyup_fast.prepare(image[None], features[None], str(parts["run"]["weights"]))
+    return image, features, prepared
+
+
+def sources_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "format, dtype", [(f, d) for f in ("safetensors", "npy", "zarr") for d in ("float16", "float32", "int8")]
+    + [("safetensors", "bfloat16")],
+)
+def test_features_in_every_format_and_dtype(tmp_path, parts, format, dtype):
+    if format == "zarr":
+        pytest.importorskip("zarr")
+    data = fill(tmp_path / "in", 3)
+    summary = run(data, tmp_path / "out", format=format, dtype=dtype, **parts["run"])
+    assert (summary.done, summary.skipped, summary.failed, summary.complete) == (3, 0, {}, True)
+    archive = anyup_fast.open(tmp_path / "out")
+    assert archive.verify() == [] and len(archive) == 3
+    for path in sources_of(data):
+        _, _, prepared = expected(path, parts)
+        hr = prepared.full()[0]
+        found = archive[path.relative_to(data).as_posix()]
+        assert found.output_size == hr.shape[1:]
+        largest = hr.abs().amax((1, 2), keepdim=True)
+        # measured: 4e-7, 5.3e-4, 3.9e-3 of the value; for int8 half a step, 1/254 of the channel's greatest
+        allowed = {"float32": 2e-6 * largest, "float16": 1e-3 * largest, "bfloat16": 8e-3 * largest}
+        bound = allowed.get(dtype, largest / 254 * 1.3)
+        full = found.full()
+        assert full.shape == hr.shape and full.dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
+        assert ((full.float() - hr).abs() <= bound + 1e-6).all()
+        assert torch.equal(found.region(3, 5, 20, 30), full[:, 3:23, 5:35])
+        assert torch.equal(found.at([[0, 0], [55, 9]]), torch.stack((full[:, 0, 0], full[:, 55, 9])))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npy", "png"])
+def test_labels_of_a_head(tmp_path, parts, format):
+    data = fill(tmp_path / "in", 3)
+    run(data, tmp_path / "out", kind="labels", head=parts["head"], format=format, output_size=(30, 41), **parts["run"])
+    archive = open_archive(tmp_path / "out")
+    head = load_file(parts["head"])
+    for path in sources_of(data):
+        hr = expected(path, parts)[2].full((30, 41))[0]
+        outputs_ = torch.einsum("kc,chw->khw", head["weight"], hr) + head["bias"][:, None, None]
+        labels = archive[path.relative_to(data).as_posix()].full()
+        assert labels.dtype == torch.uint8 and labels.shape == (30, 41)
+        assert (labels == outputs_.argmax(0)).float().mean() > 0.995  # rounding decides where two outputs are equal
+        assert len(labels.unique()) > 1
+
+
+def test_outputs_of_a_head(tmp_path, parts):
+    data = fill(tmp_path / "in", 2)
+    head = torch.nn.Linear(32, 4)
+    run(data, tmp_path / "out", kind="head", head=head, dtype="float32", output_size=40, **parts["run"])
+    found = open_archive(tmp_path / "out")["000.png"].full()
+    size = found.shape[1:]
+    assert min(size) == 40
+    hr = expected(data / "000.png", parts)[2].full(size)[0]
+    torch.testing.assert_close(found, head(hr.permute(1, 2, 0)).permute(2, 0, 1).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_pca_is_fitted_once_and_reused(tmp_path, parts):
+    data = fill(tmp_path / "in", 5)
+    run(data, tmp_path / "out", kind="pca", pca_sample=3, **parts["run"])
+    fitted = (tmp_path / "out" / "pca.safetensors").read_bytes()
+    colours = load_file(tmp_path / "out" / "pca.safetensors")
+    hr = expected(data / "000.png", parts)[2].full()[0]
+    coordinates = torch.einsum("kc,chw->hwk", colours["axes"], hr - colours["mean"][:, None, None])
+    shares = ((coordinates - colours["low"]) / (colours["high"] - colours["low"])).clamp(0, 1)
+    found = np.asarray(Image.open(tmp_path / "out" / "000.png.png")).astype(int)
+    assert np.abs(found - (shares * 255).round().int().numpy()).max() <= 1
+    assert found.std() > 5
+    assert open_archive(tmp_path / "out")["000.png"].full().shape == (3, *hr.shape[1:])
+
+    run(data / "000.png", tmp_path / "other", kind="pca", pca=tmp_path / "out" / "pca.safetensors", **parts["run"])
+    assert (tmp_path / "other" / "pca.safetensors").read_bytes() == fitted
+    assert contents(tmp_path / "other")["000.png.png"] == contents(tmp_path / "out")["000.png.png"]
+
+
+def test_lowres_answers_for_pixels_later(tmp_path, parts):
+    data = fill(tmp_path / "in", 2)
+    (data / "exact.png").write_bytes(encoded(picture(7, (56, 56))))
+    run(data, tmp_path / "out", kind="lowres", dtype="float32", **parts["run"])
+    archive = anyup_fast.open(tmp_path / "out")
+    for name in ("000.png", "exact.png"):
+        image, _, prepared = expected(data / name, parts)
+        found = archive[name]
+        stored = load_file(tmp_path / "out" / f"{name}.safetensors")["image"]
+        assert stored.dtype == (torch.uint8 if name == "exact.png" else torch.uint16)
+        assert (stages.unpack_image(stored) - image).abs().max() <= (0 if name == "exact.png" else 4e-5)
+        whole = prepared.full()
+        tolerance = 2e-6 if name == "exact.png" else 1e-4
+        scale = whole.abs().max()
+        assert (found.region(3, 5, 20, 30) - whole[..., 3:23, 5:35]).abs().max() <= tolerance * scale
+        assert (found.full() - whole).abs().max() <= tolerance * scale
+    assert "norms" in archive["000.png"]._shared  # read, not computed
+
+
+def test_lowres_needs_the_weights_it_was_made_with(tmp_path, parts):
+    run(fill(tmp_path / "in", 1), tmp_path / "out", kind="lowres", **parts["run"])
+    other = tiny.checkpoint(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(ValueError, match="weights: .* are not those"):
+        open_archive(tmp_path / "out", weights=other)["000.png"]
+
+
+def test_broken_pictures_are_recorded_and_skipped(tmp_path, parts, capsys):
+    data = fill(tmp_path / "in", 3, broken=10)
+    command = ["--quiet", "batch", str(data), str(tmp_path / "out"), "--size", "56", "--workers", "2"]
+    command += ["--encoder", parts["run"]["encoder"], "--weights", str(parts["run"]["weights"])]
+    assert cli.main(command) == 3
+    archive = open_archive(tmp_path / "out")
+    assert sorted(archive.failed) == sorted(broken_files()) and len(archive) == 3 and archive.verify() == []
+    assert all(name in error for name, error in archive.failed.items())
+    with pytest.raises(KeyError, match="it failed"):
+        archive["cut.jpg"]
+    with pytest.raises(KeyError, match="not in the manifest"):
+        archive["none"]
+    # Mended, they are made; nothing else is.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    for name in broken_files():
+        (data / name).write_bytes(encoded(picture(3)))
+    assert cli.main(command) == 0
+    assert len(open_archive(tmp_path / "out")) == 13
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_second_run_does_what_is_left(tmp_path, parts):
+    data = fill(tmp_path / "in", 4)
+    first = run(data, tmp_path / "out", **parts["run"])
+    reference = contents(tmp_path / "out")
+    again = run(data, tmp_path / "out", **parts["run"])
+    assert (first.done, again.done, again.skipped) == (4, 0, 4)
+    (tmp_path / "out" / "000.png.safetensors").unlink()
+    (data / "001.jpeg").touch()  # another time, the same content
+    (data / "003.bmp").write_bytes(encoded(picture(44), "bmp"))
+    third = run(data, tmp_path / "out", **parts["run"])
+    assert (third.done, third.skipped) == (2, 2)
+    changed = contents(tmp_path / "out")
+    assert [name for name in reference if changed[name] != reference[name]] == ["003.bmp.safetensors"]
+    assert run(data, tmp_path / "out", **parts["run"]).done == 0
+
+
+def test_verify_makes_damaged_files_again(tmp_path, parts):
+    data = fill(tmp_path / "in", 2)
+    run(data, tmp_path / "out", **parts["run"])
+    reference = contents(tmp_path / "out")
+    file = tmp_path / "out" / "000.png.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert open_archive(tmp_path / "out").verify() == ["000.png"]
+    assert run(data, tmp_path / "out", **parts["run"]).done == 0
+    assert run(data, tmp_path / "out", verify=True, **parts["run"]).done == 1
+    assert contents(tmp_path / "out") == reference
+
+
+def test_other_settings_are_refused_and_overwritten(tmp_path, parts):
+    data = fill(tmp_path / "in", 2)
+    run(data, tmp_path / "out", **parts["run"])
+    reference = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="made with format 'safetensors' .now 'npy'.*overwrite"):
+        run(data, tmp_path / "out", format="npy", **parts["run"])
+    assert contents(tmp_path / "out") == reference
+    summary = run(data, tmp_path / "out", format="npy", overwrite=True, **parts["run"])
+    assert summary.done == 2
+    assert sorted(contents(tmp_path / "out")) == ["000.png.npy", "001.jpeg.npy"]
+    with pytest.raises(ValueError, match="head_sha256"):
+        run(data, tmp_path / "out", kind="labels", head=torch.zeros(3, 32), format="npy", **parts["run"])
+    assert not (tmp_path / "out" / "head.safetensors").exists()
+
+
+def test_one_run_at_a_time(tmp_path, parts):
+    data = fill(tmp_path / "in", 1)
+    (tmp_path / "out").mkdir()
+    with runner._locked(tmp_path / "out"), pytest.raises(RuntimeError, match="another run"):
+        run(data, tmp_path / "out", **parts["run"])
+    assert run(data, tmp_path / "out", **parts["run"]).done == 1
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_batches_do_not_depend_on_what_is_done(tmp_path, parts, batch_size):
+    data = fill(tmp_path / "in", 9, broken=4)
+    given = {**parts["run"], "batch_size": batch_size, "dtype": "float32"}
+    run(data, tmp_path / "out", **given)
+    reference = contents(tmp_path / "out")
+    assert len(reference) == 9
+    for name in ("000.png.safetensors", "inner/005.png.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert run(data, tmp_path / "out", **given).done == 2
+    assert contents(tmp_path / "out") == reference
+    found = sources.find_sources(data)
+    batches = list(runner._batches(found, {"000.png"}, batch_size, 14, Settings(size=56)))
+    assert [names for _, names in batches] == [{"000.png"}] and len(batches[0][0]) == batch_size
+
+
+def test_manifest_drops_an_unfinished_line_and_names_a_damaged_one(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.begin({"kind": "features"})
+    manifest.add({"name": "a", "status": "done"})
+    with open(manifest.path, "ab") as file:
+        file.write(b'{"name": "b", "sta')
+    again = Manifest(tmp_path)
+    assert list(again.records) == ["a"]
+    again.add({"name": "c", "status": "done"})
+    assert list(Manifest(tmp_path).records) == ["a", "c"]
+    lines = manifest.path.read_bytes().splitlines(keepends=True)
+    manifest.path.write_bytes(lines[0] + b"{]\n" + lines[2])
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        Manifest(tmp_path)
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from anyup_fast import cli
+delay, *command = sys.argv[1:]
+threading.Thread(target=lambda: (time.sleep(float(delay)), os.kill(os.getpid(), signal.{signal})), daemon=True).start()
+sys.exit(cli.main(command))
+"""
+
+
+def killed(command, delay, number="SIGKILL"):
+    """Run a command in a process of its own that gets a signal after `delay` seconds; its exit code."""
+    program = [sys.executable, "-c", KILLED.replace("{signal}", number), str(delay), *command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def command_of(data, out, parts, *more):
+    command = ["--quiet", "batch", str(data), str(out), "--size", "56", "--workers", "1", *map(str, more)]
+    return [*command, "--encoder", parts["run"]["encoder"], "--weights", str(parts["run"]["weights"])]
+
+
+def test_killed_runs_give_the_same_files(tmp_path, parts):
+    data = fill(tmp_path / "in", 40, broken=3)
+    options = ("--kind", "labels", "--head", parts["head"], "--output-size", "300")
+    assert cli.main(command_of(data, tmp_path / "whole", parts, *options)) == 3
+    command, states = command_of(data, tmp_path / "out", parts, *options), []
+    start = time.perf_counter()
+    assert killed(command_of(data, tmp_path / "timed", parts, *options), 60).returncode == 3
+    duration = time.perf_counter() - start
+    for share in (0.75, 0.85, 0.95):
+        states.append(killed(command, share * duration).returncode)
+    assert -signal.SIGKILL in states  # at least one was in the middle of it
+    assert cli.main(command) == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert open_archive(tmp_path / "out").verify() == []
+
+
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_finish_the_picture_in_flight(tmp_path, parts, number, code):
+    data = fill(tmp_path / "in", 40)
+    command = command_of(data, tmp_path / "out", parts, "--output-size", "900")
+    out = tmp_path / "out" / "manifest.jsonl"
+    program = [sys.executable, "-c", "import sys; from anyup_fast import cli; sys.exit(cli.main(sys.argv[1:]))", *command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not out.exists() or out.read_text().count("done") < 2):
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, number))
+    assert process.wait(60) == code
+    archive = open_archive(tmp_path / "out")
+    assert 2 <= len(archive) < 40 and archive.verify() == []
+    made = {path.name for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert made == {Path(path).name for name in archive for path in archive.record(name)["files"]}  # all recorded
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_a_full_disk_stops_the_run_and_corrupts_nothing(tmp_path, parts):
+    resource = pytest.importorskip("resource")
+    data = fill(tmp_path / "in", 4)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = command_of(data, tmp_path / "out", parts)
+    assert cli.main(command_of(data, tmp_path / "whole", parts)) == 0
+    size = min(path.stat().st_size for path in (tmp_path / "whole").rglob("*.safetensors"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
+    try:
+        with pytest.raises(OSError, match="can't be written .*0 pictures were made, 4 are left: make room"):
+            run(data, tmp_path / "out", **parts["run"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+    assert cli.main(command) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_while_the_manifest_is_written(tmp_path, parts, monkeypatch):
+    data = fill(tmp_path / "in", 4)
+    add, calls = Manifest.add, []
+
+    def full(self, record):
+        calls.append(record)
+        if len(calls) == 3:  # the settings, one picture, and then no room
+            raise OSError(28, "No space left on device")
+        add(self, record)
+
+    monkeypatch.setattr(Manifest, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(data, tmp_path / "out", **parts["run"])
+    monkeypatch.undo()
+    archive = open_archive(tmp_path / "out")
+    assert 1 <= len(archive) < 4 and archive.verify() == []
+    assert run(data, tmp_path / "out", **parts["run"]).complete
+
+
+def test_what_was_written_is_read_back(tmp_path, parts, monkeypatch):
+    data = fill(tmp_path / "in", 1)
+    fsync = os.fsync
+
+    def failing(number):
+        fsync(number)
+        if "partial" in os.readlink(f"/proc/self/fd/{number}"):
+            os.pwrite(number, b"?", 3)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to know the file behind a number")
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="does not hold what was written"):
+        run(data, tmp_path / "out", **parts["run"])
+    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+
+
+def test_video_frames(tmp_path, parts):
+    pytest.importorskip("av")
+    from anyup_fast.batch.video import frame_times, read_frame, write_film
+
+    frames = [np.asarray(picture(0, (56, 70)).rotate(6 * index)) for index in range(30)]
+    film = tmp_path / "clip.mp4"
+    assert write_film(frames, film, 12.5) == 30
+    times = frame_times(film)
+    assert len(times) == 30
+    order = [7, 8, 9, 2, 29, 0]
+    for index in order:  # forwards, backwards and far ahead
+        assert np.abs(read_frame(str(film), times[index]).astype(int) - frames[index]).mean() < 8
+        others = np.abs(read_frame(str(film), times[index]).astype(int) - frames[(index + 5) % 30]).mean()
+        assert others > 12
+    summary = run(film, tmp_path / "out", kind="pca", **{**parts["run"], "workers": 1})
+    assert summary.done == 30
+    assert open_archive(tmp_path / "out").record("frame-00000007")["source"]["frame"] == 7
+    assert make_film(film, tmp_path / "out", tmp_path / "pca.mp4") == 30
+    made = read_frame(str(tmp_path / "pca.mp4"), frame_times(tmp_path / "pca.mp4")[3])
+    shown = open_archive(tmp_path / "out")["frame-00000003"].full().permute(1, 2, 0).numpy()
+    assert np.abs(made.astype(int) - shown).mean() < 12
+    with pytest.raises(ValueError, match="film: the file must end in"):
+        make_film(film, tmp_path / "out", tmp_path / "pca.gif")
+
+
+def test_sources(tmp_path):
+    data = fill(tmp_path / "in", 6)
+    (data / "notes.md").write_text("x")
+    names = [source.name for source in sources.find_sources(data)]
+    assert names == ["000.png", "001.jpeg", "003.bmp", "004.tiff", "inner/002.webp", "inner/005.png"]
+    assert [s.name for s in sources.find_sources(data, without=data / "inner")] == names[:4]
+    assert [s.name for s in sources.find_sources(str(data / "**" / "*.png"))] == ["000.png", "inner/005.png"]
+    assert [s.name for s in sources.find_sources(data / "001.jpeg")] == ["001.jpeg"]
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"# some\nin/000.png\n\n{data / 'inner' / '002.webp'}\n../elsewhere.png\n")
+    listed = sources.find_sources(listing)
+    assert [s.name for s in listed[:2]] == ["in/000.png", "in/inner/002.webp"] and listed[2].name.endswith("elsewhere.png")
+    listing.write_text("in/000.png\nin/../in/000.png\n")
+    with pytest.raises(ValueError, match="lines 1 and 2"):
+        sources.find_sources(listing)
+    for nothing in (tmp_path / "none", tmp_path / "*.png", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match="input: "):
+            sources.find_sources(nothing)
+
+
+def test_sizes_are_read_from_headers(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.jpg", exif=turned)
+    (tmp_path / "c.png").write_bytes(b"nothing")
+    found = [sources.picture_size(source) for source in sources.find_sources(tmp_path)]
+    assert found == [(30, 40), (40, 30), None]
+    for name, size in (("a.png", (30, 40)), ("b.jpg", (40, 30))):
+        assert tuple(anyup_fast.load_image(tmp_path / name).shape[1:]) == size
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"kind": "depth"}, "kind: must be one of features"),
+        ({"format": "png"}, "format: png holds labels"),
+        ({"kind": "lowres", "format": "npy"}, "format: lowres"),
+        ({"kind": "lowres", "dtype": "int8"}, "dtype: lowres"),
+        ({"format": "npy", "dtype": "bfloat16"}, "dtype: npy has no bfloat16"),
+        ({"size": 0}, "size: must be None"),
+        ({"output_size": (3, -1)}, "output_size: must be None"),
+        ({"engine": "dask"}, "engine: must be one of local, ray"),
+        ({"ray_address": "auto"}, "ray_address: goes with"),
+        ({"workers": -1}, "workers: must be a whole number of at least 0"),
+        ({"kind": "labels"}, "head: the kind 'labels' needs one"),
+        ({"head": torch.zeros(2, 32)}, "head: goes with"),
+        ({"pca": "x"}, "pca: goes with"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, parts, given, message):
+    data = fill(tmp_path / "in", 1)
+    with pytest.raises(ValueError, match=message):
+        run(data, tmp_path / "out", **{**parts["run"], **given})
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_values_beyond_a_dtype_are_told(tmp_path, parts, monkeypatch):
+    data = fill(tmp_path / "in", 2)
+    features = stages.Upsampler.features
+
+    def large(self, images):
+        images, maps = features(self, images)
+        return images, maps * 1e6
+
+    monkeypatch.setattr(stages.Upsampler, "features", large)
+    summary = run(data, tmp_path / "out", **parts["run"])
+    assert summary.done == 0 and all("range of float16; use bfloat16" in error for error in summary.failed.values())
+
+
+def test_threads_are_given_back(tmp_path, parts):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(fill(tmp_path / "in", 2), tmp_path / "out", at_a_time=2, **parts["run"])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_computing_ends_the_run(tmp_path, parts):
+    data = fill(tmp_path / "in", 6)
+    with pytest.raises(ValueError, match="linear: the weight has to be"):
+        run(data, tmp_path / "out", kind="labels", head=torch.zeros(3, 5), **{**parts["run"], "workers": 2})
+
+
+def test_progress_and_manifest(tmp_path, parts):
+    told = []
+
+    class Bar:
+        def __init__(self, count):
+            told.append(count)
+
+        def update(self, count):
+            told.append("update")
+
+        def set_postfix_str(self, text):
+            assert "MB/s" in text
+
+        def close(self):
+            told.append("close")
+
+    data = fill(tmp_path / "in", 3, broken=1)
+    summary = run(data, tmp_path / "out", progress=Bar, **parts["run"])
+    assert told == [4, "update", "update", "update", "update", "close"]
+    assert {"read", "compute", "write"} <= set(summary.stages)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert lines[0]["is"]["size"] == 56 and lines[0]["anyup_fast"] == anyup_fast.__version__
+    done = next(line for line in lines if line.get("name") == "000.png")
+    path = data / "000.png"
+    assert done["source"]["sha256"] == sources.file_digest(path) and done["source"]["bytes"] == path.stat().st_size
+    (file,) = done["files"].items()
+    assert outputs.folder_digest(tmp_path / "out" / file[0]) == file[1]
