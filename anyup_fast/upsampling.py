@@ -575,6 +575,7 @@ def load_head(path):
 
 
 def checked_box(box, size):
+    """(top, left, height, width) as ints, or a ValueError where they are none or leave an output of `size`."""
     if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in box):
         raise ValueError(f"top, left, height, width: need whole numbers, got {box}")
     top, left, height, width = map(int, box)
@@ -584,6 +585,7 @@ def checked_box(box, size):
 
 
 def checked_points(points, batch, size, align):
+    """Points of `Prepared.at` as pixels (batch, N, 2), int64, or a ValueError that names the one that lies outside."""
     if align not in ("pixel", "normalized"):
         raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
     points = torch.as_tensor(points)

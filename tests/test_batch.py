@@ -50,7 +50,8 @@ def sources_of(folder):
 
 
 @pytest.mark.parametrize(
-    "format, dtype", [(f, d) for f in ("safetensors", "npy", "zarr") for d in ("float16", "float32", "int8")]
+    "format, dtype",
+    [(f, d) for f in ("safetensors", "npy", "zarr") for d in ("float16", "float32", "int8")]
     + [("safetensors", "bfloat16")],
 )
 def test_features_in_every_format_and_dtype(tmp_path, parts, format, dtype):
@@ -295,7 +296,12 @@ def test_signals_finish_the_picture_in_flight(tmp_path, parts, number, code):
     data = fill(tmp_path / "in", 40)
     command = command_of(data, tmp_path / "out", parts, "--output-size", "900")
     out = tmp_path / "out" / "manifest.jsonl"
-    program = [sys.executable, "-c", "import sys; from anyup_fast import cli; sys.exit(cli.main(sys.argv[1:]))", *command]
+    program = [
+        sys.executable,
+        "-c",
+        "import sys; from anyup_fast import cli; sys.exit(cli.main(sys.argv[1:]))",
+        *command,
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and (not out.exists() or out.read_text().count("done") < 2):
@@ -399,7 +405,9 @@ def test_sources(tmp_path):
     listing = tmp_path / "list.txt"
     listing.write_text(f"# some\nin/000.png\n\n{data / 'inner' / '002.webp'}\n../elsewhere.png\n")
     listed = sources.find_sources(listing)
-    assert [s.name for s in listed[:2]] == ["in/000.png", "in/inner/002.webp"] and listed[2].name.endswith("elsewhere.png")
+    assert [s.name for s in listed[:2]] == ["in/000.png", "in/inner/002.webp"] and listed[2].name.endswith(
+        "elsewhere.png"
+    )
     listing.write_text("in/000.png\nin/../in/000.png\n")
     with pytest.raises(ValueError, match="lines 1 and 2"):
         sources.find_sources(listing)

@@ -1,5 +1,6 @@
 """Frames of a video, one by one, and pictures made into a film; decoding and encoding are PyAV's (FFmpeg)."""
 
+import os
 from fractions import Fraction
 from functools import lru_cache
 
@@ -73,6 +74,8 @@ class _Frames:
 
 
 _open_video = lru_cache(maxsize=1)(_Frames)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_open_video.cache_clear)  # the decoder's threads would not be there in the child
 
 
 def read_frame(path, time):
