@@ -107,7 +107,7 @@ def test_a_head_on_the_low_res_features_is_the_head_on_the_output(model, make):
     head = make()
     image, features = inputs()
     full, prepared = model(image, features), model.prepare(image, features)
-    weight, bias = upsampling._linear(head, 7)
+    weight, bias = upsampling.linear_head(head, 7)
     expected = torch.einsum("kc,bchw->bkhw", weight, full)
     expected = expected if bias is None else expected + bias[:, None, None]
     headed = prepared.head(head)
