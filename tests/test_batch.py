@@ -510,3 +510,50 @@ def test_progress_and_manifest(tmp_path, parts):
     assert done["source"]["sha256"] == sources.file_digest(path) and done["source"]["bytes"] == path.stat().st_size
     (file,) = done["files"].items()
     assert outputs.folder_digest(tmp_path / "out" / file[0]) == file[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_ten_kills_at_random_moments(tmp_path, parts, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    data = fill(tmp_path / "in", 190, broken=10)
+    options = ("--kind", "labels", "--head", parts["head"], "--output-size", "200", "--engine", engine)
+    assert cli.main(command_of(data, tmp_path / "whole", parts, *options)) == 3
+    command, manifest = command_of(data, tmp_path / "out", parts, *options), tmp_path / "out" / "manifest.jsonl"
+    rng, ends = np.random.default_rng(0), []
+    code = "import sys; from anyup_fast import cli; sys.exit(cli.main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for _ in range(10):
+        before = len(manifest.read_text().splitlines()) if manifest.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", code, *command], env=environment, stderr=subprocess.DEVNULL)
+        goal = before + rng.integers(16)
+        while process.poll() is None and (not manifest.exists() or manifest.read_text().count("\n") <= goal):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        ends.append(process.wait())
+        time.sleep(1)  # what Ray has started ends with the process that started it
+    assert ends.count(-signal.SIGKILL) >= 5
+    assert cli.main(command) == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    archive = open_archive(tmp_path / "out")
+    assert (len(archive), sorted(archive.failed), archive.verify()) == (190, sorted(broken_files()), [])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, parts):
+    pytest.importorskip("resource")
+    peaks = []
+    for count in (20, 200):
+        data = fill(tmp_path / str(count), count)
+        options = ("--kind", "labels", "--head", parts["head"], "--output-size", "200")
+        program = (
+            "import resource, sys; from anyup_fast import cli; code = cli.main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+        )
+        command = [sys.executable, "-c", program, *command_of(data, tmp_path / f"out{count}", parts, *options)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], peaks
