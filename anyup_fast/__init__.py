@@ -20,7 +20,8 @@ _HOME_OF = {
     "open": "batch.archive",
 }
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+# `from anyup_fast import *` must not hide the built-in open.
+__all__ = ["__version__", *sorted(set(_HOME_OF) - {"open"})]
 
 
 def __getattr__(name):
@@ -34,4 +35,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOME_OF, *__all__})
