@@ -39,7 +39,10 @@ class RayEngine:
         ray = _ray()
         started = not ray.is_initialized()
         if started:
-            ray.init(self.address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            try:
+                ray.init(self.address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            except ConnectionError as error:
+                raise RuntimeError(f"ray_address: no Ray cluster answers at {self.address!r} ({error})") from error
         try:
             # What is computed when the signal comes is thrown away, and made again by the next run.
             for row in self._results(ray, batches).iter_rows():
