@@ -1,7 +1,9 @@
 """How good are the upsampled features? One command that judges any weights beside the interpolations.
 
     python benchmarks/quality.py --scenes DIR --stamps DIR --encoders dinov2_vits14 efficientnet_lite0 \\
-        --weights embedded anyup_multi_backbone model.safetensors --reference anyup_multi_backbone
+        --weights embedded anyup_multi_backbone model.safetensors --reference anyup_multi_backbone --cache DIR
+
+With `--cache` an interrupted run goes on where it stopped, and weights judged before cost nothing.
 
 **Boundary segmentation.** Cut-outs are pasted on photographs, both kept out of training. The features of the
 picture are upsampled to its pixels. An instance's prototype (the photograph is one more instance) is the mean of
@@ -18,6 +20,9 @@ target (all its numbers, about their common mean).
 **Share of the gain.** (x - bilinear) / (reference - bilinear) in boundary IoU, averaged over the encoders.
 
 Plus/minus is one standard error over pictures; differences to the reference are paired by picture.
+
+Beside the interpolations stand the two classical upsamplers that look at the image: joint bilateral upsampling (Kopf
+et al. 2007) and the fast guided filter (He and Sun, arXiv 1505.00996), which need no training.
 """
 
 import argparse
@@ -33,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from anyup_fast import __version__
 from anyup_fast.data import composite, find_pictures
 from anyup_fast.encoders import load_encoder
 from anyup_fast.files import written_aside
@@ -42,6 +48,7 @@ from anyup_fast.model import AnyUp
 BAND = 4
 MIN_PIXELS = 60
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+FILTERS = ("joint bilateral", "guided filter")
 FIGURE_COMPONENTS = 32
 
 
@@ -60,17 +67,102 @@ def interpolation(mode):
     return prepare
 
 
+def joint_bilateral(image, reach=2, sigma_place=0.75, sigma_colour=0.1):
+    """Joint bilateral upsampling: cells weigh by their distance (in cells) and by how near their colour is.
+
+    A cell's colour is its mean over the image in [0, 1]; cells at most `reach` rows and columns away count, and beyond
+    the border the nearest ones again.
+    """
+
+    def upsample(features, values, size):
+        guide, grid = shrunk(denormalize(image), size), values.shape[-2:]
+        colours = F.adaptive_avg_pool2d(guide, grid)
+        places = [(torch.arange(n) + 0.5) / n * m - 0.5 for n, m in zip(size, grid, strict=True)]
+        nearest = [place.round().long() for place in places]
+        total, weights = torch.zeros(1, values.shape[1], *size), torch.zeros(1, 1, *size)
+        for down in range(-reach, reach + 1):
+            for right in range(-reach, reach + 1):
+                cells = [at + step for at, step in zip(nearest, (down, right), strict=True)]
+                far = [((cell - place) / sigma_place).square() for cell, place in zip(cells, places, strict=True)]
+                rows, cols = (cell.clamp(0, m - 1) for cell, m in zip(cells, grid, strict=True))
+                other = colours[..., rows, :][..., cols]
+                unlike = ((guide - other) / sigma_colour).square().mean(1, keepdim=True)
+                weight = torch.exp(-(far[0][:, None] + far[1] + unlike) / 2) + 1e-12
+                total += weight * values[..., rows, :][..., cols]
+                weights += weight
+        return total / weights
+
+    return upsample
+
+
+def guided_filter(image, reach=1, epsilon=1e-3):
+    """The fast guided filter: each value as a linear function of colour, fitted around each cell, then interpolated."""
+
+    def upsample(features, values, size):
+        guide, grid = shrunk(denormalize(image), size), values.shape[-2:]
+        colours = F.adaptive_avg_pool2d(guide, grid)
+
+        def box(maps):
+            return F.avg_pool2d(maps, 2 * reach + 1, 1, reach, count_include_pad=False)
+
+        colour, value = box(colours), box(values)
+        square = box((colours[:, :, None] * colours[:, None]).flatten(1, 2)).unflatten(1, (3, 3))
+        spread = (square - colour[:, :, None] * colour[:, None]).permute(0, 3, 4, 1, 2) + epsilon * torch.eye(3)
+        mixed = box((colours[:, :, None] * values[:, None]).flatten(1, 2)).unflatten(1, (3, -1))
+        mixed = (mixed - colour[:, :, None] * value[:, None]).permute(0, 3, 4, 1, 2)
+        slopes = torch.linalg.solve(spread, mixed)  # (1, h, w, 3, K)
+        offset = value - torch.einsum("bchw,bhwck->bkhw", colour, slopes)
+        maps = torch.cat((offset, slopes.permute(0, 3, 4, 1, 2).flatten(1, 2)), 1)
+        offset, slopes = F.interpolate(box(maps), size, mode="bilinear").split(
+            (values.shape[1], maps.shape[1] - values.shape[1]), 1
+        )
+        return offset + torch.einsum("bchw,bckhw->bkhw", guide, slopes.unflatten(1, (3, -1)))
+
+    return upsample
+
+
 def anyup(model):
-    """The upsampler of an `AnyUp`; what depends on the image alone is computed once for all encoders."""
+    """The upsampler of an `AnyUp`."""
 
     def prepare(image):
-        guide = model.guidance(image.contiguous(memory_format=torch.channels_last))
-        queries = functools.cache(lambda size: model.queries(guide, size))
-        return lambda features, values, size: model.cross_decode(
-            queries(tuple(size)), model.keys(guide, features), values
-        )
+        def upsample(features, values, size):
+            query, key, _ = model.guided(image, features, tuple(size))
+            return model.cross_decode.attend(model.projected_queries(query), key, values)
+
+        return upsample
 
     return prepare
+
+
+def digest_of(model):
+    """What names the model's function: a digest of its settings and of its weights."""
+    digest = hashlib.sha256(repr((model.window_ratio, model.cross_decode.window_rule, model.head_mode)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def remembered(cache, key, compute):
+    """`compute()`, {encoder: array}; kept in the folder `cache` under a digest of `key`.
+
+    The package's version is part of the digest; empty the folder where its code changed without that.
+    """
+    if cache is None:
+        return compute()
+    digest = hashlib.sha256(json.dumps([__version__, key]).encode()).hexdigest()
+    path = Path(cache) / f"scores-{digest[:24]}.json"
+    if not path.is_file():
+        found = compute()
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps({encoder: scores.tolist() for encoder, scores in found.items()}))
+    return {encoder: np.array(scores) for encoder, scores in json.loads(path.read_text()).items()}
+
+
+def shrunk(image, size):
+    """(B, 3, H, W) at another size, antialiased where it is smaller."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def load_weights(weights):
@@ -152,8 +244,7 @@ def load_square(path, size):
 
 def halve(image):
     """(B, 3, H, W) at half the size, antialiased."""
-    size = [n // 2 for n in image.shape[-2:]]
-    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False)
+    return shrunk(image, [n // 2 for n in image.shape[-2:]])
 
 
 def encode(encoder, images, cache=None):
@@ -294,7 +385,7 @@ def write_sheet(path, rows, titles):
 
 def draw_figures(folder, photographs, upsamplers, encoders, size):
     """Write a sheet per photograph (a row per encoder) and return {encoder: {method: (N, 2)}}: blocks, speckle."""
-    methods = [method for method in upsamplers if method not in ("nearest", "bicubic")]
+    methods = [method for method in upsamplers if method not in ("nearest", "bicubic", *FILTERS)]
     scores = {encoder: {method: np.empty((len(photographs), 2)) for method in methods} for encoder in encoders}
     for index, photograph in enumerate(photographs):
         image = load_square(photograph, size)
@@ -362,7 +453,7 @@ def markdown(results):
     pictures = "kept out of training" if setting["held_out"] else "all of them"
     section(
         f"Boundary segmentation: {setting['pictures']} composites at {setting['size']} px ({pictures}, "
-        f"seed {setting['seed']}), mean IoU within {BAND} px of a boundary and over the whole picture",
+        f"{plural('seed', setting['seeds'])}), mean IoU within {BAND} px of a boundary and over the whole picture",
         results["segmentation"],
         ("boundary IoU", "whole IoU"),
         reference is not None,
@@ -384,6 +475,11 @@ def markdown(results):
             False,
         )
     return "\n\n".join(parts) + "\n"
+
+
+def plural(noun, values):
+    """ "seed 0", "seeds 0, 1"."""
+    return f"{noun}{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}"
 
 
 def label_of(weights, everything):
@@ -413,17 +509,36 @@ def evaluate(arguments, say=lambda text: None):
     if reference is not None and reference not in labels:
         raise ValueError(f"--reference: {reference!r} is none of the weights {', '.join(labels)}")
     upsamplers = {mode: interpolation(mode) for mode in INTERPOLATIONS}
-    upsamplers |= {label: anyup(load_weights(weights)) for label, weights in labels.items()}
+    upsamplers |= dict(zip(FILTERS, (joint_bilateral, guided_filter), strict=True))
+    identities = {method: method for method in upsamplers}
+    for label, weights in labels.items():
+        model = load_weights(weights)
+        if reason := model.why_not_fused():
+            raise ValueError(f"--weights: {weights} cannot be judged: {reason}")
+        upsamplers[label], identities[label] = anyup(model), digest_of(model)
 
     size, encoders, cache = arguments.size, arguments.encoders, arguments.cache
     pictures = find_pictures(arguments.scenes, arguments.stamps, held_out=arguments.held_out)
-    images, instances = draw_composites(pictures, arguments.pictures, size, arguments.seed)
-    features = {encoder: encode(encoder, images, cache) for encoder in encoders}
-    scores = {}
-    for method, upsampler in upsamplers.items():
-        start = time.perf_counter()
-        scores[method] = score_segmentation(upsampler, images, instances, features)
-        say(f"segmentation, {method}: {time.perf_counter() - start:.1f} s")
+
+    def judged(section, methods, tensors, compute):
+        seen = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
+        scores = {}
+        for method in methods:
+            start = time.perf_counter()
+            key = [section, identities[method], encoders, seen]
+            scores[method] = remembered(cache, key, functools.partial(compute, upsamplers[method]))
+            say(f"{section}, {method}: {time.perf_counter() - start:.1f} s")
+        return scores
+
+    drawn = [draw_composites(pictures, arguments.pictures, size, seed) for seed in arguments.seeds]
+    images, instances = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    features = {e: torch.cat([encode(e, part, cache) for part, _ in drawn]) for e in encoders}
+    scores = judged(
+        "segmentation",
+        upsamplers,
+        [images, instances, *features.values()],
+        lambda upsampler: score_segmentation(upsampler, images, instances, features),
+    )
     results = {"segmentation": by_encoder(scores)}
     if reference is not None:
         means = {m: {e: float(found[e][:, 0].mean()) for e in encoders} for m, found in scores.items()}
@@ -433,13 +548,14 @@ def evaluate(arguments, say=lambda text: None):
     if photographs:
         large = torch.cat([load_square(path, 2 * size) for path in photographs])
         small = halve(large)
-        features = {encoder: encode(encoder, small, cache) for encoder in encoders}
+        lows = {encoder: encode(encoder, small, cache) for encoder in encoders}
         targets = {encoder: encode(encoder, large, cache) for encoder in encoders}
-        scores = {}
-        for method, upsampler in upsamplers.items():
-            start = time.perf_counter()
-            scores[method] = score_reconstruction(upsampler, large, features, targets)
-            say(f"reconstruction, {method}: {time.perf_counter() - start:.1f} s")
+        scores = judged(
+            "reconstruction",
+            upsamplers,
+            [large, *lows.values(), *targets.values()],
+            lambda upsampler: score_reconstruction(upsampler, large, lows, targets),
+        )
         results["reconstruction"] = by_encoder(scores)
 
     shown = []
@@ -451,11 +567,11 @@ def evaluate(arguments, say=lambda text: None):
     results["setting"] = {
         "encoders": encoders,
         "reference": reference,
-        "pictures": arguments.pictures,
+        "pictures": len(images),
         "photographs": len(photographs),
         "figures": len(shown),
         "size": size,
-        "seed": arguments.seed,
+        "seeds": list(arguments.seeds),
         "held_out": bool(arguments.held_out),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -485,10 +601,10 @@ def build_parser():
         help='names, paths or URLs of checkpoints; "untrained" is a control',
     )
     parser.add_argument("--reference", help="which of the weights the others are compared with")
-    parser.add_argument("--pictures", type=int, default=48, help="composites (default 48)")
+    parser.add_argument("--pictures", type=int, default=48, help="composites per seed (default 48)")
     parser.add_argument("--photographs", type=int, default=12, help="for the reconstruction (default 12; 0: none)")
     parser.add_argument("--size", type=int, default=224, help="side of the composites in pixels (default 224)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the composites (default 0)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--held-out",
@@ -498,7 +614,7 @@ def build_parser():
         help="only pictures kept out of training (default)",
     )
     group.add_argument("--all", dest="held_out", action="store_const", const=None, help="all pictures")
-    parser.add_argument("--cache", help="folder that keeps the encoders' outputs")
+    parser.add_argument("--cache", help="folder that keeps the encoders' outputs and the scores")
     parser.add_argument("--markdown", help="write the tables to this file")
     parser.add_argument("--json", help="write every score to this file")
     parser.add_argument("--figures", help="write panels of photographs at twice the size into this folder")

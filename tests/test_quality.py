@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from anyup_fast.image import normalize
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 if not SCRIPT.is_file():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
@@ -110,6 +112,41 @@ def test_upsampled_similarities_choose_what_cosines_of_upsampled_features_choose
         cosines = F.cosine_similarity(full, prototypes[:, :, None, None], dim=1)[None]
     torch.testing.assert_close(found / full.norm(dim=1, keepdim=True), cosines, rtol=1e-4, atol=1e-5)
     assert (found.argmax(1) == cosines.argmax(1)).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("method", ["joint_bilateral", "guided_filter"])
+def test_filters_keep_constants_and_find_edges_that_bilinear_blurs(method):
+    image, labels = disc()
+    upsample = getattr(quality, method)(normalize(image))
+    low = F.adaptive_avg_pool2d((labels == 2).float()[None, None], (8, 8))
+    same = torch.full((1, 2, 8, 8), 3.0)
+    torch.testing.assert_close(upsample(low, same, (56, 56)), same.new_full((1, 2, 56, 56), 3.0))
+    truth = (labels == 2).float()
+    error, blurred = (
+        (f(low, low, (56, 56))[0, 0] - truth).abs()[quality.boundary_band(labels)].mean()
+        for f in (upsample, quality.interpolation("bilinear")(image))
+    )
+    assert error < 0.35 * blurred
+
+
+def test_the_guided_filter_is_exact_where_values_are_linear_in_colour():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 40, 60)
+    mix = torch.randn(4, 3)
+    low = torch.einsum("kc,bchw->bkhw", mix, F.adaptive_avg_pool2d(image, (4, 6)))
+    found = quality.guided_filter(normalize(image), reach=3, epsilon=1e-9)(low, low, (40, 60))
+    torch.testing.assert_close(found, torch.einsum("kc,bchw->bkhw", mix, image), atol=1e-3, rtol=1e-3)
+
+
+def test_judged_weights_are_not_judged_again(tmp_path):
+    calls = []
+    score = {"stub": np.array([[0.5, 0.25]])}
+    for key in (["a", 1], ["a", 1], ["b", 1]):
+        found = quality.remembered(tmp_path, key, lambda: calls.append(1) or score)
+        assert np.array_equal(found["stub"], score["stub"])
+    assert len(calls) == 2
+    model, other = tiny.model(0), tiny.model(1)
+    assert quality.digest_of(model) == quality.digest_of(tiny.model(0)) != quality.digest_of(other)
 
 
 def test_reconstruction_is_exact_for_a_map_that_bilinear_keeps():
@@ -217,7 +254,7 @@ def test_the_command_from_pictures_to_table(command, tmp_path, capsys):
     assert capsys.readouterr().out == text
     results = json.loads(files["json"].read_text(encoding="utf-8"))
 
-    methods = ["nearest", "bilinear", "bicubic", "a", "b"]
+    methods = ["nearest", "bilinear", "bicubic", "joint bilateral", "guided filter", "a", "b"]
     assert [list(results[part]["other"]) for part in ("segmentation", "reconstruction")] == [methods] * 2
     assert np.shape(results["segmentation"]["stub"]["a"]) == (3, 2)
     assert results["segmentation"]["stub"] == results["segmentation"]["other"]
