@@ -30,8 +30,9 @@ from .ops import (
     windowed_attention,
 )
 from .ops.choice import log_once
+from .ops.crew import crew_size
 
-SMALL_BUFFERS = 12 << 20  # bytes that the pieces in work take, whatever the sizes
+SMALL_BUFFERS, FOR_WORKER = 12 << 20, 18 << 20  # bytes that pieces in work take, and each further worker's
 _INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
 
 
@@ -431,7 +432,8 @@ class AnyUp(nn.Module):
         encoders = (2 if height * width == pixels else 3) * image + pixels * self.input_dim * (16 + compute.itemsize)
         output = batch * height * width * channels * dtype.itemsize
         beside_query = max(encoders, self._low_res_memory(features_shape, compute), query + keys, output + keys)
-        return query + beside_query + SMALL_BUFFERS
+        workers = crew_size(torch.device(device))
+        return query + beside_query + SMALL_BUFFERS + (workers - 1) * FOR_WORKER
 
     def _low_res_memory(self, features_shape, dtype):
         """Bytes at the peak of what is computed on the low-res grid: the unified features, then the keys."""

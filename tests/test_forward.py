@@ -274,7 +274,7 @@ sys.path.insert(0, {folder!r})
 from attention import resident
 from anyup_fast import AnyUp
 torch.set_grad_enabled(False)
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 image_shape, features_shape, output_size = {arguments!r}
 model = AnyUp.from_pretrained()
 image, features = torch.randn(image_shape), torch.randn(features_shape)
@@ -285,9 +285,9 @@ print(resident() - before, model.estimate_memory(image_shape, features_shape, ou
 """
 
 
-def measured_memory(arguments, limit=None):
+def measured_memory(arguments, limit=None, threads=1):
     """Bytes that one call takes in a process of its own, and the estimate."""
-    script = MEASURE.format(folder=str(BENCHMARKS), arguments=arguments, limit=limit)
+    script = MEASURE.format(folder=str(BENCHMARKS), arguments=arguments, limit=limit, threads=threads)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return map(int, result.stdout.split())
 
@@ -295,17 +295,19 @@ def measured_memory(arguments, limit=None):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure resident memory")
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not beside the tests")
 @pytest.mark.parametrize(
-    "arguments",
+    "threads, arguments",
     [
-        ((1, 3, 320, 320), (1, 384, 24, 24), None),
-        ((2, 3, 256, 256), (2, 21, 16, 16), None),
-        ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)),
-        ((1, 3, 320, 320), (1, 1, 128, 128), None),
-        ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64)),
+        (1, ((1, 3, 320, 320), (1, 384, 24, 24), None)),
+        (2, ((1, 3, 320, 320), (1, 384, 24, 24), None)),
+        (1, ((2, 3, 256, 256), (2, 21, 16, 16), None)),
+        (1, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80))),
+        (2, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80))),
+        (1, ((1, 3, 320, 320), (1, 1, 128, 128), None)),
+        (1, ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64))),
     ],
 )
-def test_memory_is_what_was_estimated(arguments):
-    measured, estimated = measured_memory(arguments)
+def test_memory_is_what_was_estimated(threads, arguments):
+    measured, estimated = measured_memory(arguments, threads=threads)
     # Measured 0.91 to 1.06.
     assert 0.85 < estimated / measured < 1.15
 

@@ -6,9 +6,12 @@ few megabytes at a time. Bounds are read on the CPU and nothing else is read: no
 """
 
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
+
+from .crew import crew_size, share_out
+from .pages import on_large_pages
 
 # Numbers held at once: the logits of a batch of tiles (a cache's worth), and any buffer at all.
 BATCH = 1 << 20
@@ -26,19 +29,18 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     """
     batch, height, width, heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    out = value.new_empty(batch, height, width, value.shape[3])
+    out = on_large_pages(value.new_empty(batch, height, width, value.shape[3]))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
         strips = [] if blocked else _strips(rows, cols, key.shape[2], heads, value.shape[3])
-        for q, k, v, o in zip(query, key, value, out, strict=True):
-            if blocked:
-                for row in rows:
-                    for col in cols:
-                        _blocked(row, col, q, k, v, o, scale, head_mode)
-            else:
-                for row in rows:
-                    for strip in strips:
-                        _forward(row, strip, q, k, v, o, scale, head_mode)
+        compute = _blocked if blocked else _forward
+        tiles = list(product(rows, cols if blocked else strips))
+        for tensors in zip(query, key, value, out, strict=True):
+
+            def attend(_, tile, tensors=tensors):
+                compute(*tile, *tensors, scale, head_mode)
+
+            share_out(attend, tiles, range(min(crew_size(out.device), len(tiles))))
     return out
 
 
@@ -53,17 +55,29 @@ def windowed_attention_backward(
     scale = head_dim**-0.5 if scale is None else scale
     compute = _compute_dtype(query, value)
     grads = [
-        torch.empty(query.shape, dtype=compute, device=query.device),
+        on_large_pages(torch.empty(query.shape, dtype=compute, device=query.device)),
         torch.zeros(key.shape, dtype=compute, device=key.device),
         torch.zeros(value.shape if for_value else (len(value), 0), dtype=compute, device=value.device),
     ]
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, _ = _plan(row_bounds, col_bounds, heads, value.shape[3], blocks=False)
         strips = _strips(rows, cols, key.shape[2], heads, value.shape[3])
-        for tensors in zip(grad, query, key, value, *grads, strict=True):
-            for row in rows:
-                for strip in strips:
-                    _backward(row, strip, *tensors, scale, head_mode)
+        tiles = list(product(rows, strips))
+        for *tensors, of_query, of_key, of_value in zip(grad, query, key, value, *grads, strict=True):
+
+            def attend(sums, tile, tensors=tensors, of_query=of_query):
+                _backward(*tile, *tensors, of_query, *sums, scale, head_mode)
+
+            # Neighbouring tiles see the same keys: each worker has sums of its own.
+            workers = min(crew_size(grad.device), len(tiles))
+            sums = [
+                (of_key, of_value),
+                *((torch.zeros_like(of_key), torch.zeros_like(of_value)) for _ in range(1, workers)),
+            ]
+            share_out(attend, tiles, sums, in_order=True)
+            for key_sum, value_sum in sums[1:]:
+                of_key += key_sum
+                of_value += value_sum
     return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))
 
 
@@ -110,7 +124,7 @@ class Strip:
         return torch.stack(parts).to(dtype)
 
     def bias(self, row, like):
-        """(tiles, 1, T, length, R, n_keys): minus infinity where a query does not look; None if all look everywhere."""
+        """(tiles, 1, R, n_keys, T, length): minus infinity where a query does not look; None if all look everywhere."""
         outside = row.outside(row.low, row.high, row.stop - row.start)
         if not (outside.any() or self.outside.any()):
             return None
@@ -118,7 +132,7 @@ class Strip:
             torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(mask, float("-inf")).to(like.device)
             for mask in (outside, self.outside)
         )
-        return rows[:, None, :, None] + cols[:, None, None, :, None, :]
+        return rows.T[:, None, :, None] + cols.mT[:, None, None, :, None, :]
 
 
 @lru_cache(maxsize=64)
@@ -172,14 +186,17 @@ def _compute_dtype(query, value):
 
 
 def _weights(row, strip, query, key, scale, dtype):
-    """Scaled queries (tiles, heads, P, d), keys (tiles, heads, K, d) and weights (tiles, heads, P, K) of one strip."""
+    """Scaled queries (tiles, heads, P, d), keys (tiles, heads, K, d) and weights (tiles, heads, K, P) of one strip.
+
+    Queries lie side by side: a softmax over a few dozen keys is done for many of them at once.
+    """
     q = strip.queries(row, query, dtype).mul_(scale).flatten(1, 2).transpose(1, 2).contiguous()
     k = strip.keys(row, key, dtype).flatten(1, 2).transpose(1, 2).contiguous()
-    logits = q @ k.mT
+    logits = k @ q.mT
     bias = strip.bias(row, logits)
     if bias is not None:
         logits.view(*logits.shape[:2], *bias.shape[2:]).add_(bias)
-    return q, k, torch.softmax(logits, -1, out=logits)
+    return q, k, torch.softmax(logits, -2, out=logits)
 
 
 def _groups(x, heads, head_mode):
@@ -190,14 +207,14 @@ def _groups(x, heads, head_mode):
 def _forward(row, strip, query, key, value, out, scale, head_mode):
     """Write the output (H', W', C) of one strip."""
     weights = _weights(row, strip, query, key, scale, _compute_dtype(query, value))[2]
-    n, heads, queries, keys = weights.shape
+    n, heads, keys, queries = weights.shape
     if head_mode == "mean":
         weights = weights.mean(1, keepdim=True)
     value, out = (_groups(x, heads, head_mode) for x in (value, out))
     step = max(1, LIMIT // (n * (queries + keys) * value.shape[2]))
     for v, o in zip(value.split(step, -1), out.split(step, -1), strict=True):
         v = strip.keys(row, v, weights.dtype).flatten(1, 2).transpose(1, 2)
-        result = (weights @ v).transpose(1, 2).unflatten(1, (-1, strip.length))
+        result = (weights.mT @ v).transpose(1, 2).unflatten(1, (-1, strip.length))
         for tile, part in zip(strip.tiles, result, strict=True):
             o[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
 
@@ -209,15 +226,15 @@ def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_va
     shared = weights.mean(1, keepdim=True) if head_mode == "mean" else weights
     g = strip.queries(row, _groups(grad, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
     v = strip.keys(row, _groups(value, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
-    slope = g @ v.mT / (heads // shared.shape[1])
-    slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
-    for_query = (slope @ k * scale).transpose(1, 2).unflatten(1, (-1, strip.length))
-    for_key = (slope.mT @ q).transpose(1, 2)
+    slope = v @ g.mT / (heads // shared.shape[1])
+    slope = weights * (slope - (weights * slope).sum(-2, keepdim=True))
+    for_query = (slope.mT @ k * scale).transpose(1, 2).unflatten(1, (-1, strip.length))
+    for_key = (slope @ q).transpose(1, 2)
     for tile, part in zip(strip.tiles, for_query, strict=True):
         grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
     sums = [(grad_key, for_key)]
     if grad_value.numel():
-        sums.append((grad_value, (shared.mT @ g).transpose(1, 2).flatten(2)))
+        sums.append((grad_value, (shared @ g).transpose(1, 2).flatten(2)))
     for total, parts in sums:
         for low, part in zip(strip.lows, parts, strict=True):
             seen = total[row.low : row.high, low : low + strip.n_keys]

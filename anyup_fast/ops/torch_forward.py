@@ -2,13 +2,22 @@
 the projections of queries and keys, the feature-agnostic layer.
 
 A piece of the image goes through normalisation, activation, product, skip and statistics while it lies in the cache;
-only the products are written back. Products are matrix products throughout, 16-bit tensors are computed in float32.
+only the products are written back. On CPUs every thread has pieces of its own (`crew`). Products are matrix products
+throughout, 16-bit tensors are computed in float32.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .crew import crew_size, share_out
+from .pages import on_large_pages
+from .torch_convolution import Convolution
+
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
+WORTH_SHARING = 2048  # pixels for each worker at least: to wake one takes a fraction of a millisecond
+CONVOLVED = 2  # times smaller pieces where a convolution takes five buffers
 MANY_PIXELS = 1 << 20  # of a piece elsewhere
 RESPONSES = 1 << 20  # of the feature-agnostic layer at once
 NORM_EPS = 1e-5
@@ -19,17 +28,21 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
     compute = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
-        out = query.new_empty(query.shape, dtype=compute)
+        out = on_large_pages(query.new_empty(query.shape, dtype=compute))
         height, width, dim = query.shape[1:]
-        walk = Walk((height, width), dim, conv)
+        walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
         for b, (source, target) in enumerate(zip(query, out, strict=True)):
-            for flat, rows, cols in walk.pieces:
-                halo = with_halo(source, rows, cols, compute)
-                pixels = convolve(halo, walk.scratch(0, flat, dim))
+
+            def project(desk, piece, b=b, source=source, target=target):
+                flat, rows, cols, _ = piece
+                pixels = desk.scratch(0, flat, dim)
+                convolve(source, rows, cols, pixels, desk)
                 if convolved is not None:
                     convolved[b].view(-1, dim)[flat] = pixels
                 _project(pixels, folded, bias, eps, target.view(-1, dim)[flat])
+
+            walk.each(project)
     return out
 
 
@@ -50,14 +63,19 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
             unified = walk.blocks(unified, hidden, walk.moments(unified), weights.features)
             both = torch.cat((image.to(compute), unified.view(h, w, dim)), -1)
             padded = both.index_select(0, rows).index_select(1, cols)
-            moments = Moments()
-            for flat, r, c in walk.pieces:
-                halo = padded[r.start : r.stop + 2, c.start : c.stop + 2]
-                x[flat] = convolve(halo, walk.scratch(0, flat, 2 * dim))
-                moments.add(x[flat], walk.scratch(1, flat, dim))
+
+            def merge(desk, piece, moments, padded=padded):
+                flat, r, c, number = piece
+                convolve(padded, r, c, x[flat], desk, inside=True)
+                moments.put(number, x[flat], desk.scratch(1, flat, dim))
+
+            moments = walk.measured(merge, dim)
             key = walk.blocks(x, hidden, moments, weights.blocks)
-            for flat, _, _ in walk.pieces:
-                _project(key[flat], folded, weights.bias, eps, target.view(-1, dim)[flat])
+
+            def project(desk, piece, key=key, target=target):
+                _project(key[piece.flat], folded, weights.bias, eps, target.view(-1, dim)[piece.flat])
+
+            walk.each(project)
     return out.to(from_image.dtype)
 
 
@@ -71,13 +89,18 @@ def feature_unification(features, basis):
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
         rows, cols = (taps_inside(n, k, out.device) for n in (height, width))
         share = (1 / (rows[:, None] * cols).to(compute))[..., None, None]
+        most = max(1, RESPONSES // (filters * channels))
         for source, target in zip(features, out, strict=True):
             padded = F.pad(source.to(compute), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
-            for r, c in pieces(height, width, max(1, RESPONSES // (filters * channels))):
-                inside = patches[r, c].flatten(3) * share[r, c]
+
+            def unify(_, part, patches=patches, target=target):
+                inside = patches[part].flatten(3) * share[part]
                 responses = (inside.flatten(0, 2) @ basis).view(-1, filters, channels)
-                target[r, c] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[r, c])
+                target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
+
+            parts = list(pieces(height, width, most))
+            share_out(unify, parts, range(min(crew_size(out.device), len(parts))))
     return out.permute(0, 3, 1, 2).contiguous()
 
 
@@ -113,46 +136,6 @@ def _reflected(n, device):
     return (n - 1 - (n - 1 - torch.arange(-1, n + 1, device=device).abs()).abs()).clamp(0, n - 1)
 
 
-def with_halo(source, rows, cols, dtype):
-    """Pixels of `source` (H, W, D) of two slices with one more on every side, zeros outside."""
-    halo = source.new_empty(rows.stop - rows.start + 2, cols.stop - cols.start + 2, source.shape[2], dtype=dtype)
-    inner = [
-        slice(int(part.start == 0), part.stop - part.start + 2 - int(part.stop == length))
-        for part, length in zip((rows, cols), source.shape[:2], strict=True)
-    ]
-    halo[tuple(inner)] = source[max(rows.start - 1, 0) : rows.stop + 1, max(cols.start - 1, 0) : cols.stop + 1]
-    for axis, part in enumerate(inner):
-        if part.start:
-            halo.select(axis, 0).zero_()
-        if part.stop < halo.shape[axis]:
-            halo.select(axis, -1).zero_()
-    return halo
-
-
-class Convolution:
-    """3x3 convolution by a weight (out, in, 3, 3) without padding."""
-
-    def __init__(self, weight):
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.taps = weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
-
-    def __call__(self, halo, scratch):
-        """From (rows + 2, cols + 2, in), with a scratch (rows * cols, in), to (rows * cols, out channels)."""
-        rows, cols = (n - 2 for n in halo.shape[:2])
-        if halo.device.type == "cpu":
-            product = F.conv2d(halo[None].permute(0, 3, 1, 2), self.weight)
-            return product[0].permute(1, 2, 0).flatten(0, 1)
-        out = halo.new_empty(rows * cols, self.weight.shape[0])
-        # On accelerators a convolution may be rounded more coarsely than matrix products are.
-        for i, tap in enumerate(self.taps):
-            scratch.view(rows, cols, -1).copy_(halo[i // 3 : i // 3 + rows, i % 3 : i % 3 + cols])
-            if i:
-                out.addmm_(scratch, tap)
-            else:
-                torch.mm(scratch, tap, out=out)
-        return out
-
-
 def _project(pixels, folded, bias, eps, out):
     """RMSNorm and projection of `pixels` (P, D), which is written to, into `out`."""
     torch.mul(pixels, pixels, out=out)
@@ -163,29 +146,31 @@ def _project(pixels, folded, bias, eps, out):
 class Moments:
     """Mean and mean square deviation of every channel over all pixels, gathered piece by piece."""
 
-    PIECES = 256  # whose sums are kept before they are put together
+    PIECES = 256  # whose sums are kept before they are put together, where their number is not known
 
-    def __init__(self):
-        self.counts, self.room = [], None
+    def __init__(self, room=None, counts=()):
+        """For an image in known pieces: `room` (2, pieces, D), which `put` fills, and the pixels of each."""
+        self.room, self.counts = room, list(counts)
         self.count, self.mean, self.spread = 0, 0.0, 0.0
 
-    def add(self, x, scratch=None):
-        """Take in the pixels `x` (P, D); `scratch`, if given, is written to."""
+    def add(self, x):
+        """Take in the pixels `x` (P, D) as one more piece."""
         if self.room is None:
             # One block: small tensors that stay would cut the heap to pieces among the large ones that come and go.
             self.room = x.new_empty(2, self.PIECES, x.shape[1])
-        mean, variance = self.room[:, len(self.counts)]
+        self.counts.append(len(x))
+        self.put(len(self.counts) - 1, x)
+        if len(self.counts) == self.PIECES:
+            self._gather()
+
+    def put(self, number, x, scratch=None):
+        """Take in the pixels `x` (P, D) of the piece of that number; `scratch`, if given, is written to."""
+        mean, variance = self.room[:, number]
         if x.device.type == "cpu":
-            for target, source in zip(
-                (mean, variance), torch.batch_norm_update_stats(as_picture(x), None, None, 0.0), strict=True
-            ):
-                target.copy_(source)
+            torch.ops.aten.batch_norm_update_stats.out(as_picture(x), None, None, 0.0, out0=mean, out1=variance)
         else:
             torch.mean(x, 0, out=mean)
             torch.mean(torch.sub(x, mean, out=scratch).square_(), 0, out=variance)
-        self.counts.append(len(x))
-        if len(self.counts) == self.PIECES:
-            self._gather()
 
     def _gather(self):
         """Put the sums of the pieces together, in float64."""
@@ -240,19 +225,25 @@ def by_channel(statistics, channels):
     return statistics[..., None].expand(*statistics.shape, repeat).flatten(-2)
 
 
-class Walk:
-    """Passes over the pixels of an image that lie as (H * W, D), one piece at a time."""
+class Piece(NamedTuple):
+    """A rectangle of an image whose pixels lie next to each other: where in (H * W), which rows, which columns.
 
-    def __init__(self, size, width, like, num_groups=8):
-        """`width`: channels at most; `like`: a tensor on the device and of the dtype to compute in."""
-        self.size, self.num_groups = size, num_groups
-        most = PIXELS if like.device.type == "cpu" else MANY_PIXELS
-        self.pieces = [
-            (slice(rows.start * size[1] + cols.start, (rows.stop - 1) * size[1] + cols.stop), rows, cols)
-            for rows, cols in pieces(*size, most)
-        ]
-        longest = max(flat.stop - flat.start for flat, _, _ in self.pieces)
-        self._room = like.new_empty(3, longest * width)
+    Attributes:
+        number: of this one among the pieces of the image.
+    """
+
+    flat: slice
+    rows: slice
+    cols: slice
+    number: int
+
+
+class Desk:
+    """What one worker has for itself: room for a piece of the image, three times."""
+
+    def __init__(self, room):
+        self._room = room
+        self.kept = {}  # further buffers, by name, made by whoever first needs them
 
     def scratch(self, i, flat, width):
         """Scratch number `i` (0 to 2) for one piece: (pixels, width)."""
@@ -265,20 +256,77 @@ class Walk:
         out = self.scratch(0, flat, x.shape[1])
         return F.silu(torch.addcmul(shift, x[flat], scale, out=out), inplace=True)
 
+    def buffer(self, name, numbers, like):
+        """At least so many numbers like `like`, which stay until the walk is over."""
+        found = self.kept.get(name)
+        if found is None or found.numel() < numbers:
+            found = self.kept[name] = like.new_empty(numbers)
+        return found[:numbers]
+
+
+class Walk:
+    """Passes over the pixels of an image that lie as (H * W, D), piece by piece."""
+
+    def __init__(self, size, width, like, num_groups=8, rows=1, parts=1):
+        """`width`: channels at most; `like`: a tensor on the device and of the dtype to compute in.
+
+        Pieces are as many times smaller on CPUs as `parts` says and, where they fit, have a multiple of `rows` rows.
+        """
+        self.size, self.num_groups = size, num_groups
+        workers = max(1, min(crew_size(like.device), size[0] * size[1] // WORTH_SHARING))
+        most = max(1, PIXELS // parts) if like.device.type == "cpu" else MANY_PIXELS
+        if workers > 1:  # as many pieces for one as for the other
+            rounds = -(-size[0] * size[1] // (most * workers))
+            most = min(most, max(1, -(-size[0] // (rounds * workers))) * size[1])
+        if most >= rows * size[1]:
+            most = most // (rows * size[1]) * rows * size[1]
+        self.pieces = [
+            Piece(slice(rows.start * size[1] + cols.start, (rows.stop - 1) * size[1] + cols.stop), rows, cols, number)
+            for number, (rows, cols) in enumerate(pieces(*size, most))
+        ]
+        longest = max(piece.flat.stop - piece.flat.start for piece in self.pieces)
+        self._like = like
+        self.desks = [
+            Desk(on_large_pages(like.new_empty(3, longest * width))) for _ in range(min(workers, len(self.pieces)))
+        ]
+
+    def each(self, work):
+        """Call `work(desk, piece)` for every piece."""
+        share_out(work, self.pieces, self.desks)
+
+    def gathered(self, work, start):
+        """Call `work(desk, piece, sums)` for every piece; returns the sums, which `start` makes for each desk."""
+        places = [(desk, start()) for desk in self.desks]
+        share_out(lambda place, piece: work(place[0], piece, place[1]), self.pieces, places, in_order=True)
+        return [sums for _, sums in places]
+
+    def measured(self, work, *widths):
+        """Call `work(desk, piece, *moments)` for every piece; returns the moments, a list of them for several widths.
+
+        The work gives each of them its pixels by `Moments.put`; `widths` are their channels.
+        """
+        counts = [piece.flat.stop - piece.flat.start for piece in self.pieces]
+        moments = [Moments(self._like.new_empty(2, len(counts), width), counts) for width in widths]
+        share_out(lambda desk, piece: work(desk, piece, *moments), self.pieces, self.desks)
+        return moments if len(moments) > 1 else moments[0]
+
     def moments(self, x):
         """Moments of all of `x`."""
-        moments = Moments()
-        for flat, _, _ in self.pieces:
-            moments.add(x[flat], self.scratch(1, flat, x.shape[1]))
-        return moments
+
+        def measure(desk, piece, moments):
+            moments.put(piece.number, x[piece.flat], desk.scratch(1, piece.flat, x.shape[1]))
+
+        return self.measured(measure, x.shape[1])
 
     def hidden(self, x, norm, weight, out):
         """`weight @ active(x)` into `out`; returns its moments."""
-        moments = Moments()
-        for flat, _, _ in self.pieces:
-            product = torch.mm(self.active(x, flat, norm), weight.T, out=out[flat])
-            moments.add(product, self.scratch(1, flat, out.shape[1]))
-        return moments
+
+        def multiply(desk, piece, moments):
+            flat = piece.flat
+            product = torch.mm(desk.active(x, flat, norm), weight.T, out=out[flat])
+            moments.put(piece.number, product, desk.scratch(1, flat, out.shape[1]))
+
+        return self.measured(multiply, out.shape[1])
 
     def blocks(self, x, hidden, moments, blocks, norms=None, last=None):
         """ResBlocks on `x`, in place where its width stays.
@@ -296,13 +344,22 @@ class Walk:
                 norms[2 * i], norms[2 * i + 1] = outer, inner
             if last is not None and block is blocks[-1]:
                 return last(x, hidden, inner, block)
-            out = x if block.skip is None else hidden.new_empty(hidden.shape)
-            moments = Moments()
-            for flat, _, _ in self.pieces:
-                if block.skip is not None:
-                    torch.mm(x[flat], block.skip.T, out=out[flat])
-                out[flat].addmm_(self.active(hidden, flat, inner), block.conv_out.T)
-                if block is not blocks[-1]:
-                    moments.add(out[flat], self.scratch(1, flat, out.shape[1]))
-            x = out
+            x, moments = self._ended(x, hidden, inner, block, measured=block is not blocks[-1])
         return x
+
+    def _ended(self, x, hidden, norm, block, measured):
+        """Second half of a ResBlock, with the moments of what it gives if they are needed."""
+        out = x if block.skip is None else hidden.new_empty(hidden.shape)
+
+        def end(desk, piece, *moments):
+            flat = piece.flat
+            if block.skip is not None:
+                torch.mm(x[flat], block.skip.T, out=out[flat])
+            out[flat].addmm_(desk.active(hidden, flat, norm), block.conv_out.T)
+            for its in moments:
+                its.put(piece.number, out[flat], desk.scratch(1, flat, out.shape[1]))
+
+        if measured:
+            return out, self.measured(end, out.shape[1])
+        self.each(end)
+        return out, None

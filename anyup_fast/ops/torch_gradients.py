@@ -6,22 +6,16 @@ forward is. Tensors the size of an image have the dtype of the layer's input; st
 of weights are float32 at least.
 """
 
+import copy
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from .torch_forward import (
-    RESPONSES,
-    Convolution,
-    Moments,
-    Walk,
-    as_picture,
-    by_channel,
-    cast,
-    group_affine,
-    pieces,
-    taps_inside,
-    with_halo,
-)
+from .crew import crew_size, share_out
+from .pages import on_large_pages
+from .torch_convolution import Convolution, WeightGradient
+from .torch_forward import CONVOLVED, RESPONSES, Walk, as_picture, by_channel, cast, group_affine, pieces, taps_inside
 from .torch_guidance import Rotary
 from .weights import Block
 
@@ -36,25 +30,32 @@ def res_block(x, weights, num_groups):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         block, matrices = cast(weights, wide), cast(weights, x.dtype)
         width = len(block.conv_out)
-        out, hidden = (x.new_empty(*x.shape[:3], width) for _ in range(2))
+        out, hidden = (on_large_pages(x.new_empty(*x.shape[:3], width)) for _ in range(2))
         statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
         walk = Walk(x.shape[1:3], max(width, x.shape[3]), block.conv_in, num_groups)
         for source, middle, target, its in zip(*map(_flat, (x, hidden, out)), statistics, strict=True):
-            moments = Moments()
-            for flat, _, _ in walk.pieces:
-                moments.add(source[flat].to(wide), walk.scratch(1, flat, x.shape[3]))
-            its[0] = moments.groups(num_groups)
+
+            def measure(desk, piece, moments, source=source):
+                moments.put(piece.number, source[piece.flat].to(wide), desk.scratch(1, piece.flat, x.shape[3]))
+
+            its[0] = walk.measured(measure, x.shape[3]).groups(num_groups)
             outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
-            moments = Moments()
-            for flat, _, _ in walk.pieces:
-                product = _multiply(walk.active(source, flat, outer), matrices.conv_in.T, middle[flat])
-                moments.add(product.to(wide), walk.scratch(1, flat, width))
-            its[1] = moments.groups(num_groups)
+
+            def first(desk, piece, moments, source=source, middle=middle, outer=outer):
+                flat = piece.flat
+                product = _multiply(desk.active(source, flat, outer), matrices.conv_in.T, middle[flat])
+                moments.put(piece.number, product.to(wide), desk.scratch(1, flat, width))
+
+            its[1] = walk.measured(first, width).groups(num_groups)
             inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
-            for flat, _, _ in walk.pieces:
+
+            def second(desk, piece, source=source, middle=middle, target=target, inner=inner):
+                flat = piece.flat
                 skipped = source[flat] if block.skip is None else source[flat] @ matrices.skip.T
-                active = walk.active(middle, flat, inner).to(x.dtype)
+                active = desk.active(middle, flat, inner).to(x.dtype)
                 torch.addmm(skipped, active, matrices.conv_out.T, out=target[flat])
+
+            walk.each(second)
     return out, hidden, statistics
 
 
@@ -65,37 +66,60 @@ def res_block_backward(grad, x, hidden, statistics, weights):
         block, matrices = cast(weights, wide), cast(weights, x.dtype)
         n_in, n_out = x.shape[3], len(block.conv_out)
         grads = Block(*(None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in block))
-        grad_x = x.new_empty(x.shape)
+        grad_x = on_large_pages(x.new_empty(x.shape))
         walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
-        slopes = grad_x if n_in == n_out else x.new_empty(hidden.shape)
+        slopes = grad_x if n_in == n_out else on_large_pages(x.new_empty(hidden.shape))
         for source, middle, given, result, slope, its in zip(
             *map(_flat, (x, hidden, grad, grad_x, slopes)), statistics, strict=True
         ):
             outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
             inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
             through = _ThroughNorm(its[1], block.norm_out_weight)
-            for flat, _, _ in walk.pieces:
-                before = torch.addcmul(inner[1], middle[flat], inner[0], out=walk.scratch(0, flat, n_out))
+
+            def through_second(desk, piece, kept, middle=middle, given=given, slope=slope, inner=inner):
+                flat, (norm, of_conv) = piece.flat, kept
+                before = torch.addcmul(inner[1], middle[flat], inner[0], out=desk.scratch(0, flat, n_out))
                 down = _before_silu(_multiply(given[flat], matrices.conv_out, slope[flat]), before)
-                through.add(down.to(wide), middle[flat].to(wide), walk.scratch(1, flat, n_out))
-                _add_product(grads.conv_out, given[flat], F.silu(before, inplace=True))
+                norm.add(down.to(wide), middle[flat].to(wide), desk.scratch(1, flat, n_out))
+                _add_product(of_conv, given[flat], F.silu(before, inplace=True))
+
+            parts = walk.gathered(through_second, _of_each(through, block.conv_out))
+            grads.conv_out.add_(through.take(parts))
             scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
             through = _ThroughNorm(its[0], block.norm_in_weight)
-            for flat, _, _ in walk.pieces:
-                change = torch.addcmul(offset, middle[flat], share, out=walk.scratch(0, flat, n_out))
+
+            def through_first(
+                desk, piece, kept, source=source, middle=middle, slope=slope, result=result, outer=outer,
+                scale=scale, offset=offset, share=share,
+            ):  # fmt: skip
+                flat, (norm, of_conv) = piece.flat, kept
+                change = torch.addcmul(offset, middle[flat], share, out=desk.scratch(0, flat, n_out))
                 change.addcmul_(slope[flat], scale)
-                before = torch.addcmul(outer[1], source[flat], outer[0], out=walk.scratch(1, flat, n_in))
+                before = torch.addcmul(outer[1], source[flat], outer[0], out=desk.scratch(1, flat, n_in))
                 down = _before_silu(_multiply(change, matrices.conv_in, result[flat]), before)
-                through.add(down.to(wide), source[flat].to(wide), walk.scratch(2, flat, n_in))
-                _add_product(grads.conv_in, change, F.silu(before, inplace=True))
+                norm.add(down.to(wide), source[flat].to(wide), desk.scratch(2, flat, n_in))
+                _add_product(of_conv, change, F.silu(before, inplace=True))
+
+            parts = walk.gathered(through_first, _of_each(through, block.conv_in))
+            grads.conv_in.add_(through.take(parts))
             scale, offset, share = through.coefficients(len(source), grads.norm_in_weight, grads.norm_in_bias)
-            for flat, _, _ in walk.pieces:
-                change = torch.addcmul(offset, source[flat], share, out=walk.scratch(0, flat, n_in))
+
+            def to_input(
+                desk, piece, of_skip=None, source=source, given=given, result=result,
+                scale=scale, offset=offset, share=share,
+            ):  # fmt: skip
+                flat = piece.flat
+                change = torch.addcmul(offset, source[flat], share, out=desk.scratch(0, flat, n_in))
                 change.addcmul_(result[flat], scale)
                 skipped = given[flat] if block.skip is None else given[flat] @ matrices.skip
                 torch.add(change, skipped, out=result[flat])
                 if block.skip is not None:
-                    _add_product(grads.skip, given[flat], source[flat])
+                    _add_product(of_skip, given[flat], source[flat])
+
+            if block.skip is None:
+                walk.each(to_input)
+            else:
+                grads.skip.add_(sum(walk.gathered(to_input, lambda: torch.zeros_like(block.skip))))
     return grad_x, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True) if w is not None]
 
 
@@ -103,13 +127,16 @@ def branches(x, freqs, query_conv, key_conv):
     """`anyup_fast.ops.branches`: two tensors (B, H, W, D)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         walk, rotary, wide = _rotary(x, freqs)
-        query, key = x.new_empty(x.shape), x.new_empty(x.shape)
+        query, key = (on_large_pages(x.new_empty(x.shape)) for _ in range(2))
         matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
         for source, *targets in zip(_flat(x), _flat(query), _flat(key), strict=True):
-            for flat, rows, cols in walk.pieces:
-                guide = _rotated(walk, rotary, source, flat, rows, cols, wide)
+
+            def rotate(desk, piece, source=source, targets=targets):
+                guide = _rotated(desk, rotary, source, piece, wide)
                 for matrix, target in zip(matrices, targets, strict=True):
-                    _multiply(guide, matrix, target[flat])
+                    _multiply(guide, matrix, target[piece.flat])
+
+            walk.each(rotate)
     return query, key
 
 
@@ -119,31 +146,45 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
         walk, rotary, wide = _rotary(x, freqs)
         width, half = x.shape[3], x.shape[3] // 2
         matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
-        grad_x, grad_freqs = x.new_empty(x.shape), torch.zeros(2, width, dtype=torch.float64, device=x.device)
-        grads = [torch.zeros(weight.shape, dtype=wide, device=x.device) for weight in (query_conv, key_conv)]
+        grad_x = on_large_pages(x.new_empty(x.shape))
+        grad_freqs = torch.zeros(2, width, dtype=torch.float64, device=x.device)
         row_at, col_at = rotary.axes
+
+        def start():
+            weights = [torch.zeros(weight.shape, dtype=wide, device=x.device) for weight in (query_conv, key_conv)]
+            return *weights, torch.zeros_like(grad_freqs)
+
+        def turn_back(desk, piece, sums, source, result, given):
+            flat, rows, cols, _ = piece
+            *of_weights, of_freqs = sums
+            guide = _rotated(desk, rotary, source, piece, wide)
+            for gradient, of_branch in zip(of_weights, given, strict=True):
+                _add_product(gradient, of_branch[flat], guide)
+            down = _multiply(given[0][flat], matrices[0], desk.scratch(2, flat, width))
+            down.add_(given[1][flat] @ matrices[1])
+            shape = rows.stop - rows.start, cols.stop - cols.start, width
+            down, pixels = down.view(shape), source[flat].view(shape).to(wide)
+            cos, sin = (desk.scratch(i, flat, width).view(shape) for i in range(2))
+            rotary.angles(rows, cols, cos, sin)
+            angle = torch.mul(pixels, sin).neg_()
+            angle[..., :half].addcmul_(pixels[..., half:], cos[..., :half], value=-1)
+            angle[..., half:].addcmul_(pixels[..., :half], cos[..., half:])
+            angle.mul_(down)
+            of_freqs[0] += row_at[rows] @ angle.sum(1).double()
+            of_freqs[1] += col_at[cols] @ angle.sum(0).double()
+            change = cos.mul_(down)
+            sin.mul_(down)
+            change[..., :half] += sin[..., half:]
+            change[..., half:] -= sin[..., :half]
+            result[flat] = change.view(-1, width)
+
+        sums = start()
         for source, result, *given in zip(*map(_flat, (x, grad_x, grad_query, grad_key)), strict=True):
-            for flat, rows, cols in walk.pieces:
-                guide = _rotated(walk, rotary, source, flat, rows, cols, wide)
-                for gradient, of_branch in zip(grads, given, strict=True):
-                    _add_product(gradient, of_branch[flat], guide)
-                down = _multiply(given[0][flat], matrices[0], walk.scratch(2, flat, width))
-                down.add_(given[1][flat] @ matrices[1])
-                shape = rows.stop - rows.start, cols.stop - cols.start, width
-                down, pixels = down.view(shape), source[flat].view(shape).to(wide)
-                cos, sin = (walk.scratch(i, flat, width).view(shape) for i in range(2))
-                rotary.angles(rows, cols, cos, sin)
-                angle = torch.mul(pixels, sin).neg_()
-                angle[..., :half].addcmul_(pixels[..., half:], cos[..., :half], value=-1)
-                angle[..., half:].addcmul_(pixels[..., :half], cos[..., half:])
-                angle.mul_(down)
-                grad_freqs[0] += row_at[rows] @ angle.sum(1).double()
-                grad_freqs[1] += col_at[cols] @ angle.sum(0).double()
-                change = cos.mul_(down)
-                sin.mul_(down)
-                change[..., :half] += sin[..., half:]
-                change[..., half:] -= sin[..., :half]
-                result[flat] = change.view(-1, width)
+            one = functools.partial(turn_back, source=source, result=result, given=given)
+            for parts in walk.gathered(one, start):
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
+        *grads, grad_freqs = sums
     return (
         grad_x,
         grad_freqs.to(freqs.dtype),
@@ -161,27 +202,44 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         originals = conv, norm, weight, bias
         conv, norm, weight, bias = cast(originals, wide)
         height, width, dim = query.shape[1:]
-        walk = Walk((height, width), dim, conv)
+        walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         back = Convolution(conv.flip(2, 3).transpose(0, 1))
         folded = weight * norm
-        grad_query, of_conv = query.new_empty(query.shape), query.new_empty(height, width, dim, dtype=wide)
+        grad_query = on_large_pages(query.new_empty(query.shape))
+        of_conv = on_large_pages(query.new_empty(height, width, dim, dtype=wide))
         grad_conv, products, grad_bias = (tensor.new_zeros(tensor.shape) for tensor in (conv, weight, bias))
+
+        def start():
+            return WeightGradient(conv), torch.zeros_like(products), torch.zeros_like(grad_bias)
+
         for source, convolved, given, result in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
-            for flat, rows, cols in walk.pieces:
-                halo = with_halo(source, rows, cols, wide)
-                squares = torch.mul(convolved[flat], convolved[flat], out=walk.scratch(1, flat, dim))
+
+            def through_projection(desk, piece, sums, source=source, convolved=convolved, given=given):
+                flat, rows, cols, _ = piece
+                for_conv, for_weight, for_bias = sums
+                squares = torch.mul(convolved[flat], convolved[flat], out=desk.scratch(1, flat, dim))
                 inverse = squares.mean(1, keepdim=True).add_(eps).rsqrt_()
-                unit = torch.mul(convolved[flat], inverse, out=walk.scratch(0, flat, dim))
+                unit = torch.mul(convolved[flat], inverse, out=desk.scratch(0, flat, dim))
                 down = given[flat].to(wide)
-                grad_bias += down.sum(0)
-                products.addmm_(down.T, unit)
+                for_bias += down.sum(0)
+                for_weight.addmm_(down.T, unit)
                 down = torch.mm(down, folded, out=of_conv.view(-1, dim)[flat])
-                along = torch.mul(down, unit, out=walk.scratch(1, flat, dim)).mean(1, keepdim=True)
+                along = torch.mul(down, unit, out=desk.scratch(1, flat, dim)).mean(1, keepdim=True)
                 down.addcmul_(unit, along, value=-1).mul_(inverse)
-                grad_conv += _weight_gradient(down.view(1, *(n - 2 for n in halo.shape[:2]), dim), halo[None], conv)
-            for flat, rows, cols in walk.pieces:
-                halo = with_halo(of_conv, rows, cols, wide)
-                result[flat] = back(halo, walk.scratch(0, flat, dim))
+                for_conv.add(down, source, rows, cols, desk)
+
+            for for_conv, for_weight, for_bias in walk.gathered(through_projection, start):
+                grad_conv += for_conv.result()
+                products += for_weight
+                grad_bias += for_bias
+
+            def through_convolution(desk, piece, result=result):
+                flat, rows, cols, _ = piece
+                out = desk.scratch(0, flat, dim)
+                back(of_conv, rows, cols, out, desk)
+                result[flat] = out
+
+            walk.each(through_convolution)
         grads = grad_conv, (weight * products).sum(0), products * norm, grad_bias
     return grad_query, *(g.to(w.dtype) for g, w in zip(grads, originals, strict=True))
 
@@ -200,21 +258,32 @@ def feature_unification_backward(grad, features, basis, for_features=True):
         for b, (source, given) in enumerate(zip(features, grad.permute(0, 2, 3, 1), strict=True)):
             padded = F.pad(source.to(wide), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
-            spread = torch.zeros_like(padded)
-            for r, c in pieces(height, width, max(1, RESPONSES // (filters * channels))):
-                shape = r.stop - r.start, c.stop - c.start
+
+            def through_softmax(sums, part, patches=patches, given=given, padded=padded):
+                of_basis, spread = sums
+                r, c = part
                 inside = (patches[r, c].flatten(3) * share[r, c]).flatten(0, 2)
                 weights = torch.softmax((inside @ matrix).view(-1, filters, channels), 1)
                 slope = weights * (given[r, c].reshape(-1, filters, 1).to(wide) / channels)
                 slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)
                 slope = slope.view(-1, filters)
-                grad_matrix.addmm_(inside.T, slope)
+                of_basis.addmm_(inside.T, slope)
                 if not for_features:
-                    continue
+                    return
+                shape = r.stop - r.start, c.stop - c.start
                 taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(share[r, c]).permute(2, 0, 1, 3)
                 for i in range(k * k):
                     top, left = r.start + i // k, c.start + i % k
                     spread[:, top : top + shape[0], left : left + shape[1]] += taps[..., i]
+
+            parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
+            desks = [
+                (torch.zeros_like(grad_matrix), torch.zeros_like(padded if for_features else padded[:0]))
+                for _ in range(min(crew_size(grad.device), len(parts)))
+            ]
+            share_out(through_softmax, parts, desks, in_order=True)
+            grad_matrix += sum(of_basis for of_basis, _ in desks)
+            spread = sum(spread for _, spread in desks)
             if for_features:
                 grad_features[b] = spread[:, k // 2 : k // 2 + height, k // 2 : k // 2 + width]
     return grad_features, grad_matrix.T.reshape(basis.shape).to(basis.dtype)
@@ -234,6 +303,18 @@ class _ThroughNorm:
         self.mean, self.inverse = self.narrow.double()
         self.weight = weight
         self.sums = torch.zeros(2, len(weight), dtype=torch.float64, device=weight.device)
+
+    def part(self):
+        """One like this, of which nothing is known yet but the statistics."""
+        part = copy.copy(self)
+        part.sums = torch.zeros_like(self.sums)
+        return part
+
+    def take(self, parts):
+        """Add the sums of `parts`, pairs of one like this and a tensor; returns the sum of these tensors."""
+        for part, _ in parts:
+            self.sums += part.sums
+        return sum(other for _, other in parts)
 
     def add(self, grad, x, scratch):
         """Take in the gradients and inputs (P, D) of some pixels; `scratch` is written to."""
@@ -287,18 +368,14 @@ def _rotary(x, freqs):
     return walk, Rotary(freqs.to(wide), x.shape[1:3], wide), wide
 
 
-def _rotated(walk, rotary, source, flat, rows, cols, wide):
+def _of_each(through, weight):
+    """What each worker gathers on the way back through a normalisation and the product before it."""
+    return lambda: (through.part(), torch.zeros_like(weight))
+
+
+def _rotated(desk, rotary, source, piece, wide):
     """Rotary embedding of the pixels of one piece (P, D), in a scratch."""
-    width = source.shape[1]
+    width, (flat, rows, cols, _) = source.shape[1], piece
     shape = rows.stop - rows.start, cols.stop - cols.start, width
-    scratch = [walk.scratch(i, flat, width).view(shape) for i in range(3)]
+    scratch = [desk.scratch(i, flat, width).view(shape) for i in range(3)]
     return rotary(source[flat].view(shape).to(wide), rows, cols, scratch).flatten(0, 1)
-
-
-def _weight_gradient(grad, x, weight):
-    """Gradient for the weight of a 3x3 convolution without padding, of grad (1, h, w, D) and x (1, h + 2, w + 2, D)."""
-    grad, x = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
-    window = [1, 1], [0, 0], [1, 1]
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *window, False, [0, 0], 1, [False, True, False])[
-        1
-    ]

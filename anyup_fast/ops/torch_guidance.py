@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 import torch
 import torch.nn.functional as F
 
+from .pages import on_large_pages
 from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
 NORMS = 12
@@ -21,7 +22,7 @@ def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
     compute = torch.promote_types(dtype, torch.float32)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         network = _Stored(cast(weights, compute), image.shape[-2:], num_groups)
-        query = image.new_empty(len(image), *output_size, network.width, dtype=compute)
+        query = on_large_pages(image.new_empty(len(image), *output_size, network.width, dtype=compute))
         key = image.new_empty(len(image), *key_size, network.width, dtype=compute)
         norms = image.new_empty(len(image), NORMS, 2, network.width, dtype=compute)
         for picture, *results in zip(image, query, key, norms, strict=True):
@@ -258,8 +259,8 @@ class _Stored:
     def __call__(self, rgb, query, key, norms):
         """Fill `query` (H', W', D), `key` (h, w, D) and `norms` (12, 2, D) from the pixels `rgb` (H * W, channels)."""
         in_place = query.shape[:2] == self.size
-        of_query = query.view(-1, self.width) if in_place else rgb.new_empty(len(rgb), self.width)
-        of_key, hidden = (rgb.new_empty(len(rgb), self.width) for _ in range(2))
+        of_key, hidden = self._picture(rgb), self._picture(rgb)
+        of_query = query.view(-1, self.width) if in_place else self._picture(rgb)
         query_moments, key_moments = self._image(rgb, of_query, of_key, norms[IMAGE])
         for x, moments, blocks, out, its_norms in (
             (of_key, key_moments, self.weights.key, key, norms[KEY]),
@@ -272,6 +273,9 @@ class _Stored:
                 if out is key or not in_place:
                     out.view(-1, self.width).copy_(self._pooled(x, out))
 
+    def _picture(self, rgb):
+        return on_large_pages(rgb.new_empty(len(rgb), self.width))
+
     def _image(self, rgb, x, y, norms):
         """Leave the first convolutions of the query and key branches in `x` and `y`; returns their moments."""
         walk, weights, (first, second) = self.walk, self.weights, self.weights.image
@@ -280,29 +284,39 @@ class _Stored:
         norms[0] = colours.affine(weights.image_conv, first.norm_in_weight, first.norm_in_bias, self.num_groups)
         expand = weights.image_conv.T.contiguous()
         scaled = expand * norms[0, 0]
-        moments = Moments()
-        for flat, _, _ in walk.pieces:
-            active = torch.addmm(norms[0, 1], rgb[flat], scaled, out=walk.scratch(0, flat, self.width))
+        shift = norms[0, 1]
+
+        def first_half(desk, piece, moments):
+            flat = piece.flat
+            active = torch.addmm(shift, rgb[flat], scaled, out=desk.scratch(0, flat, self.width))
             product = torch.mm(F.silu(active, inplace=True), first.conv_in.T, out=x[flat])
-            moments.add(product, walk.scratch(1, flat, self.width))
+            moments.put(piece.number, product, desk.scratch(1, flat, self.width))
+
+        moments = walk.measured(first_half, self.width)
         norms[1] = moments.affine(first.norm_out_weight, first.norm_out_bias, self.num_groups)
-        moments = Moments()
-        for flat, _, _ in walk.pieces:
-            active = walk.active(x, flat, norms[1])
+
+        def second_half(desk, piece, moments):
+            flat = piece.flat
+            active = desk.active(x, flat, norms[1])
             torch.mm(rgb[flat], expand, out=x[flat])
-            moments.add(x[flat].addmm_(active, first.conv_out.T), walk.scratch(1, flat, self.width))
+            product = x[flat].addmm_(active, first.conv_out.T)
+            moments.put(piece.number, product, desk.scratch(1, flat, self.width))
+
+        moments = walk.measured(second_half, self.width)
         norms[2] = moments.affine(second.norm_in_weight, second.norm_in_bias, self.num_groups)
         moments = walk.hidden(x, norms[2], second.conv_in, y)
         norms[3] = moments.affine(second.norm_out_weight, second.norm_out_bias, self.num_groups)
-        of_query, of_key = Moments(), Moments()
-        for flat, rows, cols in walk.pieces:
-            guide = x[flat].addmm_(walk.active(y, flat, norms[3]), second.conv_out.T)
+
+        def branch(desk, piece, *both):
+            flat, rows, cols, number = piece
+            guide = x[flat].addmm_(desk.active(y, flat, norms[3]), second.conv_out.T)
             shape = rows.stop - rows.start, cols.stop - cols.start, self.width
-            scratch = [walk.scratch(i, flat, self.width).view(shape) for i in range(3)]
+            scratch = [desk.scratch(i, flat, self.width).view(shape) for i in range(3)]
             guide = self.guide.rotary(guide.view(shape), rows, cols, scratch).flatten(0, 1)
-            for moments, weight, out in ((of_query, weights.query_conv, x), (of_key, weights.key_conv, y)):
-                moments.add(torch.mm(guide, weight.T, out=out[flat]), walk.scratch(1, flat, self.width))
-        return of_query, of_key
+            for moments, weight, out in zip(both, (weights.query_conv, weights.key_conv), (x, y), strict=True):
+                moments.put(number, torch.mm(guide, weight.T, out=out[flat]), desk.scratch(1, flat, self.width))
+
+        return walk.measured(branch, self.width, self.width)
 
     def _pooled_last(self, out):
         """End of the last ResBlock where its result is pooled to fewer pixels: what is linear comes after that."""
@@ -310,8 +324,11 @@ class _Stored:
         def last(x, hidden, norm, block):
             if not out.numel():
                 return out
-            for flat, _, _ in self.walk.pieces:
-                hidden[flat] = self.walk.active(hidden, flat, norm)
+
+            def activate(desk, piece):
+                hidden[piece.flat] = desk.active(hidden, piece.flat, norm)
+
+            self.walk.each(activate)
             pooled = self._pooled(x, out), self._pooled(hidden, out)
             return torch.addmm(*pooled, block.conv_out.T, out=out.view(-1, self.width))
 
