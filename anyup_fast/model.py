@@ -32,7 +32,7 @@ from .ops import (
 from .ops.choice import log_once
 from .ops.crew import crew_size
 
-SMALL_BUFFERS, FOR_WORKER = 12 << 20, 18 << 20  # bytes that pieces in work take, and each further worker's
+SMALL_BUFFERS, FOR_WORKER = 12 << 20, 15 << 20  # bytes that pieces in work take, and each further worker's
 _INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
 
 
