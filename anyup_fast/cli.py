@@ -125,6 +125,11 @@ def _parser():
         ("native-share", float, 0.3, "share of steps on features of the full picture"),
         ("native-weight", float, 0.0, "weight of giving each cell's features back in those steps"),
         ("spread-weight", float, 0.0, "weight of the attention's mean square distance, in cells"),
+        ("smooth-weight", float, 0.0, "weight of second differences where the guide is flat"),
+        ("degraded-share", float, 0.0, "share of steps whose guide is blurred, noisy or compressed"),
+        ("noise-share", float, 0.0, "share of steps whose low-res features are noisy"),
+        ("plain-share", float, 0.2, "share of training pictures without cut-outs"),
+        ("shapes-share", float, 0.0, "share of the cut-outs that are drawn shapes and strokes"),
         ("consistency-weight", float, 0.1, "weight of giving the same under changed colours"),
         ("consistency-share", float, 0.1, "share of steps that compute it"),
         ("max-cells", int, 24, "low-res cells of a crop along one axis, at most"),
@@ -132,6 +137,14 @@ def _parser():
         ("save-every", int, 200, "steps between two states on disk"),
     ):
         train.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    train.add_argument(
+        "--crop",
+        type=float,
+        nargs=2,
+        default=(0.4, 1.0),
+        metavar=("LEAST", "GREATEST"),
+        help="side of a picture's crop, as a share of the photograph's shorter side (default: 0.4 1.0)",
+    )
     train.add_argument("--threads", type=int, help="threads of the CPU (default: PyTorch's choice)")
     train.add_argument("--init", metavar="WEIGHTS", help="weights to go on from: a name, path or URL")
     train.add_argument("--float32", action="store_true", help="no bfloat16")
@@ -350,6 +363,11 @@ def _train(arguments):
         "native_share",
         "native_weight",
         "spread_weight",
+        "smooth_weight",
+        "degraded_share",
+        "noise_share",
+        "plain_share",
+        "shapes_share",
         "consistency_weight",
         "consistency_share",
         "max_cells",
@@ -359,6 +377,7 @@ def _train(arguments):
     config = TrainConfig(
         encoders=tuple(arguments.encoders),
         held_out=not arguments.all,
+        crop=tuple(arguments.crop),
         bf16=not arguments.float32,
         **{name: getattr(arguments, name) for name in names},
     )

@@ -60,7 +60,7 @@ def is_held_out(path):
     return hashlib.sha256(family.encode()).digest()[0] % 5 == 0
 
 
-def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 1.0)):
+def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 1.0), shapes=0.0):
     """Paste random cut-outs on a random crop of a random photograph.
 
     Args:
@@ -70,6 +70,8 @@ def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 
         stamps: least and greatest number of cut-outs.
         scale: least and greatest longer side of a cut-out, as a share of `size`.
         crop: least and greatest side of the crop, as a share of the photograph's shorter side.
+        shapes: share of the cut-outs that are drawn, not taken from `pictures.stamps`: smooth outlines and thin
+            strokes, filled with a crop of another photograph.
 
     Returns:
         (picture, instances): uint8 (size, size, 3), and uint8 (size, size) with 0 for the photograph and i for the
@@ -80,19 +82,57 @@ def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 
     """
     from PIL import Image
 
-    scene = _open("scenes", pictures.scenes[rng.integers(len(pictures.scenes))], "RGB")
-    side = max(1, round(rng.uniform(*crop) * min(scene.size)))
-    left, top = (rng.integers(n - side + 1) for n in scene.size)
-    scene = scene.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    scene = _scene(pictures, rng, size, crop)
     if rng.random() < 0.5:
         scene = scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     instances = np.zeros((size, size), np.uint8)
-    count = int(rng.integers(stamps[0], stamps[1] + 1)) if pictures.stamps else 0
+    count = int(rng.integers(stamps[0], stamps[1] + 1)) if pictures.stamps or shapes else 0
     for index in range(1, count + 1):
-        stamp = _place(_open_stamp(pictures.stamps[rng.integers(len(pictures.stamps))]), rng, size, scale)
+        if shapes and (not pictures.stamps or rng.random() < shapes):
+            stamp = _shape(pictures, rng, size, crop)
+        else:
+            stamp = _place(_open_stamp(pictures.stamps[rng.integers(len(pictures.stamps))]), rng, size, scale)
         scene = Image.alpha_composite(scene.convert("RGBA"), stamp).convert("RGB")
         instances[np.asarray(stamp)[..., 3] >= 128] = index
     return np.array(scene), instances
+
+
+def _scene(pictures, rng, size, crop):
+    from PIL import Image
+
+    scene = _open("scenes", pictures.scenes[rng.integers(len(pictures.scenes))], "RGB")
+    side = max(1, round(rng.uniform(*crop) * min(scene.size)))
+    left, top = (rng.integers(n - side + 1) for n in scene.size)
+    return scene.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+
+
+def _shape(pictures, rng, size, crop):
+    """A drawn cut-out on a canvas of `size`: a wavy outline, or a few strokes of one width that cross."""
+    from PIL import Image, ImageDraw
+
+    fine = 4 * size
+    outline = Image.new("L", (fine, fine))
+    draw = ImageDraw.Draw(outline)
+    middle = rng.uniform(0, fine, 2)
+    if rng.random() < 0.5:
+        angle = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+        radius = np.ones_like(angle)
+        for waves in range(2, 8):
+            radius += rng.normal(0, 0.45 / waves) * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
+        radius = radius.clip(0.15) * rng.uniform(0.08, 0.3) * fine
+        squeeze = np.exp(rng.uniform(-0.5, 0.5))
+        points = middle[:, None] + np.stack((np.cos(angle) * squeeze, np.sin(angle) / squeeze)) * radius
+        draw.polygon([tuple(point) for point in points.T], fill=255)
+    else:
+        width = round(np.exp(rng.uniform(np.log(0.008), np.log(0.06))) * fine)
+        for _ in range(int(rng.integers(1, 5))):
+            ends = middle + rng.normal(0, 0.3 * fine, (3, 2))
+            at = np.linspace(0, 1, 40)[:, None]
+            curve = (1 - at) ** 2 * ends[0] + 2 * at * (1 - at) * ends[1] + at**2 * ends[2]
+            draw.line([tuple(point) for point in curve], fill=255, width=width, joint="curve")
+    canvas = _scene(pictures, rng, size, crop).convert("RGBA")
+    canvas.putalpha(outline.resize((size, size), Image.Resampling.BOX))
+    return canvas
 
 
 def _place(stamp, rng, size, scale):

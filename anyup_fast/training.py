@@ -5,7 +5,7 @@ low-resolution features. A step crops both to the same cells, guides the upsampl
 per cell, and compares the output with the target crop:
 
     loss = main + consistency_weight * consistency + 0.1 * reconstruction
-           + dense_weight * dense + native_weight * native + spread_weight * spread
+           + dense_weight * dense + native_weight * native + spread_weight * spread + smooth_weight * smooth
 
 `main` is (1 - cosine) + MSE at the target's grid, after both were min-max normalised per pixel by the target's channel
 range; `consistency` the same between the outputs under a photometrically changed guide and under the clean one
@@ -14,11 +14,14 @@ features. `dense` is ours: pictures with pasted cut-outs have exact masks, so ne
 guide's resolution is compared with target features interpolated inside each instance only. `native` is the counterpart
 of `reconstruction` for features of the full picture, which have no finer target: each cell's mean of the output must
 give the cell's features back. `spread` is the attention's mean square distance from its pixel, in cells. Both keep the
-attention local on the large grids of everyday use, where weight at a window's edge would show as blocks.
+attention local on the large grids of everyday use, where weight at a window's edge would show as blocks. `smooth`
+is the output's second differences where the guide is flat: the edge-aware smoothness known from learned depth (Godard
+et al., arXiv 1609.03677, section 3.3), which blames blocks and speckle themselves and leaves edges alone.
 """
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import math
@@ -42,6 +45,7 @@ from .ops import pooled, windowed_attention
 logger = logging.getLogger("anyup_fast")
 
 REGION, REGION_CHANNELS = 48, 96
+SMOOTH_CELL = 14  # pixels per cell at which "smooth" counts in full; where cells are smaller, bends are steep by nature
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
 
 
@@ -56,6 +60,8 @@ class TrainConfig:
     pictures: int = 600
     size: int = 448
     plain_share: float = 0.2  # pictures without cut-outs
+    crop: tuple = (0.4, 1.0)  # least and greatest side of a picture's crop, as a share of the photograph's shorter side
+    shapes_share: float = 0.0  # of the cut-outs are drawn shapes and strokes, filled from another photograph
     steps: int = 4000
     batch: int = 4
     guide_pixels: int = 12544  # pixels of a guide, at most
@@ -71,6 +77,9 @@ class TrainConfig:
     native_share: float = 0.3  # of the steps: features of the full picture at a guide's resolution, no finer target
     native_weight: float = 0.0  # weight of "native"
     spread_weight: float = 0.0  # weight of "spread"
+    smooth_weight: float = 0.0  # weight of "smooth"
+    degraded_share: float = 0.0  # of the steps show a blurred, noisy or JPEG-compressed guide
+    noise_share: float = 0.0  # of the steps show features with noise, up to as large as they are; targets without
     consistency_weight: float = 0.1  # of "consistency", the paper's
     consistency_share: float = 0.1  # of the steps compute "consistency"; its weight there makes up for the others
     max_cells: int = 24  # low-res cells of a crop along one axis, at most
@@ -83,8 +92,11 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
-        if not 0 <= self.native_share <= 1:
-            raise ValueError(f"native_share: must lie from 0 to 1, got {self.native_share}")
+        for name in ("plain_share", "shapes_share", "native_share", "degraded_share", "noise_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie from 0 to 1, got {getattr(self, name)}")
+        if len(self.crop) != 2 or not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop: need the least and the greatest share, above 0 and at most 1, got {self.crop}")
         if not 0 < self.consistency_share <= 1:
             raise ValueError(f"consistency_share: must be above 0 and at most 1, got {self.consistency_share}")
         if self.max_cells < LEAST_CELLS:
@@ -111,7 +123,8 @@ class TargetCache:
     SHRINK = (4, 2, 1)
 
     def __init__(self, folder, config):
-        settings = {key: getattr(config, key) for key in ("held_out", "encoders", "size", "plain_share", "seed")}
+        of_pictures = ("held_out", "encoders", "size", "plain_share", "crop", "shapes_share", "seed")
+        settings = {key: getattr(config, key) for key in of_pictures}
         pictures = find_pictures(config.scenes, config.stamps, held_out=False if config.held_out else None)
         names = [path.name for path in pictures.scenes + pictures.stamps]
         digest = hashlib.sha256(json.dumps([settings, names]).encode()).hexdigest()[:12]
@@ -169,7 +182,10 @@ class TargetCache:
         config = self.config
         rng = np.random.default_rng((config.seed, index))
         plain = rng.random() < config.plain_share or not self.pictures.stamps
-        picture, instances = composite(self.pictures, rng, config.size, stamps=(0, 0) if plain else (1, 5))
+        stamps = (0, 0) if plain else (1, 5)
+        picture, instances = composite(
+            self.pictures, rng, config.size, stamps, crop=config.crop, shapes=config.shapes_share
+        )
         image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
         tensors = {"image": image, "instances": torch.from_numpy(instances)}
         for shrink in self.SHRINK:
@@ -250,12 +266,66 @@ def photometric(image, rng):
     return image.clamp(0, 1)
 
 
+def noisy(features, rng):
+    """Features (B,C,h,w) with independent noise in every number, of up to their own standard deviation."""
+    spread = features.std((2, 3), keepdim=True)
+    noise = torch.from_numpy(rng.standard_normal(features.shape, dtype=np.float32))
+    return features + rng.uniform(0, 1) * spread * noise
+
+
+def degraded(image, rng):
+    """Blur images (B,3,H,W) in [0,1], add noise or compress them as JPEG; one, two or all three of it."""
+    chosen = rng.random(3) < 0.5
+    chosen[rng.integers(3)] = True
+    blur, noise, jpeg = chosen
+    if blur:
+        sigma = rng.uniform(0.4, 1.5)
+        taps = torch.exp(-0.5 * (torch.arange(-4, 5) / sigma).square())
+        kernel = torch.outer(taps, taps)[None, None] / taps.sum().square()
+        planes = F.pad(image.flatten(0, 1)[:, None], (4, 4, 4, 4), mode="replicate")
+        image = F.conv2d(planes, kernel).view_as(image)
+    if noise:
+        image = image + torch.from_numpy(rng.normal(0, rng.uniform(0.01, 0.06), image.shape)).float()
+    if jpeg:
+        image = torch.stack([_as_jpeg(picture, int(rng.integers(25, 91))) for picture in image])
+    return image.clamp(0, 1)
+
+
+def _as_jpeg(image, quality):
+    from PIL import Image
+
+    file = io.BytesIO()
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+
+
 def feature_loss(output, target, weight=None):
     """(1 - cosine) + MSE, both per pixel of (B,C,H,W), the MSE after min-max normalising both by the target's range."""
     low, high = target.amin(1, keepdim=True), target.amax(1, keepdim=True)
     difference = ((output - target) / (high - low).clamp_min(1e-6)).square().mean(1)
     loss = 1 - F.cosine_similarity(output, target, dim=1) + difference
     return loss.mean() if weight is None else (loss * weight).sum() / weight.sum().clamp_min(1.0)
+
+
+def edge_aware_smoothness(output, guide, flat=0.02):
+    """Mean square second difference of (B,C,H,W) over its variance, each pixel weighed by exp(-step / flat).
+
+    `step` is the guide's (B,3,H,W) greatest difference to the two neighbours, mean over the colours. 0 where H and W
+    are below 3.
+    """
+    found = []
+    for axis in (2, 3):
+        count = output.shape[axis] - 2
+        if count < 1:
+            continue
+        bend = output.diff(n=2, dim=axis).square().sum(1)
+        step = guide.diff(dim=axis).abs().mean(1)
+        step = torch.maximum(step.narrow(axis - 1, 0, count), step.narrow(axis - 1, 1, count))
+        weight = torch.exp(-step / flat)
+        found.append((bend * weight).sum() / weight.sum().clamp_min(1e-3))
+    spread = output.detach().var((2, 3)).sum(1).mean().clamp_min(1e-12)
+    return sum(found, output.new_zeros(())) / spread
 
 
 def instance_target(features, instances):
@@ -304,18 +374,23 @@ def decode_region(model, query, key, features, rows, cols):
 def training_loss(model, sample, rng, config):
     """Loss of one batch and its terms as floats."""
     image = photometric(sample.guide, rng) if rng.random() < 0.5 else sample.guide
-    query, key = model.encoded(normalize(image), sample.features)
+    if config.degraded_share and rng.random() < config.degraded_share:
+        image = degraded(image, rng)
+    given = sample.features
+    if config.noise_share and rng.random() < config.noise_share:
+        given = noisy(given, rng)
+    query, key = model.encoded(normalize(image), given)
     terms = {}
     if sample.target.shape != sample.features.shape:
         coarse = model.projected_queries(pooled(query, sample.target.shape[-2:]))
-        output = model.cross_decode.attend(coarse, key, sample.features)
+        output = model.cross_decode.attend(coarse, key, given)
         terms["main"] = feature_loss(output, sample.target)
         small = F.adaptive_avg_pool2d(output, sample.features.shape[-2:])
         terms["reconstruction"] = feature_loss(small, sample.features)
     # At the guide's resolution a region and a part of the channels are enough: the attention is the same for all.
     rows, cols = (_random_slice(rng, n, REGION) for n in query.shape[1:3])
     part = torch.from_numpy(rng.permutation(sample.features.shape[1])[:REGION_CHANNELS])
-    features = sample.features[:, part]
+    features = given[:, part]
     native = config.native_weight and "main" not in terms
     if native:
         per_cell = query.shape[2] // features.shape[3]
@@ -330,16 +405,24 @@ def training_loss(model, sample, rng, config):
         region = region[:, : -places.shape[1]]
     if native:
         cells = [slice(pixels.start // per_cell, pixels.stop // per_cell) for pixels in (rows, cols)]
-        terms["native"] = feature_loss(F.avg_pool2d(region, per_cell), features[..., cells[0], cells[1]])
+        terms["native"] = feature_loss(
+            F.avg_pool2d(region, per_cell), sample.features[:, part][..., cells[0], cells[1]]
+        )
+    if config.smooth_weight:
+        scale = query.shape[2] / features.shape[3] / SMOOTH_CELL
+        terms["smooth"] = scale**2 * edge_aware_smoothness(region, sample.guide[..., rows, cols])
     if config.dense_weight and sample.instances[:, rows, cols].any():
         target, weight = instance_target(sample.target[:, part], sample.instances)
         terms["dense"] = feature_loss(region, target[..., rows, cols], weight[:, rows, cols])
     if rng.random() < config.consistency_share:
-        query, key = model.encoded(normalize(photometric(sample.guide, rng)), sample.features)
+        image = photometric(sample.guide, rng)
+        if config.degraded_share and rng.random() < 0.5:
+            image = degraded(image, rng)
+        query, key = model.encoded(normalize(image), given)
         other = decode_region(model, query, key, features, rows, cols)
         terms["consistency"] = feature_loss(other, region.detach()) / config.consistency_share
     weights = {"main": 1.0, "reconstruction": 0.1, "consistency": config.consistency_weight}
-    weights |= {"dense": config.dense_weight, "native": config.native_weight, "spread": config.spread_weight}
+    weights |= {name: getattr(config, f"{name}_weight") for name in ("dense", "native", "spread", "smooth")}
     total = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), requires_grad=True))
     return total, {name: term.item() for name, term in terms.items()}
 
@@ -481,6 +564,7 @@ METRICS = (
     "dense",
     "native",
     "spread",
+    "smooth",
     "reconstruction",
     "consistency",
     "norm",

@@ -84,6 +84,23 @@ def test_the_last_cutout_covers_the_others(tmp_path, pictures):
     assert any(len(np.unique(instances)) == 4 for instances in found)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_shapes_are_filled_from_photographs_and_masked_exactly(tmp_path, seed):
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("RGB", (64, 64), (colour,) * 3).save(tmp_path / f"{name}.png")
+    white = Pictures((tmp_path / "white.png",))
+    picture, instances = composite(white, np.random.default_rng(seed), 64, (3, 3), shapes=1.0)
+    assert instances.any() and set(np.unique(instances)) <= {0, 1, 2, 3} and (picture == 255).all()
+    both = Pictures((tmp_path / "white.png", tmp_path / "black.png"))
+    picture, instances = composite(both, np.random.default_rng(seed), 64, (3, 3), shapes=1.0)
+    for index in np.unique(instances):
+        # Away from its soft outline an instance has the colour of one photograph.
+        inside = np.pad(instances, 1, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(inside, (3, 3))
+        pixels = picture[(windows == index).all((2, 3))]
+        assert len(pixels) == 0 or (pixels == pixels[0]).all()
+
+
 def test_no_stamps_leave_the_photograph_alone(pictures):
     picture, instances = composite(Pictures(pictures.scenes), np.random.default_rng(0), 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8

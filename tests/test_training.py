@@ -343,6 +343,80 @@ def test_photometric_changes_stay_in_range_and_are_changes():
     assert (changed - image).abs().mean() > 0.02
 
 
+def test_degraded_pictures_stay_in_range_and_lose_detail():
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 24, 24)
+    kinds = set()
+    for seed in range(20):
+        changed = training.degraded(image, np.random.default_rng(seed))
+        assert changed.shape == image.shape and changed.min() >= 0 and changed.max() <= 1
+        assert (changed - image).abs().max() > 1e-3
+        kinds.add((changed.diff().std() < image.diff().std()).item())
+        assert torch.equal(changed, training.degraded(image, np.random.default_rng(seed)))
+    assert kinds == {True, False}, "some are blurred, some are not"
+
+
+def test_blur_keeps_flat_pictures():
+    flat = torch.full((1, 3, 16, 16), 0.4)
+    seed = next(seed for seed in range(100) if _only_blurs(seed))
+    torch.testing.assert_close(training.degraded(flat, np.random.default_rng(seed)), flat)
+
+
+def _only_blurs(seed):
+    rng = np.random.default_rng(seed)
+    chosen = rng.random(3) < 0.5
+    chosen[rng.integers(3)] = True
+    return chosen.tolist() == [True, False, False]
+
+
+def test_noise_is_as_large_as_the_features_at_most():
+    features = torch.randn(2, 8, 16, 16) * torch.linspace(0.1, 10, 8)[:, None, None]
+    added = training.noisy(features, np.random.default_rng(3)) - features
+    relative = added.std((2, 3)) / features.std((2, 3))
+    assert relative.max() < 1.2 and relative.min() > 0.8 * relative.max()
+    assert added.mean().abs() < 0.1
+
+
+def test_smoothness_blames_bends_on_flat_ground_and_not_at_edges():
+    output = torch.zeros(1, 2, 12, 12)
+    output[..., 6:] = 1
+    flat, edge = torch.full((1, 3, 12, 12), 0.5), torch.zeros(1, 3, 12, 12)
+    edge[..., 6:] = 1
+    blamed = training.edge_aware_smoothness(output, flat)
+    # Two of the ten second differences along a row are +-1 in both channels, the variance is 1/4 in both.
+    torch.testing.assert_close(blamed, torch.tensor(2 * 2 / 10 / (2 * 0.25)), rtol=0.02, atol=0)
+    assert training.edge_aware_smoothness(output, edge) < 1e-6
+    ramp = torch.linspace(0, 1, 12).expand(1, 2, 12, 12)
+    assert training.edge_aware_smoothness(ramp, flat) < 1e-6
+    assert training.edge_aware_smoothness(output[..., :2, :2], flat[..., :2, :2]) == 0
+
+
+def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
+    asked = replace(
+        config,
+        smooth_weight=1.0,
+        degraded_share=1.0,
+        noise_share=1.0,
+        consistency_share=1.0,
+        spread_weight=0.1,
+        steps=8,
+    )
+    train(asked, tmp_path / "run", cache=cache)
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for term in ("smooth", "spread", "consistency", "native", "main"):
+        values = [float(row[term]) for row in rows if row[term]]
+        assert values and all(np.isfinite(values)) and max(values) > 0, term
+
+
+def test_pictures_of_other_crops_and_shapes_have_a_cache_of_their_own(config, tmp_path):
+    folders = {
+        TargetCache(tmp_path, replace(config, **change)).folder
+        for change in ({}, {"crop": (0.2, 1.0)}, {"shapes_share": 0.5}, {"smooth_weight": 1.0})
+    }
+    assert len(folders) == 3
+
+
 def test_learning_rate_warms_up_and_falls():
     config = TrainConfig(scenes="x", steps=100, warmup=10, lr=1e-2)
     rates = [training.learning_rate(config, step) for step in range(100)]
@@ -359,6 +433,8 @@ def test_learning_rate_warms_up_and_falls():
         ({"encoders": ()}, "encoders: need .* at least one name"),
         ({"steps": 0}, "steps: must be at least 1, got 0"),
         ({"native_share": 1.5}, "native_share: must lie from 0 to 1, got 1.5"),
+        ({"shapes_share": -1}, "shapes_share: must lie from 0 to 1, got -1"),
+        ({"crop": (0.9, 0.2)}, "crop: need the least and the greatest share, .* got .0.9, 0.2."),
         ({"max_cells": 4}, "max_cells: must be at least 8, got 4"),
         ({"init": "anyup_best"}, "weights: no checkpoint is called 'anyup_best'"),
         ({"lr": 2.0}, "lr: must lie between 0 and 1"),
