@@ -151,6 +151,13 @@ def test_tiles_are_used_where_they_should_be():
     assert Convolution(torch.randn(8, 8, 3, 3)).tiled and not Convolution(torch.randn(8, 8, 3, 3).double()).tiled
 
 
+def test_transforms_made_in_inference_mode_serve_training():
+    torch_convolution.matrices.cache_clear()
+    with torch.inference_mode():
+        torch_convolution.transformed(torch.randn(4, 4, 3, 3))
+    assert not any(matrix.is_inference() for matrix in torch_convolution.matrices())
+
+
 def test_the_transforms_make_a_convolution_of_products():
     of_outputs, of_weight, of_inputs = torch_convolution.matrices()
     inputs, weight = torch.randn(6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)

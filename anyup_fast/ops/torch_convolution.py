@@ -142,10 +142,11 @@ def matrices():
     size = sum(map(abs, polynomial))
     weight.append([Fraction(0)] * (TAPS - 1) + [size])
     inputs.append([coefficient / size for coefficient in polynomial])
-    return tuple(
-        torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float64)
-        for rows in (outputs, weight, inputs)
-    )
+    with torch.inference_mode(False):  # they are kept, for training too
+        return tuple(
+            torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float64)
+            for rows in (outputs, weight, inputs)
+        )
 
 
 def _product(numbers):

@@ -6,6 +6,7 @@ only the products are written back. On CPUs every thread has pieces of its own (
 throughout, 16-bit tensors are computed in float32.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,17 +33,17 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
         height, width, dim = query.shape[1:]
         walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
-        for b, (source, target) in enumerate(zip(query, out, strict=True)):
 
-            def project(desk, piece, b=b, source=source, target=target):
-                flat, rows, cols, _ = piece
-                pixels = desk.scratch(0, flat, dim)
-                convolve(source, rows, cols, pixels, desk)
-                if convolved is not None:
-                    convolved[b].view(-1, dim)[flat] = pixels
-                _project(pixels, folded, bias, eps, target.view(-1, dim)[flat])
+        def project(desk, piece, b):
+            flat, rows, cols, _ = piece
+            pixels = desk.scratch(0, flat, dim)
+            convolve(query[b], rows, cols, pixels, desk)
+            if convolved is not None:
+                convolved[b].view(-1, dim)[flat] = pixels
+            _project(pixels, folded, bias, eps, out[b].view(-1, dim)[flat])
 
-            walk.each(project)
+        for b in range(len(query)):
+            walk.each(partial(project, b=b))
     return out
 
 
@@ -58,13 +59,14 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
         convolve, folded = Convolution(weights.merge), (weights.weight * weights.norm).T.contiguous()
         rows, cols = (_reflected(n, out.device) for n in (h, w))
         hidden, x = (out.new_empty(h * w, dim) for _ in range(2))
-        for image, features, target in zip(from_image, from_features, out, strict=True):
+
+        def picture(image, features, target):
             unified = features.to(compute).permute(1, 2, 0).reshape(-1, filters).clone()
             unified = walk.blocks(unified, hidden, walk.moments(unified), weights.features)
             both = torch.cat((image.to(compute), unified.view(h, w, dim)), -1)
             padded = both.index_select(0, rows).index_select(1, cols)
 
-            def merge(desk, piece, moments, padded=padded):
+            def merge(desk, piece, moments):
                 flat, r, c, number = piece
                 convolve(padded, r, c, x[flat], desk, inside=True)
                 moments.put(number, x[flat], desk.scratch(1, flat, dim))
@@ -72,10 +74,13 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
             moments = walk.measured(merge, dim)
             key = walk.blocks(x, hidden, moments, weights.blocks)
 
-            def project(desk, piece, key=key, target=target):
+            def project(desk, piece):
                 _project(key[piece.flat], folded, weights.bias, eps, target.view(-1, dim)[piece.flat])
 
             walk.each(project)
+
+        for tensors in zip(from_image, from_features, out, strict=True):
+            picture(*tensors)
     return out.to(from_image.dtype)
 
 
@@ -89,18 +94,18 @@ def feature_unification(features, basis):
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
         rows, cols = (taps_inside(n, k, out.device) for n in (height, width))
         share = (1 / (rows[:, None] * cols).to(compute))[..., None, None]
-        most = max(1, RESPONSES // (filters * channels))
+        parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
+
+        def unify(_, part, patches, target):
+            inside = patches[part].flatten(3) * share[part]
+            responses = (inside.flatten(0, 2) @ basis).view(-1, filters, channels)
+            target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
+
         for source, target in zip(features, out, strict=True):
             padded = F.pad(source.to(compute), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
-
-            def unify(_, part, patches=patches, target=target):
-                inside = patches[part].flatten(3) * share[part]
-                responses = (inside.flatten(0, 2) @ basis).view(-1, filters, channels)
-                target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
-
-            parts = list(pieces(height, width, most))
-            share_out(unify, parts, range(min(crew_size(out.device), len(parts))))
+            work = partial(unify, patches=patches, target=target)
+            share_out(work, parts, range(min(crew_size(out.device), len(parts))))
     return out.permute(0, 3, 1, 2).contiguous()
 
 

@@ -33,15 +33,15 @@ def res_block(x, weights, num_groups):
         out, hidden = (on_large_pages(x.new_empty(*x.shape[:3], width)) for _ in range(2))
         statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
         walk = Walk(x.shape[1:3], max(width, x.shape[3]), block.conv_in, num_groups)
-        for source, middle, target, its in zip(*map(_flat, (x, hidden, out)), statistics, strict=True):
 
-            def measure(desk, piece, moments, source=source):
+        def picture(source, middle, target, its):
+            def measure(desk, piece, moments):
                 moments.put(piece.number, source[piece.flat].to(wide), desk.scratch(1, piece.flat, x.shape[3]))
 
             its[0] = walk.measured(measure, x.shape[3]).groups(num_groups)
             outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
 
-            def first(desk, piece, moments, source=source, middle=middle, outer=outer):
+            def first(desk, piece, moments):
                 flat = piece.flat
                 product = _multiply(desk.active(source, flat, outer), matrices.conv_in.T, middle[flat])
                 moments.put(piece.number, product.to(wide), desk.scratch(1, flat, width))
@@ -49,13 +49,16 @@ def res_block(x, weights, num_groups):
             its[1] = walk.measured(first, width).groups(num_groups)
             inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
 
-            def second(desk, piece, source=source, middle=middle, target=target, inner=inner):
+            def second(desk, piece):
                 flat = piece.flat
                 skipped = source[flat] if block.skip is None else source[flat] @ matrices.skip.T
                 active = desk.active(middle, flat, inner).to(x.dtype)
                 torch.addmm(skipped, active, matrices.conv_out.T, out=target[flat])
 
             walk.each(second)
+
+        for tensors in zip(*map(_flat, (x, hidden, out)), statistics, strict=True):
+            picture(*tensors)
     return out, hidden, statistics
 
 
@@ -69,14 +72,13 @@ def res_block_backward(grad, x, hidden, statistics, weights):
         grad_x = on_large_pages(x.new_empty(x.shape))
         walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
         slopes = grad_x if n_in == n_out else on_large_pages(x.new_empty(hidden.shape))
-        for source, middle, given, result, slope, its in zip(
-            *map(_flat, (x, hidden, grad, grad_x, slopes)), statistics, strict=True
-        ):
+
+        def picture(source, middle, given, result, slope, its):
             outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
             inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
             through = _ThroughNorm(its[1], block.norm_out_weight)
 
-            def through_second(desk, piece, kept, middle=middle, given=given, slope=slope, inner=inner):
+            def through_second(desk, piece, kept):
                 flat, (norm, of_conv) = piece.flat, kept
                 before = torch.addcmul(inner[1], middle[flat], inner[0], out=desk.scratch(0, flat, n_out))
                 down = _before_silu(_multiply(given[flat], matrices.conv_out, slope[flat]), before)
@@ -88,10 +90,7 @@ def res_block_backward(grad, x, hidden, statistics, weights):
             scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
             through = _ThroughNorm(its[0], block.norm_in_weight)
 
-            def through_first(
-                desk, piece, kept, source=source, middle=middle, slope=slope, result=result, outer=outer,
-                scale=scale, offset=offset, share=share,
-            ):  # fmt: skip
+            def through_first(desk, piece, kept):
                 flat, (norm, of_conv) = piece.flat, kept
                 change = torch.addcmul(offset, middle[flat], share, out=desk.scratch(0, flat, n_out))
                 change.addcmul_(slope[flat], scale)
@@ -104,10 +103,7 @@ def res_block_backward(grad, x, hidden, statistics, weights):
             grads.conv_in.add_(through.take(parts))
             scale, offset, share = through.coefficients(len(source), grads.norm_in_weight, grads.norm_in_bias)
 
-            def to_input(
-                desk, piece, of_skip=None, source=source, given=given, result=result,
-                scale=scale, offset=offset, share=share,
-            ):  # fmt: skip
+            def to_input(desk, piece, of_skip=None):
                 flat = piece.flat
                 change = torch.addcmul(offset, source[flat], share, out=desk.scratch(0, flat, n_in))
                 change.addcmul_(result[flat], scale)
@@ -120,6 +116,9 @@ def res_block_backward(grad, x, hidden, statistics, weights):
                 walk.each(to_input)
             else:
                 grads.skip.add_(sum(walk.gathered(to_input, lambda: torch.zeros_like(block.skip))))
+
+        for tensors in zip(*map(_flat, (x, hidden, grad, grad_x, slopes)), statistics, strict=True):
+            picture(*tensors)
     return grad_x, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True) if w is not None]
 
 
@@ -129,14 +128,14 @@ def branches(x, freqs, query_conv, key_conv):
         walk, rotary, wide = _rotary(x, freqs)
         query, key = (on_large_pages(x.new_empty(x.shape)) for _ in range(2))
         matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
+
+        def rotate(desk, piece, source, targets):
+            guide = _rotated(desk, rotary, source, piece, wide)
+            for matrix, target in zip(matrices, targets, strict=True):
+                _multiply(guide, matrix, target[piece.flat])
+
         for source, *targets in zip(_flat(x), _flat(query), _flat(key), strict=True):
-
-            def rotate(desk, piece, source=source, targets=targets):
-                guide = _rotated(desk, rotary, source, piece, wide)
-                for matrix, target in zip(matrices, targets, strict=True):
-                    _multiply(guide, matrix, target[piece.flat])
-
-            walk.each(rotate)
+            walk.each(functools.partial(rotate, source=source, targets=targets))
     return query, key
 
 
@@ -212,9 +211,8 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         def start():
             return WeightGradient(conv), torch.zeros_like(products), torch.zeros_like(grad_bias)
 
-        for source, convolved, given, result in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
-
-            def through_projection(desk, piece, sums, source=source, convolved=convolved, given=given):
+        def picture(source, convolved, given, result):
+            def through_projection(desk, piece, sums):
                 flat, rows, cols, _ = piece
                 for_conv, for_weight, for_bias = sums
                 squares = torch.mul(convolved[flat], convolved[flat], out=desk.scratch(1, flat, dim))
@@ -229,17 +227,20 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
                 for_conv.add(down, source, rows, cols, desk)
 
             for for_conv, for_weight, for_bias in walk.gathered(through_projection, start):
-                grad_conv += for_conv.result()
-                products += for_weight
-                grad_bias += for_bias
+                grad_conv.add_(for_conv.result())
+                products.add_(for_weight)
+                grad_bias.add_(for_bias)
 
-            def through_convolution(desk, piece, result=result):
+            def through_convolution(desk, piece):
                 flat, rows, cols, _ = piece
                 out = desk.scratch(0, flat, dim)
                 back(of_conv, rows, cols, out, desk)
                 result[flat] = out
 
             walk.each(through_convolution)
+
+        for tensors in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
+            picture(*tensors)
         grads = grad_conv, (weight * products).sum(0), products * norm, grad_bias
     return grad_query, *(g.to(w.dtype) for g, w in zip(grads, originals, strict=True))
 
@@ -259,7 +260,7 @@ def feature_unification_backward(grad, features, basis, for_features=True):
             padded = F.pad(source.to(wide), (k // 2,) * 4)
             patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
 
-            def through_softmax(sums, part, patches=patches, given=given, padded=padded):
+            def through_softmax(sums, part, patches=patches, given=given):
                 of_basis, spread = sums
                 r, c = part
                 inside = (patches[r, c].flatten(3) * share[r, c]).flatten(0, 2)
