@@ -394,6 +394,26 @@ def test_video_frames(tmp_path, parts):
         make_film(film, tmp_path / "out", tmp_path / "pca.gif")
 
 
+def test_a_damaged_video_loses_its_damaged_frames_alone(tmp_path, parts):
+    pytest.importorskip("av")
+    from anyup_fast.batch.video import frame_times, write_film
+
+    film = tmp_path / "clip.mp4"
+    write_film([np.asarray(picture(0, (56, 70)).rotate(6 * index)) for index in range(20)], film, 10)
+    content = bytearray(film.read_bytes())
+    first, last = len(content) // 2, len(content) * 11 // 20
+    content[first:last] = bytes(last - first)
+    film.write_bytes(content)
+    assert len(frame_times(film)) == 20
+    summary = run(film, tmp_path / "out", **{**parts["run"], "workers": 1})
+    archive = open_archive(tmp_path / "out")
+    assert 0 < summary.done < 20 and summary.done + len(summary.failed) == 20
+    assert archive.verify() == [] and len(archive) == summary.done
+    assert all("time" in reason or "decoded" in reason for reason in summary.failed.values())
+    again = run(film, tmp_path / "out", **{**parts["run"], "workers": 1})
+    assert again.done == 0 and len(again.failed) == len(summary.failed)
+
+
 def test_sources(tmp_path):
     data = fill(tmp_path / "in", 6)
     (data / "notes.md").write_text("x")

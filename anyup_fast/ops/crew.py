@@ -8,6 +8,7 @@ products and copies of a few megabytes in its own cache.
 
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
@@ -44,7 +45,7 @@ def share_out(work, items, desks, in_order=False):
             work(desks[0], item)
         return
     edges = [len(items) * k // len(desks) for k in range(len(desks) + 1)]
-    queue = iter(items)
+    queue = deque(items)
     inference = torch.is_inference_mode_enabled()
 
     def run(desk, part):
@@ -53,11 +54,20 @@ def share_out(work, items, desks, in_order=False):
                 work(desk, item)
 
     pool = _pool(torch.get_num_threads())
-    parts = [items[first:last] if in_order else queue for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    ranges = zip(edges[:-1], edges[1:], strict=True)
+    parts = [items[first:last] if in_order else _taken(queue) for first, last in ranges]
     running = [pool.submit(run, desk, part) for desk, part in zip(desks, parts, strict=True)]
     wait(running)
     for future in running:
         future.result()
+
+
+def _taken(queue):
+    while queue:
+        try:
+            yield queue.popleft()
+        except IndexError:  # somebody else has taken the last one
+            return
 
 
 def _pool(threads):
