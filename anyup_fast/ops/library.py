@@ -182,9 +182,12 @@ def _save_projection(ctx, inputs, output):
     query, *weights, ctx.eps = inputs
     ctx.save_for_backward(query, output[1], *weights)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros of the size of an image, for what has no gradient
 
 
 def _backward_projection(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
     return *project_queries_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
@@ -223,10 +226,13 @@ def _save_block(ctx, inputs, output):
     _, *kept = output
     ctx.save_for_backward(x, *kept, *weights)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
 
 
 def _backward_block(ctx, grad, *_):
     x, hidden, statistics, *weights = ctx.saved_tensors
+    if grad is None:
+        return None, [None] * len(weights), None
     grad_x, *grads = res_block_backward(grad, x, hidden, statistics, weights)
     return grad_x, grads, None
 

@@ -112,9 +112,9 @@ class WeightGradient:
         """The gradient (out, in, 3, 3)."""
         if not self.tiled:
             return self.total
-        _, of_weight, _ = (matrix.to(self.total) for matrix in matrices())
-        tiles = self.of_tiles.view(INPUTS, INPUTS, *self.of_tiles.shape[1:])
-        return self.total + torch.einsum("uvco,ui,vj->ocij", tiles, of_weight, of_weight)
+        _, of_weight, _ = matrices()
+        both = torch.kron(of_weight, of_weight).to(self.of_tiles).T @ self.of_tiles.flatten(1)
+        return self.total + both.view(TAPS, TAPS, *self.of_tiles.shape[1:]).permute(3, 2, 0, 1)
 
 
 def worth_tiling(shape):

@@ -80,10 +80,11 @@ def res_block_backward(grad, x, hidden, statistics, weights):
 
             def through_second(desk, piece, kept):
                 flat, (norm, of_conv) = piece.flat, kept
+                near = desk.scratch(2, flat, n_out).copy_(given[flat])  # read twice
                 before = torch.addcmul(inner[1], middle[flat], inner[0], out=desk.scratch(0, flat, n_out))
-                down = _before_silu(_multiply(given[flat], matrices.conv_out, slope[flat]), before)
+                down = _before_silu(_multiply(near, matrices.conv_out, slope[flat]), before)
                 norm.add(down.to(wide), middle[flat].to(wide), desk.scratch(1, flat, n_out))
-                _add_product(of_conv, given[flat], F.silu(before, inplace=True))
+                _add_product(of_conv, near, F.silu(before, inplace=True))
 
             parts = walk.gathered(through_second, _of_each(through, block.conv_out))
             grads.conv_out.add_(through.take(parts))
@@ -157,10 +158,12 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
             flat, rows, cols, _ = piece
             *of_weights, of_freqs = sums
             guide = _rotated(desk, rotary, source, piece, wide)
-            for gradient, of_branch in zip(of_weights, given, strict=True):
-                _add_product(gradient, of_branch[flat], guide)
-            down = _multiply(given[0][flat], matrices[0], desk.scratch(2, flat, width))
-            down.add_(given[1][flat] @ matrices[1])
+            pixels = len(guide)
+            near = desk.buffer("near", 2 * pixels * width, x).view(2, pixels, width)
+            for gradient, of_branch, copied in zip(of_weights, given, near, strict=True):
+                _add_product(gradient, copied.copy_(of_branch[flat]), guide)
+            down = _multiply(near[0], matrices[0], desk.scratch(2, flat, width))
+            down.add_(near[1] @ matrices[1])
             shape = rows.stop - rows.start, cols.stop - cols.start, width
             down, pixels = down.view(shape), source[flat].view(shape).to(wide)
             cos, sin = (desk.scratch(i, flat, width).view(shape) for i in range(2))
@@ -218,7 +221,7 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
                 squares = torch.mul(convolved[flat], convolved[flat], out=desk.scratch(1, flat, dim))
                 inverse = squares.mean(1, keepdim=True).add_(eps).rsqrt_()
                 unit = torch.mul(convolved[flat], inverse, out=desk.scratch(0, flat, dim))
-                down = given[flat].to(wide)
+                down = desk.scratch(2, flat, dim).copy_(given[flat])  # read three times
                 for_bias += down.sum(0)
                 for_weight.addmm_(down.T, unit)
                 down = torch.mm(down, folded, out=of_conv.view(-1, dim)[flat])
