@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .model import cell_colours, checked_output_size
+from .model import FOR_WORKER, cell_colours, checked_output_size
 from .ops import torch_guidance, windowed_attention
+from .ops.crew import crew_size
 from .ops.guidance import RMS_EPS
 from .ops.pages import on_large_pages
 from .ops.torch_forward import PIXELS, cast, pieces
@@ -318,7 +319,8 @@ class Prepared:
         wide = max(4, self._value.element_size())
         piece = min(pixels, BAND) * wide
         answers = piece * self.channels + (8 * pixels if self._argmax else pixels * self.channels * wide)
-        return SMALL_BUFFERS + batch * (2 * piece * width + answers)
+        workers = crew_size(self._value.device)
+        return SMALL_BUFFERS + (workers - 1) * FOR_WORKER + batch * (2 * piece * width + answers)
 
     def _stored_dtype(self):
         if self._argmax:

@@ -3,7 +3,8 @@
     python benchmarks/quality.py --scenes DIR --stamps DIR --encoders dinov2_vits14 efficientnet_lite0 \\
         --weights embedded anyup_multi_backbone model.safetensors --reference anyup_multi_backbone --cache DIR
 
-With `--cache` an interrupted run goes on where it stopped, and weights judged before cost nothing.
+With `--cache` an interrupted run goes on where it stopped, and scores of weights judged before cost nothing; pictures
+(`--figures`) are drawn anew.
 
 **Boundary segmentation.** Cut-outs are pasted on photographs, both kept out of training. The features of the
 picture are upsampled to its pixels. An instance's prototype (the photograph is one more instance) is the mean of

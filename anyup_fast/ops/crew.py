@@ -83,7 +83,13 @@ def _pool(threads):
                 torch.set_num_threads(threads // workers)
                 met.wait()
 
-            wait([pool.submit(start) for _ in range(workers)])
+            try:
+                starting = [pool.submit(start) for _ in range(workers)]
+            except RuntimeError:  # no more threads to be had: let those go that wait for the others
+                met.abort()
+                raise
+            for future in starting:
+                future.result()
             # What a thread sets is also what threads started later begin with: leave that as it was.
             torch.set_num_threads(threads)
             _pools[threads] = pool
