@@ -5,13 +5,16 @@ low-resolution features. A step crops both to the same cells, guides the upsampl
 per cell, and compares the output with the target crop:
 
     loss = main + consistency_weight * consistency + 0.1 * reconstruction
-           + dense_weight * dense + native_weight * native + spread_weight * spread + smooth_weight * smooth
+           + dense_weight * dense + mask_weight * mask
+           + native_weight * native + spread_weight * spread + smooth_weight * smooth
 
 `main` is (1 - cosine) + MSE at the target's grid, after both were min-max normalised per pixel by the target's channel
 range; `consistency` the same between the outputs under a photometrically changed guide and under the clean one
 (detached), at the guide's resolution; `reconstruction` the same between the area-downsampled output and the low-res
 features. `dense` is ours: pictures with pasted cut-outs have exact masks, so near a mask's boundary the output at the
-guide's resolution is compared with target features interpolated inside each instance only. `native` is the counterpart
+guide's resolution is compared with target features interpolated inside each instance only. `mask` asks the same of the
+attention itself, whatever the features: minus the logarithm of the weight on the pixel's own instance, where a cell
+belongs to each instance by the share of it that the instance covers. `native` is the counterpart
 of `reconstruction` for features of the full picture, which have no finer target: each cell's mean of the output must
 give the cell's features back. `spread` is the attention's mean square distance from its pixel, in cells. Both keep the
 attention local on the large grids of everyday use, where weight at a window's edge would show as blocks. `smooth`
@@ -44,7 +47,8 @@ from .ops import pooled, windowed_attention
 
 logger = logging.getLogger("anyup_fast")
 
-REGION, REGION_CHANNELS = 48, 96
+REGION_CHANNELS = 96
+LEAST_WEIGHT = 1e-3  # on the pixel's own instance: below, "mask" does not grow further
 SMOOTH_CELL = 14  # pixels per cell at which "smooth" counts in full; where cells are smaller, bends are steep by nature
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
 
@@ -71,6 +75,8 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.998
     dense_weight: float = 0.5
+    mask_weight: float = 0.0  # weight of "mask"
+    region: int = 48  # pixels along each axis of the part of a guide that is decoded at its own resolution
     window_ratio: float = 0.1
     bf16: bool = True
     seed: int = 0
@@ -87,7 +93,7 @@ class TrainConfig:
     model: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("pictures", "size", "steps", "batch", "guide_pixels"):
+        for name in ("pictures", "size", "steps", "batch", "guide_pixels", "region"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < 1:
@@ -358,6 +364,12 @@ def instance_target(features, instances):
     return out, ((high != low).float() * covered)[:, 0]
 
 
+def instance_shares(instances, size):
+    """(B, instances, h, w): the share of each cell that each instance of (B, H, W), numbered from 0, covers."""
+    one_hot = F.one_hot(instances.long()).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(one_hot.float(), size)
+
+
 def decode_region(model, query, key, features, rows, cols):
     """Output (B, C, rows, cols) of two slices, from what `AnyUp.encoded` gives."""
     height, width = query.shape[1:3]
@@ -388,21 +400,23 @@ def training_loss(model, sample, rng, config):
         small = F.adaptive_avg_pool2d(output, sample.features.shape[-2:])
         terms["reconstruction"] = feature_loss(small, sample.features)
     # At the guide's resolution a region and a part of the channels are enough: the attention is the same for all.
-    rows, cols = (_random_slice(rng, n, REGION) for n in query.shape[1:3])
+    rows, cols = (_random_slice(rng, n, config.region) for n in query.shape[1:3])
     part = torch.from_numpy(rng.permutation(sample.features.shape[1])[:REGION_CHANNELS])
     features = given[:, part]
     native = config.native_weight and "main" not in terms
     if native:
         per_cell = query.shape[2] // features.shape[3]
         rows, cols = (_whole_cells(pixels, per_cell) for pixels in (rows, cols))
-    shown = features
+    places, square_distance = _places(features, query.shape[1:3], rows, cols)
+    shares = instance_shares(sample.instances, features.shape[-2:])
+    widths = [part.shape[1] for part in (features, places, shares)]
+    region = decode_region(model, query, key, torch.cat((features, places, shares), 1), rows, cols)
+    region, seen_places, seen_shares = region.split(widths, 1)
     if config.spread_weight:
-        places, square_distance = _places(features, query.shape[1:3], rows, cols)
-        shown = torch.cat((features, places), 1)
-    region = decode_region(model, query, key, shown, rows, cols)
-    if config.spread_weight:
-        terms["spread"] = square_distance(region[:, -places.shape[1] :]).mean()
-        region = region[:, : -places.shape[1]]
+        terms["spread"] = square_distance(seen_places).mean()
+    if config.mask_weight and shares.shape[1] > 1:
+        own = seen_shares.gather(1, sample.instances[:, None, rows, cols].long())
+        terms["mask"] = -own.float().clamp_min(LEAST_WEIGHT).log().mean()
     if native:
         cells = [slice(pixels.start // per_cell, pixels.stop // per_cell) for pixels in (rows, cols)]
         terms["native"] = feature_loss(
@@ -422,7 +436,7 @@ def training_loss(model, sample, rng, config):
         other = decode_region(model, query, key, features, rows, cols)
         terms["consistency"] = feature_loss(other, region.detach()) / config.consistency_share
     weights = {"main": 1.0, "reconstruction": 0.1, "consistency": config.consistency_weight}
-    weights |= {name: getattr(config, f"{name}_weight") for name in ("dense", "native", "spread", "smooth")}
+    weights |= {name: getattr(config, f"{name}_weight") for name in ("dense", "mask", "native", "spread", "smooth")}
     total = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), requires_grad=True))
     return total, {name: term.item() for name, term in terms.items()}
 
@@ -562,6 +576,7 @@ METRICS = (
     "loss",
     "main",
     "dense",
+    "mask",
     "native",
     "spread",
     "smooth",

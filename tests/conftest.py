@@ -17,6 +17,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def _threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch has two threads, whatever the machine."""
+    yield from _threads(2)
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch has one thread, the test's own: what a dispatch mode is to see is done there."""
+    yield from _threads(1)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """What a launcher allocates holds NaN until a kernel writes it."""

@@ -1,8 +1,10 @@
 """Work shared out among threads: everything once, settings kept, failures told, forks survived; tiled convolutions."""
 
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -10,20 +12,12 @@ import torch.nn.functional as F
 
 from anyup_fast import AnyUp
 from anyup_fast.ops import torch_convolution, torch_forward
-from anyup_fast.ops.crew import crew_size, share_out
+from anyup_fast.ops.crew import crew_size, led, share_out
 from anyup_fast.ops.pages import LEAST, on_large_pages
 from anyup_fast.ops.torch_convolution import Convolution, WeightGradient
 from anyup_fast.ops.torch_forward import Walk
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("in_order", [False, True])
@@ -170,3 +164,67 @@ def test_large_pages_change_nothing_but_the_pages():
     assert on_large_pages(x) is x and torch.equal(x, torch.arange(LEAST // 4 + 5, dtype=torch.int32))
     small = torch.zeros(3)
     assert on_large_pages(small) is small
+
+
+def test_the_leader_does_what_lies_between_alone_and_as_the_caller_would(two_threads):
+    def settings(x):
+        seen = threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        desks = []
+        share_out(lambda desk, item: desks.append((desk, crew_size(CPU))), [0, 1], range(crew_size(CPU)), in_order=True)
+        return seen, sorted(desks), led(lambda x: threading.get_ident())(x), crew_size(CPU)
+
+    for recorded, inference in ((True, False), (False, False), (False, True)):
+        with torch.inference_mode(inference), torch.set_grad_enabled(recorded):
+            (thread, *others), desks, again, size = led(settings)(torch.zeros(1))
+        assert thread == again != threading.get_ident() and others == [1, recorded, inference]
+        assert desks == [(0, 1), (1, 1)] and size == 2
+    torch.set_num_threads(1)
+    assert led(settings)(torch.zeros(1))[0][0] == threading.get_ident()
+
+
+def test_failures_of_the_leader_and_of_both_come_home(two_threads):
+    @led
+    def fails(x):
+        share_out(lambda desk, item: [].pop(), [0, 1], [0, 1])
+
+    for _ in range(2):
+        with pytest.raises(IndexError, match="pop from empty"):
+            fails(torch.zeros(1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+def test_an_interrupt_ends_the_work_at_the_next_piece(two_threads):
+    done = []
+
+    def work(desk, item):
+        if item == 2:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        done.append(item)
+        time.sleep(0.05)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            share_out(work, list(range(200)), [0, 1])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 2 <= len(done) <= 8
+    share_out(lambda desk, item: done.append(item), [-1, -2], [0, 1])
+    assert sorted(done)[:2] == [-2, -1]
+
+
+def test_callers_side_by_side_all_get_their_own(two_threads):
+    def caller(number):
+        torch.set_num_threads(2)
+        out = torch.zeros(40)
+        for _ in range(20):
+            share_out(lambda desk, item: out[item : item + 1].add_(number), list(range(40)), [0, 1])
+        sums[number] = out
+
+    sums = {}
+    threads = [threading.Thread(target=caller, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(torch.equal(sums[number], torch.full((40,), 20.0 * number)) for number in (1, 2, 3))

@@ -187,6 +187,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_unification_never_forms_every_response():
     features, basis = torch.randn(1, 384, 24, 24), torch.randn(128, 1, 5, 5)
@@ -198,6 +199,7 @@ def test_unification_never_forms_every_response():
     assert seen.elements >= 128 * features.numel()
 
 
+@pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_guidance_holds_images_of_its_width_and_nothing_larger():
     model, image = peaky().float(), torch.randn(1, 3, 100, 130)

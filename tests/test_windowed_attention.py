@@ -151,6 +151,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_nothing_as_large_as_pixels_times_tokens_is_made(backend):
     size, grid = 128, 24

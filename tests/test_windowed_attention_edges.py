@@ -149,6 +149,7 @@ def largest(size, grid, channels, backend, backward=False, batch=1):
     return mode.numbers
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_tensor_of_pixels_times_tokens(backward, monkeypatch):
     monkeypatch.setattr(torch_backend, "BATCH", 1 << 14)
@@ -159,6 +160,7 @@ def test_no_tensor_of_pixels_times_tokens(backward, monkeypatch):
     assert largest(size, grid, channels, "reference") >= pixels * tokens, "the count must see it where it exists"
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_buffers_do_not_grow_with_the_picture_the_batch_or_the_window(monkeypatch):
     monkeypatch.setattr(torch_backend, "BATCH", 1 << 12)
     monkeypatch.setattr(torch_backend, "LIMIT", 1 << 14)

@@ -3,9 +3,11 @@
 PyTorch cuts every operation into a share for each thread. The shares of one operation are not those of the next, so
 that data wander between the cores' caches, and every operation waits for its slowest share; beside another busy program
 that wait can be long. Here each thread has pieces of its own and does everything on them alone, which also leaves
-products and copies of a few megabytes in its own cache.
+products and copies of a few megabytes in its own cache. What lies between the pieces is done by one of these threads,
+the leader: in the caller's thread every small operation would wake PyTorch's own team, which then spins beside us.
 """
 
+import functools
 import os
 import threading
 from collections import deque
@@ -16,15 +18,30 @@ import torch
 MOST = 16  # workers, for they take turns in the interpreter; where there are more threads, each worker has several
 
 _lock = threading.Lock()
-_pools = {}  # number of threads: executor
-_inside = threading.local()
+_crews = {}  # number of threads: _Crew
+_inside = threading.local()  # of a crew's threads: `size`, what `crew_size` says; `crew` and `call` of the leader
 
 
 def crew_size(device):
     """How many pieces are worked on at once by the calling thread's leave: its `torch.get_num_threads()`, or one."""
-    if device.type != "cpu" or getattr(_inside, "worker", False):
+    if device.type != "cpu":
         return 1
-    return min(MOST, torch.get_num_threads())
+    return getattr(_inside, "size", None) or min(MOST, torch.get_num_threads())
+
+
+def led(function):
+    """Decorator: `function(tensor, ...)` is called in the leader's thread, if the tensor is on a CPU of many threads.
+
+    Of the caller's settings, inference mode and whether gradients are recorded go with it.
+    """
+
+    @functools.wraps(function)
+    def call(tensor, *args, **kwargs):
+        if hasattr(_inside, "size") or crew_size(tensor.device) == 1:
+            return function(tensor, *args, **kwargs)
+        return _crew(torch.get_num_threads()).lead(functools.partial(function, tensor, *args, **kwargs))
+
+    return call
 
 
 def share_out(work, items, desks, in_order=False):
@@ -43,23 +60,86 @@ def share_out(work, items, desks, in_order=False):
     if len(desks) == 1:
         for item in items:
             work(desks[0], item)
-        return
-    edges = [len(items) * k // len(desks) for k in range(len(desks) + 1)]
-    queue = deque(items)
-    inference = torch.is_inference_mode_enabled()
+    elif hasattr(_inside, "crew"):
+        _inside.crew.share_out(work, items, desks, in_order)
+    else:
+        crew = _crew(torch.get_num_threads())
+        crew.lead(functools.partial(crew.share_out, work, items, desks, in_order))
 
-    def run(desk, part):
-        with torch.inference_mode(inference), torch.no_grad():
-            for item in part:
-                work(desk, item)
 
-    pool = _pool(torch.get_num_threads())
-    ranges = zip(edges[:-1], edges[1:], strict=True)
-    parts = [items[first:last] if in_order else _taken(queue) for first, last in ranges]
-    running = [pool.submit(run, desk, part) for desk, part in zip(desks, parts, strict=True)]
-    wait(running)
-    for future in running:
-        future.result()
+class _Call:
+    stopped = False  # the caller waits no longer
+
+
+class _Crew:
+    """A leader and as many others as make `min(MOST, threads)`."""
+
+    def __init__(self, threads):
+        self.size = min(MOST, threads)
+        self._leader = ThreadPoolExecutor(1, "anyup_fast")
+        self._others = ThreadPoolExecutor(self.size - 1, "anyup_fast")
+        met = threading.Barrier(self.size)
+
+        def start(leads):
+            _inside.size = self.size if leads else 1
+            if leads:
+                _inside.crew = self
+            torch.get_num_threads()  # a thread takes over the setting of others when it first asks: now, not later
+            torch.set_num_threads(threads // self.size)
+            met.wait()
+
+        try:
+            starting = [self._leader.submit(start, True)]
+            starting += [self._others.submit(start, False) for _ in range(self.size - 1)]
+        except RuntimeError:  # no more threads to be had: let those go that wait for the others
+            met.abort()
+            raise
+        for future in starting:
+            future.result()
+        # What a thread sets is also what threads started later begin with: leave that as it was.
+        torch.set_num_threads(threads)
+
+    def lead(self, function):
+        """What `function` returns or raises in the leader's thread; an interrupted caller stops it at the next item."""
+        inference, recorded, call = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), _Call()
+
+        def run():
+            _inside.call = call
+            with torch.inference_mode(inference), torch.set_grad_enabled(recorded):
+                return function()
+
+        future = self._leader.submit(run)
+        try:
+            return future.result()
+        finally:
+            if not future.done():
+                call.stopped = True
+                wait([future])
+
+    def share_out(self, work, items, desks, in_order):
+        """`share_out` from the leader's thread, who works along."""
+        edges = [len(items) * k // len(desks) for k in range(len(desks) + 1)]
+        queue, call = deque(items), _inside.call
+        ranges = zip(edges[:-1], edges[1:], strict=True)
+        parts = [items[first:last] if in_order else _taken(queue) for first, last in ranges]
+        inference = torch.is_inference_mode_enabled()
+
+        def run(desk, part):
+            with torch.inference_mode(inference), torch.no_grad():
+                for item in part:
+                    if call.stopped:
+                        raise InterruptedError("the caller was interrupted")
+                    work(desk, item)
+
+        running = [self._others.submit(run, desk, part) for desk, part in zip(desks[1:], parts[1:], strict=True)]
+        _inside.size = 1
+        try:
+            run(desks[0], parts[0])
+        finally:
+            _inside.size = self.size
+            wait(running)
+        for future in running:
+            future.result()
 
 
 def _taken(queue):
@@ -70,37 +150,18 @@ def _taken(queue):
             return
 
 
-def _pool(threads):
+def _crew(threads):
     with _lock:
-        if threads not in _pools:
-            workers = min(MOST, threads)
-            pool = ThreadPoolExecutor(workers, "anyup_fast")
-            met = threading.Barrier(workers)
-
-            def start():
-                _inside.worker = True
-                torch.get_num_threads()  # a thread takes over the setting of others when it first asks: now, not later
-                torch.set_num_threads(threads // workers)
-                met.wait()
-
-            try:
-                starting = [pool.submit(start) for _ in range(workers)]
-            except RuntimeError:  # no more threads to be had: let those go that wait for the others
-                met.abort()
-                raise
-            for future in starting:
-                future.result()
-            # What a thread sets is also what threads started later begin with: leave that as it was.
-            torch.set_num_threads(threads)
-            _pools[threads] = pool
-        return _pools[threads]
+        if threads not in _crews:
+            _crews[threads] = _Crew(threads)
+        return _crews[threads]
 
 
 def _forget():
     global _lock
     _lock = threading.Lock()
-    _pools.clear()
-    _inside.worker = False
+    _crews.clear()
+    _inside.__dict__.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,7 +10,7 @@ from itertools import groupby, product
 
 import torch
 
-from .crew import crew_size, share_out
+from .crew import crew_size, led, share_out
 from .pages import on_large_pages
 
 # Numbers held at once: the logits of a batch of tiles (a cache's worth), and any buffer at all.
@@ -22,6 +22,7 @@ TILE_COST = 8
 FEW_CHANNELS = 64
 
 
+@led
 def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean"):
     """Forward of `anyup_fast.ops.windowed_attention`, without recording gradients (the operator has its own backward).
 
@@ -44,6 +45,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     return out
 
 
+@led
 def windowed_attention_backward(
     grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", for_value=True
 ):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .crew import crew_size, share_out
+from .crew import crew_size, led, share_out
 from .pages import on_large_pages
 from .torch_convolution import Convolution
 
@@ -24,6 +24,7 @@ RESPONSES = 1 << 20  # of the feature-agnostic layer at once
 NORM_EPS = 1e-5
 
 
+@led
 def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
     """`anyup_fast.ops.project_queries`, in float32 at least; `convolved`, if given, takes the convolution's output."""
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -47,6 +48,7 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
     return out
 
 
+@led
 def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
     """`anyup_fast.ops.project_keys`."""
     compute = torch.promote_types(from_image.dtype, torch.float32)
@@ -84,6 +86,7 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
     return out.to(from_image.dtype)
 
 
+@led
 def feature_unification(features, basis):
     """`anyup_fast.ops.feature_unification`."""
     compute = torch.promote_types(features.dtype, torch.float32)

@@ -12,7 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .crew import crew_size, share_out
+from .crew import crew_size, led, share_out
 from .pages import on_large_pages
 from .torch_convolution import Convolution, WeightGradient
 from .torch_forward import CONVOLVED, RESPONSES, Walk, as_picture, by_channel, cast, group_affine, pieces, taps_inside
@@ -20,6 +20,7 @@ from .torch_guidance import Rotary
 from .weights import Block
 
 
+@led
 def res_block(x, weights, num_groups):
     """`anyup_fast.ops.res_block` (B, H, W, out), with what backward needs besides the input.
 
@@ -62,6 +63,7 @@ def res_block(x, weights, num_groups):
     return out, hidden, statistics
 
 
+@led
 def res_block_backward(grad, x, hidden, statistics, weights):
     """Gradients of `res_block` for x and for the tensors of the block, in its order."""
     wide = statistics.dtype
@@ -123,6 +125,7 @@ def res_block_backward(grad, x, hidden, statistics, weights):
     return grad_x, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True) if w is not None]
 
 
+@led
 def branches(x, freqs, query_conv, key_conv):
     """`anyup_fast.ops.branches`: two tensors (B, H, W, D)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -140,6 +143,7 @@ def branches(x, freqs, query_conv, key_conv):
     return query, key
 
 
+@led
 def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
     """Gradients of `branches` for x, freqs, query_conv and key_conv."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -194,6 +198,7 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
     )
 
 
+@led
 def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps):
     """Gradients of `anyup_fast.ops.project_queries` for query, conv, norm, weight and bias.
 
@@ -248,6 +253,7 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
     return grad_query, *(g.to(w.dtype) for g, w in zip(grads, originals, strict=True))
 
 
+@led
 def feature_unification_backward(grad, features, basis, for_features=True):
     """Gradients of `anyup_fast.ops.feature_unification` for features (if asked for, else empty) and basis."""
     wide = torch.promote_types(features.dtype, torch.float32)

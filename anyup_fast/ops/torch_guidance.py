@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 import torch
 import torch.nn.functional as F
 
+from .crew import led
 from .pages import on_large_pages
 from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
@@ -17,6 +18,7 @@ BLOCK = 1 << 17  # pixels read at once
 IMAGE, QUERY, KEY = slice(0, 4), slice(4, 8), slice(8, 12)  # the normalisations of each encoder
 
 
+@led
 def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
     """`anyup_fast.ops.guidance`: (B, H', W', D), (B, h, w, D) and (B, 12, 2, D), all in float32 at least."""
     compute = torch.promote_types(dtype, torch.float32)
