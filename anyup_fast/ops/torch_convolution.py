@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 OUTPUTS, TAPS = 4, 3  # of a tile along one axis
 INPUTS = OUTPUTS + TAPS - 1
+AT_ONCE = 2048  # numbers for each tap of a weight that is transformed in float64
 POINTS = Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)
 WASTE = 1.5  # times as many outputs as needed, at most, for the sake of whole tiles
 
@@ -168,8 +169,12 @@ def _polynomial(roots):
 def transformed(weight):
     """A weight (out, in, 3, 3) for the products of transformed tiles: (36, in, out)."""
     _, of_weight, _ = matrices()
-    both = torch.kron(of_weight, of_weight).to(weight.device) @ weight.double().flatten(2).permute(2, 1, 0).flatten(1)
-    return both.view(INPUTS**2, weight.shape[1], weight.shape[0]).to(weight.dtype)
+    both = torch.kron(of_weight, of_weight).to(weight.device)
+    taps = weight.permute(2, 3, 1, 0).flatten(0, 1).flatten(1)
+    out = weight.new_empty(INPUTS**2, taps.shape[1])
+    for source, target in zip(taps.split(AT_ONCE, 1), out.split(AT_ONCE, 1), strict=True):
+        target.copy_(both @ source.double())
+    return out.view(INPUTS**2, weight.shape[1], weight.shape[0])
 
 
 def transform(source, rows, cols, like, desk, inside=False):

@@ -152,23 +152,26 @@ def _project(pixels, folded, bias, eps, out):
 
 
 class Moments:
-    """Mean and mean square deviation of every channel over all pixels, gathered piece by piece."""
+    """Mean and mean square of every channel over all pixels, gathered piece by piece."""
 
     PIECES = 256  # whose sums are kept before they are put together, where their number is not known
 
-    def __init__(self, room=None, counts=()):
-        """For an image in known pieces: `room` (2, pieces, D), which `put` fills, and the pixels of each."""
-        self.room, self.counts = room, list(counts)
-        self.count, self.mean, self.spread = 0, 0.0, 0.0
+    def __init__(self, room=None, shares=None):
+        """For an image in known pieces: `room` (2, pieces, D), which `put` fills, and each one's share of the pixels.
+
+        The shares are (1, pieces) in float64.
+        """
+        self.room, self._shares = room, shares
+        self._counts, self._count, self._sums = [], 0, None
 
     def add(self, x):
         """Take in the pixels `x` (P, D) as one more piece."""
         if self.room is None:
             # One block: small tensors that stay would cut the heap to pieces among the large ones that come and go.
             self.room = x.new_empty(2, self.PIECES, x.shape[1])
-        self.counts.append(len(x))
-        self.put(len(self.counts) - 1, x)
-        if len(self.counts) == self.PIECES:
+        self._counts.append(len(x))
+        self.put(len(self._counts) - 1, x)
+        if len(self._counts) == self.PIECES:
             self._gather()
 
     def put(self, number, x, scratch=None):
@@ -181,30 +184,39 @@ class Moments:
             torch.mean(torch.sub(x, mean, out=scratch).square_(), 0, out=variance)
 
     def _gather(self):
-        """Put the sums of the pieces together, in float64."""
-        if not self.counts:
-            return
-        counts = self.room.new_full((len(self.counts), 1), self.counts[0], dtype=torch.float64)
-        for i, count in enumerate(self.counts):
-            if count != self.counts[0]:
-                counts[i] = count  # a fill: a tensor made of the list would wait for an accelerator
-        means, variances = self.room[:, : len(self.counts)].double()
-        count = sum(self.counts)
-        mean = (means * counts).sum(0) / count
-        spread = (counts * (variances + (means - mean).square())).sum(0)
-        apart, total = mean - self.mean, self.count + count
-        self.spread = self.spread + spread + apart.square() * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
-        self.count, self.counts = total, []
+        """Add the pieces since the last time to the others."""
+        count = sum(self._counts)
+        if count:
+            sums = count * _mean_and_square(self.room[:, : len(self._counts)], shares_of(self._counts, self.room))
+            self._sums = sums if self._sums is None else self._sums + sums
+            self._count, self._counts = self._count + count, []
 
     def groups(self, num_groups):
         """(2, num_groups): mean and inverse deviation of the groups of channels, in float64."""
+        if self._shares is not None:
+            return group_statistics(*_mean_and_square(self.room, self._shares), num_groups)
         self._gather()
-        return group_statistics(self.mean, self.spread / self.count, num_groups)
+        return group_statistics(*self._sums / self._count, num_groups)
 
     def affine(self, weight, bias, num_groups):
         """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
         return group_affine(self.groups(num_groups), weight, bias)
+
+
+def shares_of(counts, like):
+    """(1, pieces), float64: the share of the pixels that each piece has."""
+    shares = like.new_full((1, len(counts)), counts[0] / sum(counts), dtype=torch.float64)
+    for i, count in enumerate(counts):
+        if count != counts[0]:
+            shares[0, i] = count / sum(counts)  # a fill: a tensor made of the list would wait for an accelerator
+    return shares
+
+
+def _mean_and_square(room, shares):
+    """(2, D) in float64, from the pieces' means and variances (2, pieces, D)."""
+    means, variances = room = room.double()
+    variances.addcmul_(means, means)
+    return torch.matmul(shares, room)[:, 0]
 
 
 def as_picture(x):
@@ -212,19 +224,22 @@ def as_picture(x):
     return x.view(1, len(x), 1, -1).permute(0, 3, 1, 2)
 
 
-def group_statistics(mean, variance, num_groups):
-    """Mean and inverse deviation of groups of channels (2, num_groups), from those of every channel in float64."""
-    grouped = mean.view(num_groups, -1)
-    group_mean = grouped.mean(1, keepdim=True)
-    spread = (variance.view(num_groups, -1) + (grouped - group_mean).square()).mean(1)
-    return torch.stack((group_mean[:, 0], (spread + NORM_EPS).rsqrt()))
+def group_statistics(mean, square, num_groups):
+    """Mean and inverse deviation of groups of channels (2, num_groups), from those of every channel in float64.
+
+    `square` is the mean square; float64 leaves of its difference from the mean's square what float32 can tell.
+    """
+    mean, square = torch.stack((mean, square)).view(2, num_groups, -1).mean(2)
+    return torch.stack((mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(NORM_EPS).rsqrt_()))
 
 
 def group_affine(statistics, weight, bias):
     """GroupNorm as scale and shift (2, D), from mean and inverse deviation (2, num_groups)."""
     mean, inverse = by_channel(statistics.double(), len(weight))
-    scale = inverse * weight.double()
-    return torch.stack((scale, bias.double() - mean * scale)).to(weight.dtype)
+    out = weight.new_empty(2, len(weight))
+    out[0] = scale = inverse * weight
+    out[1] = bias - mean * scale
+    return out
 
 
 def by_channel(statistics, channels):
@@ -292,8 +307,9 @@ class Walk:
             Piece(slice(rows.start * size[1] + cols.start, (rows.stop - 1) * size[1] + cols.stop), rows, cols, number)
             for number, (rows, cols) in enumerate(pieces(*size, most))
         ]
-        longest = max(piece.flat.stop - piece.flat.start for piece in self.pieces)
-        self._like = like
+        counts = [piece.flat.stop - piece.flat.start for piece in self.pieces]
+        longest = max(counts)
+        self._like, self._shares = like, shares_of(counts, like)
         self.desks = [
             Desk(on_large_pages(like.new_empty(3, longest * width))) for _ in range(min(workers, len(self.pieces)))
         ]
@@ -313,8 +329,7 @@ class Walk:
 
         The work gives each of them its pixels by `Moments.put`; `widths` are their channels.
         """
-        counts = [piece.flat.stop - piece.flat.start for piece in self.pieces]
-        moments = [Moments(self._like.new_empty(2, len(counts), width), counts) for width in widths]
+        moments = [Moments(self._like.new_empty(2, len(self.pieces), width), self._shares) for width in widths]
         share_out(lambda desk, piece: work(desk, piece, *moments), self.pieces, self.desks)
         return moments if len(moments) > 1 else moments[0]
 

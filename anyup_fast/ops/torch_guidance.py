@@ -189,10 +189,9 @@ class Colours:
 
     def affine(self, conv, weight, bias, num_groups):
         """(2, D): normalisation of `conv @ rgb`, which follows from mean and covariance of the colours."""
-        conv, mean = conv.double(), self.sums / self.count
-        covariance = self.products / self.count - mean[:, None] * mean
-        variance = ((conv @ covariance) * conv).sum(1).clamp(min=0)
-        return group_affine(group_statistics(conv @ mean, variance, num_groups), weight, bias)
+        conv = conv.double()
+        mean, square = conv @ self.sums / self.count, ((conv @ self.products) * conv).sum(1) / self.count
+        return group_affine(group_statistics(mean, square, num_groups), weight, bias)
 
 
 class Bins:
@@ -228,17 +227,35 @@ class Pool:
         channels: D. like: a tensor on the device and of the dtype to sum in.
     """
 
+    FEW = 64  # ranges of columns whose sums are a matrix product
+
     def __init__(self, rows, cols, channels, like):
         self.rows, self.cols = rows, cols
         self.sums = like.new_zeros(len(rows), len(cols), channels)
+        self._taken = None, None
 
     def add(self, x, rows, cols):
         """Take in the pixels `x` (rows, cols, D) of two slices of the image."""
-        met, places = self.cols.inside(cols)
-        left, right = torch.tensor(places, device=x.device).unbind(1)
+        if self._taken[0] != cols:
+            self._taken = cols, self._taker(cols)
+        take, met = self._taken[1]
         for i, (top, bottom) in zip(*self.rows.inside(rows), strict=True):
-            line = F.pad(x[top:bottom].sum(0, dtype=torch.float64).cumsum(0), (0, 0, 1, 0))
-            self.sums[i, met.start : met.stop] += (line[right] - line[left]).to(self.sums.dtype)
+            self.sums[i, met.start : met.stop] += take(x[top:bottom])
+
+    def _taker(self, cols):
+        """What sums (rows, cols, D) over the ranges that meet a slice of the columns, and which these are."""
+        met, places = self.cols.inside(cols)
+        left, right = torch.tensor(places, device=self.sums.device).unbind(1)
+        if len(met) <= self.FEW:
+            place = torch.arange(cols.stop - cols.start, device=self.sums.device)
+            inside = ((place >= left[:, None]) & (place < right[:, None])).to(self.sums.dtype)
+            return lambda x: inside @ x.sum(0, dtype=inside.dtype), met
+
+        def differences(x):
+            line = F.pad(x.sum(0, dtype=torch.float64).cumsum(0), (0, 0, 1, 0))
+            return (line[right] - line[left]).to(self.sums.dtype)
+
+        return differences, met
 
     def mean(self):
         """(rows, cols, D)."""
@@ -327,14 +344,33 @@ class _Stored:
             if not out.numel():
                 return out
 
-            def activate(desk, piece):
-                hidden[piece.flat] = desk.active(hidden, piece.flat, norm)
+            if out.shape[1] <= Pool.FEW:
+                pooled = self._pooled_at_once(x, hidden, norm, out)
+            else:
 
-            self.walk.each(activate)
-            pooled = self._pooled(x, out), self._pooled(hidden, out)
+                def activate(desk, piece):
+                    hidden[piece.flat] = desk.active(hidden, piece.flat, norm)
+
+                self.walk.each(activate)
+                pooled = self._pooled(x, out), self._pooled(hidden, out)
             return torch.addmm(*pooled, block.conv_out.T, out=out.view(-1, self.width))
 
         return last
+
+    def _pooled_at_once(self, x, hidden, norm, out):
+        """`_pooled` of `x` and of the activation of `hidden`, both read once."""
+        axes = [Bins(n, m, slice(None)) for n, m in zip(self.size, out.shape[:2], strict=True)]
+
+        def add(desk, piece, pools):
+            for source, pool in zip((x[piece.flat], desk.active(hidden, piece.flat, norm)), pools, strict=True):
+                shape = piece.rows.stop - piece.rows.start, piece.cols.stop - piece.cols.start, self.width
+                pool.add(source.view(shape), piece.rows, piece.cols)
+
+        parts = self.walk.gathered(add, lambda: [Pool(*axes, self.width, like=out) for _ in range(2)])
+        for pools in parts[1:]:
+            for pool, other in zip(parts[0], pools, strict=True):
+                pool.sums += other.sums
+        return [pool.mean().flatten(0, 1) for pool in parts[0]]
 
     def _pooled(self, x, out):
         """Average of `x` (H * W, D) over the cells of `out` (h, w, D): (h * w, D)."""
