@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import feature_unification
+from .ops import feature_unification, library
 from .ops.guidance import RMS_EPS
 
 ROPE_THETA = 100.0
@@ -168,4 +168,6 @@ def encoder(in_channels, out_channels, first):
 
 def unit_channels(features):
     """`features / max(|features|_2 over channels, 1e-12)`, in float32 (or float64)."""
-    return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)
+    if torch.compiler.is_compiling() or features.requires_grad and torch.is_grad_enabled():
+        return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)
+    return library.unit_channels(features)

@@ -250,6 +250,7 @@ def operators():
         "branches_backward": (x, x, x, freqs, *convs),
         "pooled": (*_differentiable(x.clone()), 3, 9),
         "pooled_backward": (torch.randn(2, 3, 9, 32), x),
+        "unit_channels": (features.clone(),),
         "feature_unification": (*_differentiable(features.clone(), basis.clone()), "torch"),
         "feature_unification_backward": (torch.randn(1, 16, 2, 3), features, basis, "torch", True),
     }

@@ -286,6 +286,20 @@ def _(from_image, from_features, weights, eps):
     return from_image.new_empty(from_image.shape)
 
 
+@torch.library.custom_op("anyup_fast::unit_channels", mutates_args=())
+def unit_channels(features: Tensor) -> Tensor:
+    """`F.normalize(features, dim=1)` in float32 at least, where no gradient is asked for.
+
+    An operator for the sake of who computes it: in the caller's thread PyTorch's own team would be woken, and spin.
+    """
+    return torch_forward.unit_channels(features)
+
+
+@unit_channels.register_fake
+def _(features):
+    return features.new_empty(features.shape, dtype=torch.promote_types(features.dtype, torch.float32))
+
+
 @torch.library.custom_op("anyup_fast::feature_unification", mutates_args=())
 def feature_unification(features: Tensor, basis: Tensor, backend: str) -> Tensor:
     """`anyup_fast.ops.feature_unification` on a named back end, arguments unchecked."""

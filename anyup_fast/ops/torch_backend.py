@@ -5,7 +5,7 @@ of keys that a tile needs is hardly larger than each pixel's own; tiles side by 
 few megabytes at a time. Bounds are read on the CPU and nothing else is read: no device is waited for.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby, product
 
 import torch
@@ -13,8 +13,9 @@ import torch
 from .crew import crew_size, led, share_out
 from .pages import on_large_pages
 
-# Numbers held at once: the logits of a batch of tiles (a cache's worth), and any buffer at all.
+# Numbers held at once: the logits of a batch of tiles and their results (a cache's worth each), any buffer at all.
 BATCH = 1 << 20
+OUTPUTS = 1 << 18
 LIMIT = 1 << 24
 # What one more tile along an axis costs: as much as so many queries more.
 TILE_COST = 8
@@ -33,7 +34,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     out = on_large_pages(value.new_empty(batch, height, width, value.shape[3]))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
-        strips = [] if blocked else _strips(rows, cols, key.shape[2], heads, value.shape[3])
+        strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3])
         compute = _blocked if blocked else _forward
         tiles = list(product(rows, cols if blocked else strips))
         for tensors in zip(query, key, value, out, strict=True):
@@ -63,7 +64,7 @@ def windowed_attention_backward(
     ]
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, _ = _plan(row_bounds, col_bounds, heads, value.shape[3], blocks=False)
-        strips = _strips(rows, cols, key.shape[2], heads, value.shape[3])
+        strips = _strips(rows, cols, key, heads, value.shape[3])
         tiles = list(product(rows, strips))
         for *tensors, of_query, of_key, of_value in zip(grad, query, key, value, *grads, strict=True):
 
@@ -96,6 +97,11 @@ class Tile:
         keys = torch.arange(low, high)
         return (keys < windows[:, :1]) | (keys >= windows[:, 1:])
 
+    @cached_property
+    def bias(self):
+        """(R, T): minus infinity where a query does not look, else 0; None if all look everywhere."""
+        return _bias(self.outside(self.low, self.high, self.stop - self.start))
+
 
 class Strip:
     """Neighbouring column tiles, padded to `length` queries and `n_keys` keys each."""
@@ -105,36 +111,48 @@ class Strip:
         self.length = max(t.stop - t.start for t in tiles)
         self.n_keys = max(t.high - t.low for t in tiles)
         self.lows = [min(t.low, n_key - self.n_keys) for t in tiles]
-        self.outside = torch.stack(
-            [t.outside(low, low + self.n_keys, self.length) for t, low in zip(tiles, self.lows, strict=True)]
-        )
 
     def queries(self, row, source, dtype):
-        """The queries of `source` (H', W', ...) inside, as (tiles, T, length, ...), zeros where padded."""
-        shape = len(self.tiles), row.stop - row.start, self.length, *source.shape[2:]
+        """The queries of `source` (H', W', heads, d) inside, as (tiles, heads, T * length, d), zeros where padded."""
+        heads, dim = source.shape[2:]
+        shape = len(self.tiles), heads, row.stop - row.start, self.length, dim
         packed = torch.empty(shape, dtype=dtype, device=source.device)
         for tile, part in zip(self.tiles, packed, strict=True):
             length = tile.stop - tile.start
-            part[:, :length] = source[row.start : row.stop, tile.start : tile.stop]
+            part[:, :, :length] = source[row.start : row.stop, tile.start : tile.stop].permute(2, 0, 1, 3)
             if length < self.length:
-                part[:, length:] = 0
-        return packed
+                part[:, :, length:] = 0
+        return packed.flatten(2, 3)
 
     def keys(self, row, source, dtype):
-        """The keys of `source` (h, w, ...) inside, as (tiles, R, n_keys, ...)."""
+        """The keys of `source` (h, w, heads, d) inside, as (tiles, heads, R * n_keys, d)."""
         parts = [source[row.low : row.high, low : low + self.n_keys] for low in self.lows]
-        return torch.stack(parts).to(dtype)
+        return torch.stack(parts).to(dtype).flatten(1, 2).transpose(1, 2)
+
+    @cached_property
+    def _columns(self):
+        pairs = zip(self.tiles, self.lows, strict=True)
+        return _bias(torch.stack([tile.outside(low, low + self.n_keys, self.length) for tile, low in pairs]))
 
     def bias(self, row, like):
         """(tiles, 1, R, n_keys, T, length): minus infinity where a query does not look; None if all look everywhere."""
-        outside = row.outside(row.low, row.high, row.stop - row.start)
-        if not (outside.any() or self.outside.any()):
+        if row.bias is None and self._columns is None:
             return None
-        rows, cols = (
-            torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(mask, float("-inf")).to(like.device)
-            for mask in (outside, self.outside)
-        )
-        return rows.T[:, None, :, None] + cols.mT[:, None, None, :, None, :]
+        zero = like.new_zeros(1, 1)
+        rows, cols = (zero if part is None else part.to(like) for part in (row.bias, self._columns))
+        if cols is zero:
+            cols = zero.expand(1, self.n_keys, self.length)
+        elif rows is zero:
+            rows = zero.expand(row.high - row.low, row.stop - row.start)
+        return rows[:, None, :, None] + cols[:, None, None, :, None, :]
+
+
+def _bias(outside):
+    """Boolean (..., queries, keys) as floats (..., keys, queries): minus infinity where true; None where nothing is."""
+    if not outside.any():
+        return None
+    with torch.inference_mode(False):  # they are kept, for training too
+        return torch.zeros(outside.shape).masked_fill_(outside, float("-inf")).mT.contiguous()
 
 
 @lru_cache(maxsize=64)
@@ -158,7 +176,7 @@ def _cut(windows, longest):
     while i:
         i, stop = best[i][1], edges[i]
         tiles.append(Tile(windows, edges[i], stop))
-    return tiles[::-1]
+    return tuple(tiles[::-1])
 
 
 def _plan(row_bounds, col_bounds, heads, channels, blocks=True):
@@ -176,11 +194,16 @@ def _plan(row_bounds, col_bounds, heads, channels, blocks=True):
     return rows, cols, False
 
 
-def _strips(rows, cols, n_key, heads, channels):
+def _strips(rows, cols, key, heads, channels):
     queries = max(t.stop - t.start for t in rows) * max(t.stop - t.start for t in cols)
     keys = max(t.high - t.low for t in rows) * max(t.high - t.low for t in cols)
     n = max(1, min(BATCH // (heads * queries * keys), LIMIT // (channels * (queries + keys))))
-    return [Strip(cols[i : i + n], n_key) for i in range(0, len(cols), n)]
+    return _batched(cols, key.shape[2], n)
+
+
+@lru_cache(maxsize=64)
+def _batched(tiles, n_key, n):
+    return [Strip(tiles[i : i + n], n_key) for i in range(0, len(tiles), n)]
 
 
 def _compute_dtype(query, value):
@@ -188,12 +211,11 @@ def _compute_dtype(query, value):
 
 
 def _weights(row, strip, query, key, scale, dtype):
-    """Scaled queries (tiles, heads, P, d), keys (tiles, heads, K, d) and weights (tiles, heads, K, P) of one strip.
+    """Queries (tiles, heads, P, d), scaled keys (tiles, heads, K, d) and weights (tiles, heads, K, P) of one strip.
 
     Queries lie side by side: a softmax over a few dozen keys is done for many of them at once.
     """
-    q = strip.queries(row, query, dtype).mul_(scale).flatten(1, 2).transpose(1, 2).contiguous()
-    k = strip.keys(row, key, dtype).flatten(1, 2).transpose(1, 2).contiguous()
+    q, k = strip.queries(row, query, dtype), strip.keys(row, key, dtype).mul(scale)
     logits = k @ q.mT
     bias = strip.bias(row, logits)
     if bias is not None:
@@ -215,10 +237,13 @@ def _forward(row, strip, query, key, value, out, scale, head_mode):
     value, out = (_groups(x, heads, head_mode) for x in (value, out))
     step = max(1, LIMIT // (n * (queries + keys) * value.shape[2]))
     for v, o in zip(value.split(step, -1), out.split(step, -1), strict=True):
-        v = strip.keys(row, v, weights.dtype).flatten(1, 2).transpose(1, 2)
-        result = (weights.mT @ v).transpose(1, 2).unflatten(1, (-1, strip.length))
-        for tile, part in zip(strip.tiles, result, strict=True):
-            o[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
+        v = strip.keys(row, v, weights.dtype)
+        several = max(1, OUTPUTS // (v.shape[3] * queries)) if v.device.type == "cpu" else n
+        for first in range(0, n, several):
+            part = slice(first, first + several)
+            result = (weights[part].mT @ v[part]).transpose(1, 2).unflatten(1, (-1, strip.length))
+            for tile, pixels in zip(strip.tiles[part], result, strict=True):
+                o[row.start : row.stop, tile.start : tile.stop] = pixels[:, : tile.stop - tile.start]
 
 
 def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_value, scale, head_mode):
@@ -226,12 +251,12 @@ def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_va
     q, k, weights = _weights(row, strip, query, key, scale, grad_value.dtype)
     heads = weights.shape[1]
     shared = weights.mean(1, keepdim=True) if head_mode == "mean" else weights
-    g = strip.queries(row, _groups(grad, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
-    v = strip.keys(row, _groups(value, heads, head_mode), q.dtype).flatten(1, 2).transpose(1, 2)
+    g = strip.queries(row, _groups(grad, heads, head_mode), q.dtype)
+    v = strip.keys(row, _groups(value, heads, head_mode), q.dtype)
     slope = v @ g.mT / (heads // shared.shape[1])
     slope = weights * (slope - (weights * slope).sum(-2, keepdim=True))
-    for_query = (slope.mT @ k * scale).transpose(1, 2).unflatten(1, (-1, strip.length))
-    for_key = (slope @ q).transpose(1, 2)
+    for_query = (slope.mT @ k).transpose(1, 2).unflatten(1, (-1, strip.length))
+    for_key = (slope @ q).mul_(scale).transpose(1, 2)
     for tile, part in zip(strip.tiles, for_query, strict=True):
         grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
     sums = [(grad_key, for_key)]

@@ -87,29 +87,52 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
 
 
 @led
+def unit_channels(features):
+    """`anyup_fast.layers.unit_channels`."""
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).contiguous()
+
+
+@led
 def feature_unification(features, basis):
     """`anyup_fast.ops.feature_unification`."""
     compute = torch.promote_types(features.dtype, torch.float32)
-    filters, _, k, _ = basis.shape
+    filters = len(basis)
     channels, height, width = features.shape[1:]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        basis = basis.to(compute).flatten(1).T.contiguous()
+        taps = basis.to(compute).flatten(1).T.contiguous()
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
-        rows, cols = (taps_inside(n, k, out.device) for n in (height, width))
-        share = (1 / (rows[:, None] * cols).to(compute))[..., None, None]
         parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
 
         def unify(_, part, patches, target):
-            inside = patches[part].flatten(3) * share[part]
-            responses = (inside.flatten(0, 2) @ basis).view(-1, filters, channels)
+            inside = patches(part)
+            responses = torch.bmm(inside.mT, taps.expand(len(inside), *taps.shape)).view(-1, filters, channels)
             target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
 
         for source, target in zip(features, out, strict=True):
-            padded = F.pad(source.to(compute), (k // 2,) * 4)
-            patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
-            work = partial(unify, patches=patches, target=target)
+            work = partial(unify, patches=Patches(source, basis.shape[-1], compute), target=target)
             share_out(work, parts, range(min(crew_size(out.device), len(parts))))
     return out.permute(0, 3, 1, 2).contiguous()
+
+
+class Patches:
+    """What a filter of k x k taps meets at each place of a map (C, h, w), divided by how many taps lie on the map.
+
+    Attributes:
+        share: (h, w, 1, 1, 1), one over the number of taps.
+    """
+
+    def __init__(self, source, k, dtype):
+        channels, height, width = source.shape
+        padded = source.new_zeros(height + k - 1, width + k - 1, channels, dtype=dtype)
+        padded[k // 2 : k // 2 + height, k // 2 : k // 2 + width] = source.permute(1, 2, 0)
+        self._patches = padded.unfold(0, k, 1).unfold(1, k, 1).permute(0, 1, 3, 4, 2)
+        rows, cols = (taps_inside(n, k, source.device) for n in source.shape[1:])
+        self.share = (1 / (rows[:, None] * cols).to(dtype))[..., None, None, None]
+
+    def __call__(self, part):
+        """(places, k * k, C) of two slices of the map."""
+        return (self._patches[part] * self.share[part]).flatten(2, 3).flatten(0, 1)
 
 
 def pieces(height, width, most):

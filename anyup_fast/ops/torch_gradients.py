@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .crew import crew_size, led, share_out
 from .pages import on_large_pages
 from .torch_convolution import Convolution, WeightGradient
-from .torch_forward import CONVOLVED, RESPONSES, Walk, as_picture, by_channel, cast, group_affine, pieces, taps_inside
+from .torch_forward import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
 from .torch_guidance import Rotary
 from .weights import Block
 
@@ -263,39 +263,39 @@ def feature_unification_backward(grad, features, basis, for_features=True):
         matrix = basis.to(wide).flatten(1).T.contiguous()
         grad_matrix = torch.zeros_like(matrix)
         grad_features = features.new_empty(features.shape if for_features else 0)
-        rows, cols = (taps_inside(n, k, features.device) for n in (height, width))
-        share = (1 / (rows[:, None] * cols).to(wide))[..., None, None]
         for b, (source, given) in enumerate(zip(features, grad.permute(0, 2, 3, 1), strict=True)):
-            padded = F.pad(source.to(wide), (k // 2,) * 4)
-            patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(1, 2, 0, 3, 4)
+            patches = Patches(source, k, wide)
+            padded_shape = height + k - 1, width + k - 1, channels
 
             def through_softmax(sums, part, patches=patches, given=given):
                 of_basis, spread = sums
                 r, c = part
-                inside = (patches[r, c].flatten(3) * share[r, c]).flatten(0, 2)
-                weights = torch.softmax((inside @ matrix).view(-1, filters, channels), 1)
+                inside = patches(part)
+                weights = torch.bmm(inside.mT, matrix.expand(len(inside), *matrix.shape)).view(-1, filters, channels)
+                torch.softmax(weights, 1, out=weights)
                 slope = weights * (given[r, c].reshape(-1, filters, 1).to(wide) / channels)
                 slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)
-                slope = slope.view(-1, filters)
-                of_basis.addmm_(inside.T, slope)
+                slope = slope.view(-1, channels, filters)
+                of_basis.add_(torch.bmm(inside, slope).sum(0))
                 if not for_features:
                     return
                 shape = r.stop - r.start, c.stop - c.start
-                taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(share[r, c]).permute(2, 0, 1, 3)
+                taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(patches.share[r, c, 0])
                 for i in range(k * k):
                     top, left = r.start + i // k, c.start + i % k
-                    spread[:, top : top + shape[0], left : left + shape[1]] += taps[..., i]
+                    spread[top : top + shape[0], left : left + shape[1]] += taps[..., i]
 
             parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
             desks = [
-                (torch.zeros_like(grad_matrix), torch.zeros_like(padded if for_features else padded[:0]))
+                (torch.zeros_like(grad_matrix), matrix.new_zeros(padded_shape if for_features else 0))
                 for _ in range(min(crew_size(grad.device), len(parts)))
             ]
             share_out(through_softmax, parts, desks, in_order=True)
             grad_matrix += sum(of_basis for of_basis, _ in desks)
             spread = sum(spread for _, spread in desks)
             if for_features:
-                grad_features[b] = spread[:, k // 2 : k // 2 + height, k // 2 : k // 2 + width]
+                inner = spread[k // 2 : k // 2 + height, k // 2 : k // 2 + width]
+                grad_features[b] = inner.permute(2, 0, 1)
     return grad_features, grad_matrix.T.reshape(basis.shape).to(basis.dtype)
 
 
