@@ -18,7 +18,7 @@ from .model import FOR_WORKER, cell_colours, checked_output_size
 from .ops import torch_guidance, windowed_attention
 from .ops.crew import crew_size
 from .ops.guidance import RMS_EPS
-from .ops.pages import on_large_pages
+from .ops.pages import new_empty
 from .ops.torch_forward import PIXELS, cast, pieces
 from .ops.torch_guidance import Bins, Pool
 from .stores import Store
@@ -389,7 +389,7 @@ class Prepared:
         if self._argmax:
             out = torch.empty(shape, dtype=torch.int64, device=self._value.device)
         else:
-            out = on_large_pages(self._value.new_empty(*shape, self.channels)).permute(0, 3, 1, 2)
+            out = new_empty(self._value, (*shape, self.channels)).permute(0, 3, 1, 2)
         for rows, cols in pieces(height, width, BAND):
             part = top + rows.start, left + cols.start, rows.stop - rows.start, cols.stop - cols.start
             out[..., rows, cols] = self._piece(part, size)

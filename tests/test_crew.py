@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from anyup_fast import AnyUp
 from anyup_fast.ops import torch_convolution, torch_forward
 from anyup_fast.ops.crew import crew_size, led, share_out
-from anyup_fast.ops.pages import LEAST, on_large_pages
 from anyup_fast.ops.torch_convolution import Convolution, WeightGradient
 from anyup_fast.ops.torch_forward import Walk
 
@@ -157,13 +156,6 @@ def test_the_transforms_make_a_convolution_of_products():
     inputs, weight = torch.randn(6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     expected = inputs.unfold(0, 3, 1) @ weight
     torch.testing.assert_close(of_outputs @ ((of_weight @ weight) * (of_inputs @ inputs)), expected)
-
-
-def test_large_pages_change_nothing_but_the_pages():
-    x = torch.arange(LEAST // 4 + 5, dtype=torch.int32)
-    assert on_large_pages(x) is x and torch.equal(x, torch.arange(LEAST // 4 + 5, dtype=torch.int32))
-    small = torch.zeros(3)
-    assert on_large_pages(small) is small
 
 
 def test_the_leader_does_what_lies_between_alone_and_as_the_caller_would(two_threads):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_backend, torch_forward, torch_gradients, torch_guidance, windows
-from .pages import on_large_pages
+from .pages import new_empty
 from .weights import Block, GuidanceWeights, KeyWeights
 
 
@@ -168,7 +168,7 @@ def convolve_and_project(
     query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`project_queries` in plain PyTorch with gradients; also gives the convolution's output, which backward needs."""
-    convolved = on_large_pages(query.new_empty(query.shape, dtype=torch.promote_types(query.dtype, torch.float32)))
+    convolved = new_empty(query, query.shape, torch.promote_types(query.dtype, torch.float32))
     return torch_forward.project_queries(query, conv, norm, weight, bias, eps=eps, convolved=convolved), convolved
 
 

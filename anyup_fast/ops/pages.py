@@ -1,34 +1,99 @@
-"""Large buffers on large pages of memory."""
+"""Large buffers on large pages of memory, some of which are kept for the next time."""
 
-import ctypes
+import math
+import mmap
+import os
 import sys
-from functools import cache
+import threading
+import weakref
+
+import torch
 
 LEAST = 4 << 20  # bytes of a buffer that is worth it
 LARGE_PAGE = 2 << 20
-MADV_HUGEPAGE = 14  # of <sys/mman.h> on Linux
+KEPT = int(os.environ.get("ANYUP_FAST_KEPT_BYTES", 192 << 20))  # at most, of what is in nobody's use
+
+_lock = threading.RLock()  # a region may be given back by the garbage collector, wherever that strikes
+_kept = []  # regions in nobody's use, the one longest so first
 
 
-def on_large_pages(x):
-    """Ask the system to back a fresh tensor with large pages; returns the tensor.
+def new_empty(like, shape, dtype=None):
+    """`like.new_empty(shape, dtype=dtype)`, in memory that costs less to touch if it is large.
 
-    A fresh image of 100 MB otherwise costs 25,000 interruptions on first use, a tenth of a forward pass on a CPU. This
-    is advice: where the system knows nothing of it, is told never to follow it (transparent_hugepage) or has no large
-    page free, nothing happens. Only CPUs under Linux are concerned.
+    A fresh image of 100 MB costs 25,000 interruptions on first use and the zeros that the system fills it with, a tenth
+    of a forward pass on a CPU. So the system is asked for large pages, and up to `KEPT` bytes stay with the process
+    when their tensors are gone, marked as free for the system to take should it run short. The environment variable
+    ANYUP_FAST_KEPT_BYTES sets another limit. Only CPUs under Linux are concerned.
     """
-    size = x.numel() * x.element_size()
-    if x.device.type == "cpu" and size >= LEAST and (madvise := _madvise()) is not None:
-        first, last = -(-x.data_ptr() // LARGE_PAGE), (x.data_ptr() + size) // LARGE_PAGE
-        if first < last:
-            madvise(first * LARGE_PAGE, (last - first) * LARGE_PAGE, MADV_HUGEPAGE)
-    return x
+    dtype = dtype or like.dtype
+    size = math.prod(shape) * dtype.itemsize
+    if like.device.type != "cpu" or size < LEAST or not _possible():
+        return like.new_empty(shape, dtype=dtype)
+    region = _taken(size) or _mapped(size)
+    view = memoryview(region)[_start(region) :][:size]
+    weakref.finalize(view, _give_back, region).atexit = False
+    return torch.frombuffer(view, dtype=dtype).view(shape)
 
 
-@cache
-def _madvise():
-    if not sys.platform.startswith("linux"):
-        return None
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is not None:
-        madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
-    return madvise
+def kept(size, count, device):
+    """Bytes that stay when `count` buffers of `size` bytes each are gone."""
+    if device.type != "cpu" or size < LEAST or not _possible():
+        return 0
+    return min(count, KEPT // (size + LARGE_PAGE)) * size
+
+
+def release():
+    """Give what is kept back to the system."""
+    with _lock:
+        _kept.clear()
+
+
+def _possible():
+    return sys.platform.startswith("linux") and hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def _taken(size):
+    """The smallest region that is kept, large enough and not much larger, or None."""
+    with _lock:
+        fitting = [i for i, region in enumerate(_kept) if size <= len(region) - LARGE_PAGE <= size + size // 8]
+        return _kept.pop(min(fitting, key=lambda i: len(_kept[i]))) if fitting else None
+
+
+def _mapped(size):
+    region = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(region, mmap.MADV_HUGEPAGE)
+    return region
+
+
+def _start(region):
+    """Offset of the first large page."""
+    address = torch.frombuffer(region, dtype=torch.uint8, count=1).data_ptr()
+    return -address % LARGE_PAGE
+
+
+def _advise(region, advice):
+    try:
+        region.madvise(advice)
+    except OSError:  # advice: a system that does not know it does without
+        pass
+
+
+def _give_back(region):
+    size = len(region)
+    if size > KEPT:
+        return
+    _advise(region, mmap.MADV_FREE)
+    with _lock:
+        _kept.append(region)
+        kept = sum(map(len, _kept))
+        while kept > KEPT:
+            kept -= len(_kept.pop(0))
+
+
+def _forget():
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it when the process was forked
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -11,7 +11,7 @@ from itertools import groupby, product
 import torch
 
 from .crew import crew_size, led, share_out
-from .pages import on_large_pages
+from .pages import new_empty
 
 # Numbers held at once: the logits of a batch of tiles and their results (a cache's worth each), any buffer at all.
 BATCH = 1 << 20
@@ -31,7 +31,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     """
     batch, height, width, heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    out = on_large_pages(value.new_empty(batch, height, width, value.shape[3]))
+    out = new_empty(value, (batch, height, width, value.shape[3]))
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
         strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3])
@@ -58,7 +58,7 @@ def windowed_attention_backward(
     scale = head_dim**-0.5 if scale is None else scale
     compute = _compute_dtype(query, value)
     grads = [
-        on_large_pages(torch.empty(query.shape, dtype=compute, device=query.device)),
+        new_empty(query, query.shape, compute),
         torch.zeros(key.shape, dtype=compute, device=key.device),
         torch.zeros(value.shape if for_value else (len(value), 0), dtype=compute, device=value.device),
     ]

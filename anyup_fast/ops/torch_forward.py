@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .crew import crew_size, led, share_out
-from .pages import on_large_pages
+from .pages import new_empty
 from .torch_convolution import Convolution
 
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
@@ -30,7 +30,7 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
     compute = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
-        out = on_large_pages(query.new_empty(query.shape, dtype=compute))
+        out = new_empty(query, query.shape, compute)
         height, width, dim = query.shape[1:]
         walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
@@ -334,7 +334,7 @@ class Walk:
         longest = max(counts)
         self._like, self._shares = like, shares_of(counts, like)
         self.desks = [
-            Desk(on_large_pages(like.new_empty(3, longest * width))) for _ in range(min(workers, len(self.pieces)))
+            Desk(new_empty(like, (3, longest * width))) for _ in range(min(workers, len(self.pieces)))
         ]
 
     def each(self, work):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .crew import crew_size, led, share_out
-from .pages import on_large_pages
+from .pages import new_empty
 from .torch_convolution import Convolution, WeightGradient
 from .torch_forward import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
 from .torch_guidance import Rotary
@@ -31,7 +31,7 @@ def res_block(x, weights, num_groups):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         block, matrices = cast(weights, wide), cast(weights, x.dtype)
         width = len(block.conv_out)
-        out, hidden = (on_large_pages(x.new_empty(*x.shape[:3], width)) for _ in range(2))
+        out, hidden = (new_empty(x, (*x.shape[:3], width)) for _ in range(2))
         statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
         walk = Walk(x.shape[1:3], max(width, x.shape[3]), block.conv_in, num_groups)
 
@@ -71,9 +71,9 @@ def res_block_backward(grad, x, hidden, statistics, weights):
         block, matrices = cast(weights, wide), cast(weights, x.dtype)
         n_in, n_out = x.shape[3], len(block.conv_out)
         grads = Block(*(None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in block))
-        grad_x = on_large_pages(x.new_empty(x.shape))
+        grad_x = new_empty(x, x.shape)
         walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
-        slopes = grad_x if n_in == n_out else on_large_pages(x.new_empty(hidden.shape))
+        slopes = grad_x if n_in == n_out else new_empty(x, hidden.shape)
 
         def picture(source, middle, given, result, slope, its):
             outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
@@ -130,7 +130,7 @@ def branches(x, freqs, query_conv, key_conv):
     """`anyup_fast.ops.branches`: two tensors (B, H, W, D)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         walk, rotary, wide = _rotary(x, freqs)
-        query, key = (on_large_pages(x.new_empty(x.shape)) for _ in range(2))
+        query, key = (new_empty(x, x.shape) for _ in range(2))
         matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
 
         def rotate(desk, piece, source, targets):
@@ -150,7 +150,7 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
         walk, rotary, wide = _rotary(x, freqs)
         width, half = x.shape[3], x.shape[3] // 2
         matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
-        grad_x = on_large_pages(x.new_empty(x.shape))
+        grad_x = new_empty(x, x.shape)
         grad_freqs = torch.zeros(2, width, dtype=torch.float64, device=x.device)
         row_at, col_at = rotary.axes
 
@@ -212,8 +212,8 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         back = Convolution(conv.flip(2, 3).transpose(0, 1))
         folded = weight * norm
-        grad_query = on_large_pages(query.new_empty(query.shape))
-        of_conv = on_large_pages(query.new_empty(height, width, dim, dtype=wide))
+        grad_query = new_empty(query, query.shape)
+        of_conv = new_empty(query, (height, width, dim), wide)
         grad_conv, products, grad_bias = (tensor.new_zeros(tensor.shape) for tensor in (conv, weight, bias))
 
         def start():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .crew import led
-from .pages import on_large_pages
+from .pages import new_empty
 from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
 NORMS = 12
@@ -24,7 +24,7 @@ def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
     compute = torch.promote_types(dtype, torch.float32)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         network = _Stored(cast(weights, compute), image.shape[-2:], num_groups)
-        query = on_large_pages(image.new_empty(len(image), *output_size, network.width, dtype=compute))
+        query = new_empty(image, (len(image), *output_size, network.width), compute)
         key = image.new_empty(len(image), *key_size, network.width, dtype=compute)
         norms = image.new_empty(len(image), NORMS, 2, network.width, dtype=compute)
         for picture, *results in zip(image, query, key, norms, strict=True):
@@ -293,7 +293,7 @@ class _Stored:
                     out.view(-1, self.width).copy_(self._pooled(x, out))
 
     def _picture(self, rgb):
-        return on_large_pages(rgb.new_empty(len(rgb), self.width))
+        return new_empty(rgb, (len(rgb), self.width))
 
     def _image(self, rgb, x, y, norms):
         """Leave the first convolutions of the query and key branches in `x` and `y`; returns their moments."""

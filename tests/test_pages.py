@@ -1,0 +1,127 @@
+"""Large buffers: as good as any tensor, on memory that is used again, within a limit, across forks."""
+
+import copy
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from anyup_fast.ops import pages
+from anyup_fast.ops.pages import LARGE_PAGE, LEAST, new_empty
+
+SIDE = 1100  # squared, in float32: more than LEAST
+LIKE = torch.empty(0)
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept under Linux only")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    gc.collect()
+    pages.release()
+    yield
+    pages.release()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 5), (3, 4), (SIDE, SIDE), (1, SIDE, 2, SIDE)])
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
+def test_shapes_and_types_are_those_of_any_empty_tensor(shape, dtype):
+    found, expected = new_empty(LIKE, shape, dtype), LIKE.new_empty(shape, dtype=dtype)
+    assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert found.device == expected.device and not found.requires_grad
+    found.fill_(3)
+    assert found.eq(3).all()
+    assert found.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+
+
+def test_a_large_tensor_can_do_what_others_can():
+    with torch.inference_mode():
+        inside = new_empty(LIKE, (SIDE, SIDE)).fill_(1)
+    assert inside.is_inference()
+    x = new_empty(LIKE, (SIDE, SIDE)).fill_(2)
+    saved = io.BytesIO()
+    torch.save(x, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(x), pickle.loads(pickle.dumps(x)), torch.load(saved), x.clone().share_memory_()):
+        assert torch.equal(other, x)
+    weight = x.requires_grad_()
+    (weight * weight).sum().backward()
+    assert weight.grad.eq(4).all()
+    array = x.detach().numpy()
+    del x, weight
+    gc.collect()
+    taken = new_empty(LIKE, (SIDE, SIDE)).fill_(5)  # must not be the memory that the array shows
+    assert (array == 2).all() and taken.eq(5).all()
+
+
+@linux
+def test_memory_is_used_again_when_its_tensor_is_gone_and_not_before():
+    first = new_empty(LIKE, (SIDE, SIDE))
+    place = first.data_ptr()
+    assert place % LARGE_PAGE == 0
+    second = new_empty(LIKE, (SIDE, SIDE))
+    assert second.data_ptr() != place
+    view = first[5:]
+    del first
+    assert new_empty(LIKE, (SIDE, SIDE)).data_ptr() != place
+    pages.release()
+    del view
+    again = new_empty(LIKE, (SIDE, SIDE - 9))
+    assert again.data_ptr() == place
+    del again
+    assert new_empty(LIKE, (SIDE // 2 + 400, SIDE)).data_ptr() != place  # too small to take a whole one's place
+    assert new_empty(LIKE, (SIDE + 200, SIDE)).data_ptr() != place
+    small = new_empty(LIKE, (LEAST // 4 - 1,))
+    assert small.data_ptr() != place
+
+
+@linux
+def test_no_more_is_kept_than_the_limit(monkeypatch):
+    size = SIDE * SIDE * 4 + LARGE_PAGE
+    monkeypatch.setattr(pages, "KEPT", 2 * size)
+    tensors = [new_empty(LIKE, (SIDE, SIDE)) for _ in range(4)]
+    places = [x.data_ptr() for x in tensors]
+    while tensors:
+        del tensors[0]
+    assert sum(map(len, pages._kept)) == 2 * size
+    assert new_empty(LIKE, (SIDE, SIDE)).data_ptr() in places[2:]
+    pages.release()
+    new_empty(LIKE, (3 * SIDE, SIDE))
+    assert not pages._kept
+    monkeypatch.setattr(pages, "KEPT", 0)
+    new_empty(LIKE, (SIDE, SIDE))
+    assert not pages._kept
+
+
+def test_where_nothing_can_be_kept_tensors_are_plain(monkeypatch):
+    monkeypatch.setattr(pages, "_possible", lambda: False)
+    assert new_empty(LIKE, (SIDE, SIDE)).fill_(1).eq(1).all()
+    assert not pages._kept
+
+
+@linux
+def test_the_environment_sets_the_limit():
+    code = "from anyup_fast.ops import pages; print(pages.KEPT)"
+    for given, expected in ((None, 192 << 20), ("0", 0)):
+        env = {**os.environ} | ({} if given is None else {"ANYUP_FAST_KEPT_BYTES": given})
+        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert int(result.stdout) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_writes_to_memory_of_its_own():
+    code = (
+        "import os, torch; torch.set_num_threads(1)\n"
+        "from anyup_fast.ops.pages import new_empty\n"
+        "x = new_empty(torch.empty(0), (1100, 1100)).fill_(1); y = new_empty(x, x.shape).fill_(1); del y\n"
+        "if (child := os.fork()) == 0:\n"
+        "    x.fill_(7); new_empty(x, x.shape).fill_(7); os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1], bool(x.eq(1).all()))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["0", "True"], result.stderr
