@@ -23,7 +23,9 @@ from .ops import (
     guidance,
     neighborhood_bounds,
     pooled,
+    pooled_block,
     project_keys,
+    project_pixels,
     project_queries,
     res_block,
     window_bounds,
@@ -311,11 +313,10 @@ class AnyUp(nn.Module):
         wide = wide_dtype(dtype)
         weights, keys = self.guidance_weights(), self.key_weights()
         with torch.autocast(image.device.type, enabled=False):
-            x = F.linear(image.permute(0, 2, 3, 1).to(dtype), weights.image_conv.to(dtype))
-            x = _through(x, weights.image)
+            x = _through(project_pixels(image, weights.image_conv.to(dtype)), weights.image)
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
-            query, from_image = _through(query, weights.query), _through(from_image, weights.key)
-            from_image = pooled(from_image.to(wide), features.shape[-2:])
+            query, from_image = _through(query, weights.query), _through(from_image, weights.key[:-1])
+            from_image = pooled_block(from_image, weights.key[-1], features.shape[-2:])
             from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
             from_features = _through(from_features, keys.features)
             both = torch.cat(_broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)

@@ -56,6 +56,11 @@ def test_ten_sizes_need_two_graphs_and_a_batch_two_more():
     assert not counters["graph_break"]
 
 
+def same(compiled, plain):
+    """Equal up to rounding: a graph with gradients pools the keys after their last product, not before it."""
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6 * plain.abs().max().item())
+
+
 @pytest.mark.parametrize("grad, limit", [(False, 3), (True, 4)])
 def test_squares_first_and_rectangles_later(grad, limit):
     """Sizes that are equal in the first call share a symbol, and cost a graph where they differ later."""
@@ -66,7 +71,7 @@ def test_squares_first_and_rectangles_later(grad, limit):
     with torch.set_grad_enabled(grad):
         for size, grid, channels, output in squares + others:
             given = inputs(size, grid, channels)
-            assert torch.equal(compiled(*given, output), model(*given, output))
+            same(compiled(*given, output), model(*given, output))
     assert counter.frame_count <= limit
     assert not counters["graph_break"]
 
@@ -76,7 +81,7 @@ def test_ten_sizes_with_gradients():
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for size, grid, channels, output in SIZES:
         given = inputs(size, grid, channels)
-        assert torch.equal(compiled(*given, output), model(*given, output))
+        same(compiled(*given, output), model(*given, output))
     assert counter.frame_count <= 3, "torch's convolution takes small and large inputs apart"
     assert not counters["graph_break"]
 

@@ -1,7 +1,7 @@
 """Public operators: contract, checks and choice of back end in a file each, the back ends in files beside them."""
 
 from .attention import backends, choose_backend, why_not, windowed_attention
-from .blocks import branches, pooled, res_block
+from .blocks import branches, pooled, pooled_block, project_pixels, res_block
 from .guidance import guidance, project_keys, project_queries
 from .unification import feature_unification
 from .weights import Block, GuidanceWeights, KeyWeights
@@ -18,7 +18,9 @@ __all__ = [
     "guidance",
     "neighborhood_bounds",
     "pooled",
+    "pooled_block",
     "project_keys",
+    "project_pixels",
     "project_queries",
     "res_block",
     "why_not",

@@ -1,12 +1,36 @@
 """The layers of AnyUp at image resolution.
 
-`res_block` and `branches` have gradients by recomputation, `pooled` a form that compilers take.
+They have gradients by recomputation, and `pooled` a form that compilers take.
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import library
+from .torch_guidance import Pool
+
+
+def project_pixels(image, weight):
+    """The first convolution of the image, 1x1.
+
+    Differentiable; once on CPUs.
+
+    Args:
+        image: (B, C, H, W), any float dtype. weight: (D, C).
+
+    Returns:
+        (B, H, W, D) in the dtype of `weight`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+
+    Source: AnyUp (arXiv 2510.12764), image encoder.
+    """
+    if image.ndim != 4 or 0 in image.shape or weight.ndim != 2 or image.shape[1] != weight.shape[1]:
+        raise ValueError(f"image and weight do not fit together: {tuple(image.shape)}, {tuple(weight.shape)}")
+    if image.device.type == "cpu" and not torch.compiler.is_compiling():
+        return library.project_pixels(image, weight)
+    return F.linear(image.permute(0, 2, 3, 1).to(weight.dtype), weight)
 
 
 def res_block(x, block, *, num_groups=8):
@@ -28,6 +52,11 @@ def res_block(x, block, *, num_groups=8):
 
     Source: AnyUp (arXiv 2510.12764), residual blocks of its encoders.
     """
+    _check_block(x, block, num_groups)
+    return library.res_block(x, [tensor for tensor in block if tensor is not None], num_groups)[0]
+
+
+def _check_block(x, block, num_groups):
     n_out, n_in = block.conv_in.shape
     expected = [(n_in,), (n_in,), (n_out, n_in), (n_out,), (n_out,), (n_out, n_out)]
     shapes = [tuple(tensor.shape) for tensor in block[:6]]
@@ -37,7 +66,33 @@ def res_block(x, block, *, num_groups=8):
         raise ValueError(
             f"x and block do not fit together with {num_groups} groups: {tuple(x.shape)}, {shapes}, skip {skip}"
         )
-    return library.res_block(x, [tensor for tensor in block if tensor is not None], num_groups)[0]
+
+
+def pooled_block(x, block, size, *, num_groups=8):
+    """`pooled(res_block(x, block), size)`, averaged in float32 at least; its second convolution, which is linear, comes after the pooling on CPUs.
+
+    Differentiable once in x and in the block's tensors; backward keeps what that of `res_block` keeps.
+
+    Args:
+        x: (B, H, W, in), any float dtype.
+        block: Block, any float dtype; products are computed in the dtype of `x`.
+        size: (H', W').
+        num_groups: of the normalisations, each over all pixels of an image.
+
+    Returns:
+        (B, H', W', out), float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+
+    Source: AnyUp (arXiv 2510.12764), encoder of the keys.
+    """
+    _check_block(x, block, num_groups)
+    wide = x.dtype in (torch.float32, torch.float64) and all(part is None or part.dtype == x.dtype for part in block)
+    fewer = size[1] <= Pool.FEW and 2 * size[0] * size[1] <= x.shape[1] * x.shape[2]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and wide and fewer and block.skip is None:
+        return library.pooled_block(x, [tensor for tensor in block if tensor is not None], *size, num_groups)[0]
+    return pooled(res_block(x, block, num_groups=num_groups).to(torch.promote_types(x.dtype, torch.float32)), size)
 
 
 def branches(x, freqs, query_conv, key_conv):

@@ -240,6 +240,87 @@ def _backward_block(ctx, grad, *_):
 res_block.register_autograd(_backward_block, setup_context=_save_block)
 
 
+@torch.library.custom_op("anyup_fast::pooled_block", mutates_args=())
+def pooled_block(
+    x: Tensor, weights: list[Tensor], height: int, width: int, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`anyup_fast.ops.pooled_block`, with what backward needs besides the input."""
+    return torch_gradients.pooled_block(x, Block(*weights), (height, width), num_groups)
+
+
+@pooled_block.register_fake
+def _(x, weights, height, width, num_groups):
+    small = x.shape[0], height, width, x.shape[3]
+    return x.new_empty(small), x.new_empty(x.shape), x.new_empty(x.shape[0], 2, 2, num_groups), x.new_empty(small)
+
+
+@torch.library.custom_op("anyup_fast::pooled_block_backward", mutates_args=())
+def pooled_block_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, statistics: Tensor, active: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of `pooled_block` for x and its weights."""
+    grad_x, grads = torch_gradients.pooled_block_backward(grad, x, hidden, statistics, active, Block(*weights))
+    return [grad_x, *grads]
+
+
+@pooled_block_backward.register_fake
+def _(grad, x, hidden, statistics, active, weights):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, *weights)]
+
+
+def _save_pooled_block(ctx, inputs, output):
+    x, weights, *_ = inputs
+    ctx.save_for_backward(x, *output[1:], *weights)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_pooled_block(ctx, grad, *_):
+    x, hidden, statistics, active, *weights = ctx.saved_tensors
+    if grad is None:
+        return None, [None] * len(weights), None, None, None
+    grad_x, *grads = pooled_block_backward(grad, x, hidden, statistics, active, weights)
+    return grad_x, grads, None, None, None
+
+
+pooled_block.register_autograd(_backward_pooled_block, setup_context=_save_pooled_block)
+
+
+@torch.library.custom_op("anyup_fast::project_pixels", mutates_args=())
+def project_pixels(image: Tensor, weight: Tensor) -> Tensor:
+    """`anyup_fast.ops.project_pixels`."""
+    return torch_gradients.project_pixels(image, weight)
+
+
+@project_pixels.register_fake
+def _(image, weight):
+    return weight.new_empty(image.shape[0], *image.shape[2:], weight.shape[0])
+
+
+@torch.library.custom_op("anyup_fast::project_pixels_backward", mutates_args=())
+def project_pixels_backward(grad: Tensor, image: Tensor, weight: Tensor, for_image: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of `project_pixels` for image (if asked for, else empty) and weight."""
+    return torch_gradients.project_pixels_backward(grad, image, weight, for_image)
+
+
+@project_pixels_backward.register_fake
+def _(grad, image, weight, for_image):
+    return image.new_empty(image.shape if for_image else 0), weight.new_empty(weight.shape)
+
+
+def _save_pixels(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_pixels(ctx, grad):
+    for_image = ctx.needs_input_grad[0]
+    of_image, of_weight = project_pixels_backward(grad, *ctx.saved_tensors, for_image)
+    return of_image if for_image else None, of_weight
+
+
+project_pixels.register_autograd(_backward_pixels, setup_context=_save_pixels)
+
+
 @torch.library.custom_op("anyup_fast::branches", mutates_args=())
 def branches(x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor) -> tuple[Tensor, Tensor]:
     """`anyup_fast.ops.branches`, arguments unchecked."""

@@ -16,7 +16,7 @@ from .crew import crew_size, led, share_out
 from .pages import new_empty
 from .torch_convolution import Convolution, WeightGradient
 from .torch_forward import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
-from .torch_guidance import Rotary
+from .torch_guidance import Rotary, Unpool, pooled_both
 from .weights import Block
 
 
@@ -66,63 +66,179 @@ def res_block(x, weights, num_groups):
 @led
 def res_block_backward(grad, x, hidden, statistics, weights):
     """Gradients of `res_block` for x and for the tensors of the block, in its order."""
-    wide = statistics.dtype
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        block, matrices = cast(weights, wide), cast(weights, x.dtype)
-        n_in, n_out = x.shape[3], len(block.conv_out)
-        grads = Block(*(None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in block))
-        grad_x = new_empty(x, x.shape)
-        walk = Walk(x.shape[1:3], max(n_in, n_out), block.conv_in)
-        slopes = grad_x if n_in == n_out else new_empty(x, hidden.shape)
+        block, matrices = cast(weights, statistics.dtype), cast(weights, x.dtype)
+        backward = _BlockBackward(x, hidden, statistics, block, matrices)
+        for number, given in enumerate(_flat(grad)):
 
-        def picture(source, middle, given, result, slope, its):
-            outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
-            inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
-            through = _ThroughNorm(its[1], block.norm_out_weight)
-
-            def through_second(desk, piece, kept):
-                flat, (norm, of_conv) = piece.flat, kept
-                near = desk.scratch(2, flat, n_out).copy_(given[flat])  # read twice
-                before = torch.addcmul(inner[1], middle[flat], inner[0], out=desk.scratch(0, flat, n_out))
-                down = _before_silu(_multiply(near, matrices.conv_out, slope[flat]), before)
-                norm.add(down.to(wide), middle[flat].to(wide), desk.scratch(1, flat, n_out))
+            def through_product(desk, piece, slope, before, of_conv, given=given):
+                near = desk.scratch(2, piece.flat, given.shape[1]).copy_(given[piece.flat])  # read twice
+                _before_silu(_multiply(near, matrices.conv_out, slope), before)
                 _add_product(of_conv, near, F.silu(before, inplace=True))
 
-            parts = walk.gathered(through_second, _of_each(through, block.conv_out))
-            grads.conv_out.add_(through.take(parts))
-            scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
-            through = _ThroughNorm(its[0], block.norm_in_weight)
+            def to_skip(desk, piece, given=given):
+                return given[piece.flat]
 
-            def through_first(desk, piece, kept):
-                flat, (norm, of_conv) = piece.flat, kept
-                change = torch.addcmul(offset, middle[flat], share, out=desk.scratch(0, flat, n_out))
-                change.addcmul_(slope[flat], scale)
-                before = torch.addcmul(outer[1], source[flat], outer[0], out=desk.scratch(1, flat, n_in))
-                down = _before_silu(_multiply(change, matrices.conv_in, result[flat]), before)
-                norm.add(down.to(wide), source[flat].to(wide), desk.scratch(2, flat, n_in))
-                _add_product(of_conv, change, F.silu(before, inplace=True))
+            backward(number, through_product, to_skip)
+    return backward.results(weights)
 
-            parts = walk.gathered(through_first, _of_each(through, block.conv_in))
-            grads.conv_in.add_(through.take(parts))
-            scale, offset, share = through.coefficients(len(source), grads.norm_in_weight, grads.norm_in_bias)
 
-            def to_input(desk, piece, of_skip=None):
-                flat = piece.flat
-                change = torch.addcmul(offset, source[flat], share, out=desk.scratch(0, flat, n_in))
-                change.addcmul_(result[flat], scale)
-                skipped = given[flat] if block.skip is None else given[flat] @ matrices.skip
-                torch.add(change, skipped, out=result[flat])
-                if block.skip is not None:
-                    _add_product(of_skip, given[flat], source[flat])
+@led
+def pooled_block(x, weights, size, num_groups):
+    """`anyup_fast.ops.pooled_block` (B, h, w, D), with what backward needs besides the input.
 
-            if block.skip is None:
-                walk.each(to_input)
-            else:
-                grads.skip.add_(sum(walk.gathered(to_input, lambda: torch.zeros_like(block.skip))))
+    That is `hidden` and `statistics` as of `res_block`, and the pooled activations (B, h, w, D).
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        hidden, out = new_empty(x, x.shape), x.new_empty(len(x), *size, x.shape[3])
+        active, statistics = torch.empty_like(out), x.new_empty(len(x), 2, 2, num_groups)
+        walk = Walk(x.shape[1:3], x.shape[3], weights.conv_in, num_groups)
+        for source, middle, its, target, kept in zip(_flat(x), _flat(hidden), statistics, out, active, strict=True):
+            its[0] = walk.moments(source).groups(num_groups)
+            outer = group_affine(its[0], weights.norm_in_weight, weights.norm_in_bias)
+            its[1] = walk.hidden(source, outer, weights.conv_in, middle).groups(num_groups)
+            inner = group_affine(its[1], weights.norm_out_weight, weights.norm_out_bias)
+            plain, acting = pooled_both(walk, source, middle, inner, size)
+            kept.copy_(acting.view_as(kept))
+            torch.addmm(plain, acting, weights.conv_out.T, out=target.view_as(plain))
+    return out, hidden, statistics, active
 
-        for tensors in zip(*map(_flat, (x, hidden, grad, grad_x, slopes)), statistics, strict=True):
-            picture(*tensors)
-    return grad_x, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True) if w is not None]
+
+@led
+def pooled_block_backward(grad, x, hidden, statistics, active, weights):
+    """Gradients of `pooled_block` for x and for the tensors of the block, in its order."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        backward = _BlockBackward(x, hidden, statistics, weights, weights)
+        of_active = grad @ weights.conv_out
+        for number, (given, before_product) in enumerate(zip(grad, of_active, strict=True)):
+            spread, skipped = (Unpool(part, x.shape[1:3]) for part in (before_product, given))
+
+            def through_pooling(desk, piece, slope, before, of_conv, spread=spread):
+                spread(piece, slope)
+                _before_silu(slope, before)
+
+            def to_skip(desk, piece, skipped=skipped):
+                return skipped(piece, desk.scratch(1, piece.flat, x.shape[3]))
+
+            backward(number, through_pooling, to_skip)
+        backward.grads.conv_out.copy_(_flat(grad).flatten(0, 1).T @ _flat(active).flatten(0, 1))
+    return backward.results(weights)
+
+
+class _BlockBackward:
+    """Backward of a block of the images `x`, one after the other.
+
+    Args:
+        x, hidden: (B, H, W, D). statistics: see `res_block`.
+        block, matrices: its tensors, in the dtype of the statistics and in that of `x`.
+    """
+
+    def __init__(self, x, hidden, statistics, block, matrices):
+        self.block, self.matrices, self.statistics = block, matrices, statistics
+        self.width, self.out_width = x.shape[3], len(block.conv_out)
+        self.grads = Block(*(None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in block))
+        self.grad_x = new_empty(x, x.shape)
+        self.walk = Walk(x.shape[1:3], max(self.width, self.out_width), block.conv_in)
+        slopes = self.grad_x if self.width == self.out_width else new_empty(x, hidden.shape)
+        self.images = list(zip(*map(_flat, (x, hidden, self.grad_x, slopes)), strict=True))
+
+    def __call__(self, number, through_end, to_skip):
+        """One image.
+
+        Args:
+            through_end: callable (desk, piece, slope, before, of_conv) that fills `slope` (P, out) with the gradient
+                for `before`, the normalised output of the first convolution, which it may overwrite, and adds to the
+                gradient of the second convolution.
+            to_skip: callable (desk, piece) -> gradient (P, out) for what is added to the block's branch; it may use
+                scratch 1.
+        """
+        wide, block, matrices, grads = self.statistics.dtype, self.block, self.matrices, self.grads
+        source, middle, result, slope = self.images[number]
+        its = self.statistics[number]
+        outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
+        inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
+        through = _ThroughNorm(its[1], block.norm_out_weight)
+
+        def through_second(desk, piece, kept):
+            flat, (norm, of_conv) = piece.flat, kept
+            before = torch.addcmul(inner[1], middle[flat], inner[0], out=desk.scratch(0, flat, self.out_width))
+            through_end(desk, piece, slope[flat], before, of_conv)
+            norm.add(slope[flat].to(wide), middle[flat].to(wide), desk.scratch(1, flat, self.out_width))
+
+        parts = self.walk.gathered(through_second, _of_each(through, block.conv_out))
+        grads.conv_out.add_(through.take(parts))
+        scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
+        through = _ThroughNorm(its[0], block.norm_in_weight)
+
+        def through_first(desk, piece, kept):
+            flat, (norm, of_conv) = piece.flat, kept
+            change = torch.addcmul(offset, middle[flat], share, out=desk.scratch(0, flat, self.out_width))
+            change.addcmul_(slope[flat], scale)
+            before = torch.addcmul(outer[1], source[flat], outer[0], out=desk.scratch(1, flat, self.width))
+            down = _before_silu(_multiply(change, matrices.conv_in, result[flat]), before)
+            norm.add(down.to(wide), source[flat].to(wide), desk.scratch(2, flat, self.width))
+            _add_product(of_conv, change, F.silu(before, inplace=True))
+
+        parts = self.walk.gathered(through_first, _of_each(through, block.conv_in))
+        grads.conv_in.add_(through.take(parts))
+        scale, offset, share = through.coefficients(len(source), grads.norm_in_weight, grads.norm_in_bias)
+
+        def to_input(desk, piece, of_skip=None):
+            flat = piece.flat
+            change = torch.addcmul(offset, source[flat], share, out=desk.scratch(0, flat, self.width))
+            change.addcmul_(result[flat], scale)
+            skipped = to_skip(desk, piece)
+            if block.skip is not None:
+                _add_product(of_skip, skipped, source[flat])
+                skipped = skipped @ matrices.skip
+            torch.add(change, skipped, out=result[flat])
+
+        if block.skip is None:
+            self.walk.each(to_input)
+        else:
+            grads.skip.add_(sum(self.walk.gathered(to_input, lambda: torch.zeros_like(block.skip))))
+
+    def results(self, weights):
+        """Gradients for x and for `weights`, in their dtypes."""
+        pairs = zip(self.grads, weights, strict=True)
+        return self.grad_x, [grad.to(weight.dtype) for grad, weight in pairs if weight is not None]
+
+
+@led
+def project_pixels(image, weight):
+    """`anyup_fast.ops.project_pixels`: (B, H, W, D) in the dtype of the weight."""
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        out = new_empty(weight, (len(image), *image.shape[2:], len(weight)))
+        walk = Walk(image.shape[2:], len(weight), weight)
+        for source, target in zip(image, _flat(out), strict=True):
+            pixels = source.to(weight.dtype).flatten(1).T
+
+            def project(desk, piece, pixels=pixels, target=target):
+                torch.mm(pixels[piece.flat], weight.T, out=target[piece.flat])
+
+            walk.each(project)
+    return out
+
+
+@led
+def project_pixels_backward(grad, image, weight, for_image):
+    """Gradients of `project_pixels` for image (if asked for, else empty) and weight."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        of_image, of_weight = image.new_empty(image.shape if for_image else 0), weight.new_zeros(weight.shape, dtype=wide)
+        walk = Walk(image.shape[2:], len(weight), weight)
+        for number, (source, given) in enumerate(zip(image, _flat(grad), strict=True)):
+            pixels = source.to(weight.dtype).flatten(1).T
+
+            def back(desk, piece, total, number=number, pixels=pixels, given=given):
+                near = given[piece.flat]
+                _add_product(total, near, pixels[piece.flat])
+                if for_image:
+                    of_image[number].flatten(1).T[piece.flat] = near @ weight
+
+            for part in walk.gathered(back, lambda: of_weight.new_zeros(of_weight.shape)):
+                of_weight += part
+    return of_image, of_weight.to(weight.dtype)
 
 
 @led

@@ -267,6 +267,50 @@ class Pool:
         return self.sums / (rows[:, None] * cols)[..., None]
 
 
+def pooled_both(walk, x, hidden, norm, size):
+    """Averages of `x` and of the activation of `hidden` (both H * W, D) over `size` cells: two of (h * w, D)."""
+    axes = [Bins(n, m, slice(None)) for n, m in zip(walk.size, size, strict=True)]
+
+    def add(desk, piece, pools):
+        for source, pool in zip((x[piece.flat], desk.active(hidden, piece.flat, norm)), pools, strict=True):
+            shape = piece.rows.stop - piece.rows.start, piece.cols.stop - piece.cols.start, x.shape[1]
+            pool.add(source.view(shape), piece.rows, piece.cols)
+
+    parts = walk.gathered(add, lambda: [Pool(*axes, x.shape[1], like=x) for _ in range(2)])
+    for pools in parts[1:]:
+        for pool, other in zip(parts[0], pools, strict=True):
+            pool.sums += other.sums
+    return [pool.mean().flatten(0, 1) for pool in parts[0]]
+
+
+class Unpool:
+    """The way back through `adaptive_avg_pool2d`: each pixel gets its part of the gradient (h, w, D) of the cells.
+
+    Args:
+        grad: (h, w, D). size: (H, W) of the image.
+    """
+
+    def __init__(self, grad, size):
+        self._bins, cols = (Bins(n, m, slice(None)) for n, m in zip(size, grad.shape[:2], strict=True))
+        self._shares = _shares(size[0], self._bins, grad)
+        self._lines = torch.matmul(_shares(size[1], cols, grad), grad)  # (h, W, D)
+
+    def __call__(self, piece, out):
+        """Fill `out` (P, D) for the pixels of a piece; returns it."""
+        met, _ = self._bins.inside(piece.rows)
+        met = slice(met.start, met.stop)
+        shares, lines = self._shares[piece.rows, met], self._lines[met, piece.cols]
+        torch.mm(shares, lines.flatten(1), out=out.view(len(shares), -1))
+        return out
+
+
+def _shares(length, bins, like):
+    """(length, pooled): the part that each place has in the average of each range."""
+    place = torch.arange(length, device=like.device)[:, None]
+    starts, ends = (torch.tensor(edge, device=like.device) for edge in (bins.starts, bins.ends))
+    return ((place >= starts) & (place < ends)).to(like.dtype) / (ends - starts)
+
+
 class _Stored:
     """The whole network, pass by pass; beside its results it holds two or three images of D channels."""
 
@@ -345,7 +389,7 @@ class _Stored:
                 return out
 
             if out.shape[1] <= Pool.FEW:
-                pooled = self._pooled_at_once(x, hidden, norm, out)
+                pooled = pooled_both(self.walk, x, hidden, norm, out.shape[:2])
             else:
 
                 def activate(desk, piece):
@@ -356,21 +400,6 @@ class _Stored:
             return torch.addmm(*pooled, block.conv_out.T, out=out.view(-1, self.width))
 
         return last
-
-    def _pooled_at_once(self, x, hidden, norm, out):
-        """`_pooled` of `x` and of the activation of `hidden`, both read once."""
-        axes = [Bins(n, m, slice(None)) for n, m in zip(self.size, out.shape[:2], strict=True)]
-
-        def add(desk, piece, pools):
-            for source, pool in zip((x[piece.flat], desk.active(hidden, piece.flat, norm)), pools, strict=True):
-                shape = piece.rows.stop - piece.rows.start, piece.cols.stop - piece.cols.start, self.width
-                pool.add(source.view(shape), piece.rows, piece.cols)
-
-        parts = self.walk.gathered(add, lambda: [Pool(*axes, self.width, like=out) for _ in range(2)])
-        for pools in parts[1:]:
-            for pool, other in zip(parts[0], pools, strict=True):
-                pool.sums += other.sums
-        return [pool.mean().flatten(0, 1) for pool in parts[0]]
 
     def _pooled(self, x, out):
         """Average of `x` (H * W, D) over the cells of `out` (h, w, D): (h * w, D)."""
