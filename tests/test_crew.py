@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp
-from anyup_fast.ops import torch_convolution, torch_forward
+from anyup_fast.ops import crew, torch_convolution, torch_forward
 from anyup_fast.ops.crew import crew_size, led, share_out
 from anyup_fast.ops.torch_convolution import Convolution, WeightGradient
 from anyup_fast.ops.torch_forward import Walk
@@ -29,6 +29,15 @@ def test_every_item_is_worked_on_once_by_a_thread_of_its_own(two_threads, count,
         assert [item for desk in desks for item, _ in desk] == list(range(count))
     for desk in desks:
         assert len({thread for _, thread in desk}) <= 1
+
+
+def test_runs_are_of_equal_cost(two_threads):
+    desks = [], []
+    share_out(lambda desk, item: desk.append(item), list(range(6)), desks, in_order=True, costs=[1, 1, 1, 1, 1, 5])
+    assert desks == ([0, 1, 2, 3, 4], [5])
+    assert crew._edges([1] * 7, 3) == [0, 2, 5, 7] and crew._edges([9, 1], 2) == [0, 1, 2]
+    assert crew._edges([5], 3)[0] == 0 and crew._edges([5], 3)[-1] == 1
+    assert crew._edges([5, 0, 0], 4) == sorted(crew._edges([5, 0, 0], 4))
 
 
 def test_workers_are_single_threaded_and_the_caller_keeps_its_threads(two_threads):

@@ -12,6 +12,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import accumulate
 
 import torch
 
@@ -44,7 +45,7 @@ def led(function):
     return call
 
 
-def share_out(work, items, desks, in_order=False):
+def share_out(work, items, desks, in_order=False, costs=None):
     """Call `work(desk, item)` for every item.
 
     Args:
@@ -53,6 +54,7 @@ def share_out(work, items, desks, in_order=False):
         desks: what each of at most `crew_size` workers has for itself.
         in_order: give each desk a run of neighbouring items, so that what it gathers is the same every time; else the
             next item goes to whoever is free.
+        costs: of the items, to make the runs of equal cost; else they have as many items.
 
     Raises:
         What the work raises first (by the order of the desks), once no worker is at it any more.
@@ -61,10 +63,10 @@ def share_out(work, items, desks, in_order=False):
         for item in items:
             work(desks[0], item)
     elif hasattr(_inside, "crew"):
-        _inside.crew.share_out(work, items, desks, in_order)
+        _inside.crew.share_out(work, items, desks, in_order, costs)
     else:
         crew = _crew(torch.get_num_threads())
-        crew.lead(functools.partial(crew.share_out, work, items, desks, in_order))
+        crew.lead(functools.partial(crew.share_out, work, items, desks, in_order, costs))
 
 
 class _Call:
@@ -116,9 +118,9 @@ class _Crew:
                 call.stopped = True
                 wait([future])
 
-    def share_out(self, work, items, desks, in_order):
+    def share_out(self, work, items, desks, in_order, costs):
         """`share_out` from the leader's thread, who works along."""
-        edges = [len(items) * k // len(desks) for k in range(len(desks) + 1)]
+        edges = _edges(costs or [1] * len(items), len(desks))
         queue, call = deque(items), _inside.call
         ranges = zip(edges[:-1], edges[1:], strict=True)
         parts = [items[first:last] if in_order else _taken(queue) for first, last in ranges]
@@ -140,6 +142,13 @@ class _Crew:
             wait(running)
         for future in running:
             future.result()
+
+
+def _edges(costs, runs):
+    """Where to cut items into runs of about equal cost: `runs` + 1 indices."""
+    before = [0, *accumulate(costs)]  # of the first items
+    inner = [before[-1] * k / runs for k in range(1, runs)]
+    return [0, *(min(range(len(before)), key=lambda i: abs(before[i] - cost)) for cost in inner), len(costs)]
 
 
 def _taken(queue):

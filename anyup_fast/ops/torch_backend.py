@@ -77,7 +77,8 @@ def windowed_attention_backward(
                 (of_key, of_value),
                 *((torch.zeros_like(of_key), torch.zeros_like(of_value)) for _ in range(1, workers)),
             ]
-            share_out(attend, tiles, sums, in_order=True)
+            costs = [(row.stop - row.start) * (row.high - row.low) * len(strip.tiles) for row, strip in tiles]
+            share_out(attend, tiles, sums, in_order=True, costs=costs)
             for key_sum, value_sum in sums[1:]:
                 of_key += key_sum
                 of_value += value_sum
@@ -112,12 +113,16 @@ class Strip:
         self.n_keys = max(t.high - t.low for t in tiles)
         self.lows = [min(t.low, n_key - self.n_keys) for t in tiles]
 
-    def queries(self, row, source, dtype):
-        """The queries of `source` (H', W', heads, d) inside, as (tiles, heads, T * length, d), zeros where padded."""
+    def queries(self, row, source, dtype, some=slice(None)):
+        """The queries of `source` (H', W', heads, d) inside, as (tiles, heads, T * length, d), zeros where padded.
+
+        `some`: of the tiles.
+        """
         heads, dim = source.shape[2:]
-        shape = len(self.tiles), heads, row.stop - row.start, self.length, dim
+        tiles = self.tiles[some]
+        shape = len(tiles), heads, row.stop - row.start, self.length, dim
         packed = torch.empty(shape, dtype=dtype, device=source.device)
-        for tile, part in zip(self.tiles, packed, strict=True):
+        for tile, part in zip(tiles, packed, strict=True):
             length = tile.stop - tile.start
             part[:, :, :length] = source[row.start : row.stop, tile.start : tile.stop].permute(2, 0, 1, 3)
             if length < self.length:
@@ -223,6 +228,12 @@ def _weights(row, strip, query, key, scale, dtype):
     return q, k, torch.softmax(logits, -2, out=logits)
 
 
+def _some(v, queries):
+    """Slices of the tiles whose values (tiles, groups, K, c) are to be met at once by so many queries each."""
+    several = max(1, OUTPUTS // (v.shape[1] * v.shape[3] * queries)) if v.device.type == "cpu" else len(v)
+    return [slice(first, first + several) for first in range(0, len(v), several)]
+
+
 def _groups(x, heads, head_mode):
     """Channels as (..., groups, C / groups): one group for each set of weights that serves them."""
     return x.unflatten(-1, (heads if head_mode == "split" else 1, -1))
@@ -238,9 +249,7 @@ def _forward(row, strip, query, key, value, out, scale, head_mode):
     step = max(1, LIMIT // (n * (queries + keys) * value.shape[2]))
     for v, o in zip(value.split(step, -1), out.split(step, -1), strict=True):
         v = strip.keys(row, v, weights.dtype)
-        several = max(1, OUTPUTS // (v.shape[3] * queries)) if v.device.type == "cpu" else n
-        for first in range(0, n, several):
-            part = slice(first, first + several)
+        for part in _some(v, queries):
             result = (weights[part].mT @ v[part]).transpose(1, 2).unflatten(1, (-1, strip.length))
             for tile, pixels in zip(strip.tiles[part], result, strict=True):
                 o[row.start : row.stop, tile.start : tile.stop] = pixels[:, : tile.stop - tile.start]
@@ -250,18 +259,24 @@ def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_va
     """Write the query gradient of one strip, add to those of the keys and values it reads."""
     q, k, weights = _weights(row, strip, query, key, scale, grad_value.dtype)
     heads = weights.shape[1]
-    shared = weights.mean(1, keepdim=True) if head_mode == "mean" else weights
-    g = strip.queries(row, _groups(grad, heads, head_mode), q.dtype)
-    v = strip.keys(row, _groups(value, heads, head_mode), q.dtype)
-    slope = v @ g.mT / (heads // shared.shape[1])
-    slope = weights * (slope - (weights * slope).sum(-2, keepdim=True))
+    grad, v = _groups(grad, heads, head_mode), strip.keys(row, _groups(value, heads, head_mode), q.dtype)
+    share = v.shape[1] / heads
+    of_value = torch.empty_like(v) if grad_value.numel() else None
+    slope = torch.empty_like(weights)
+    for part in _some(v, weights.shape[3]):
+        g = strip.queries(row, grad, q.dtype, part)
+        torch.mul(weights[part], v[part].mul(share) @ g.mT, out=slope[part])
+        if of_value is not None:
+            shared = weights[part].mean(1, keepdim=True) if head_mode == "mean" else weights[part]
+            torch.matmul(shared, g, out=of_value[part])
+    slope.addcmul_(weights, slope.sum(-2, keepdim=True), value=-1)
     for_query = (slope.mT @ k).transpose(1, 2).unflatten(1, (-1, strip.length))
     for_key = (slope @ q).mul_(scale).transpose(1, 2)
     for tile, part in zip(strip.tiles, for_query, strict=True):
         grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
     sums = [(grad_key, for_key)]
-    if grad_value.numel():
-        sums.append((grad_value, (shared @ g).transpose(1, 2).flatten(2)))
+    if of_value is not None:
+        sums.append((grad_value, of_value.transpose(1, 2).flatten(2)))
     for total, parts in sums:
         for low, part in zip(strip.lows, parts, strict=True):
             seen = total[row.low : row.high, low : low + strip.n_keys]
