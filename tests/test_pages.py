@@ -98,6 +98,26 @@ def test_no_more_is_kept_than_the_limit(monkeypatch):
     assert not pages._kept
 
 
+@linux
+def test_training_keeps_what_it_needed_at_most(monkeypatch):
+    size = SIDE * SIDE * 4 + LARGE_PAGE
+    monkeypatch.setattr(pages, "KEPT", size)
+    tensors = [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(5)]
+    assert not pages._kept and pages._used == {"now": 5 * size, "most": 5 * size}
+    del tensors[1:]
+    assert sum(map(len, pages._kept)) == 4 * size
+    tensors += [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(2)]
+    assert sum(map(len, pages._kept)) == 2 * size
+    larger = new_empty(LIKE, (2 * SIDE, SIDE), recorded=True)
+    assert sum(map(len, pages._kept)) == size and pages._used["most"] == 5 * size
+    del larger
+    assert sum(map(len, pages._kept)) <= 2 * size
+    pages.release()
+    assert not pages._kept and pages._used["most"] == pages._used["now"] == 3 * size
+    tensors.clear()
+    assert pages._used["now"] == 0
+
+
 def test_where_nothing_can_be_kept_tensors_are_plain(monkeypatch):
     monkeypatch.setattr(pages, "_possible", lambda: False)
     assert new_empty(LIKE, (SIDE, SIDE)).fill_(1).eq(1).all()

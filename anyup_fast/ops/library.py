@@ -168,7 +168,7 @@ def convolve_and_project(
     query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`project_queries` in plain PyTorch with gradients; also gives the convolution's output, which backward needs."""
-    convolved = new_empty(query, query.shape, torch.promote_types(query.dtype, torch.float32))
+    convolved = new_empty(query, query.shape, torch.promote_types(query.dtype, torch.float32), recorded=True)
     return torch_forward.project_queries(query, conv, norm, weight, bias, eps=eps, convolved=convolved), convolved
 
 

@@ -15,23 +15,32 @@ KEPT = int(os.environ.get("ANYUP_FAST_KEPT_BYTES", 192 << 20))  # at most, of wh
 
 _lock = threading.RLock()  # a region may be given back by the garbage collector, wherever that strikes
 _kept = []  # regions in nobody's use, the one longest so first
+_used = {"now": 0, "most": 0}  # bytes of regions that training holds
 
 
-def new_empty(like, shape, dtype=None):
+def new_empty(like, shape, dtype=None, *, recorded=False):
     """`like.new_empty(shape, dtype=dtype)`, in memory that costs less to touch if it is large.
 
     A fresh image of 100 MB costs 25,000 interruptions on first use and the zeros that the system fills it with, a tenth
     of a forward pass on a CPU. So the system is asked for large pages, and up to `KEPT` bytes stay with the process
     when their tensors are gone, marked as free for the system to take should it run short. The environment variable
     ANYUP_FAST_KEPT_BYTES sets another limit. Only CPUs under Linux are concerned.
+
+    What layers whose gradients are recorded keep (`recorded`) comes back with every step of training: so much stays
+    that it and what is in use are together no more than they once were in use.
     """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or size < LEAST or not _possible():
         return like.new_empty(shape, dtype=dtype)
     region = _taken(size) or _mapped(size)
+    counted = len(region) if recorded else 0
+    with _lock:
+        _used["now"] += counted
+        _used["most"] = max(_used.values())
+        _drop()
     view = memoryview(region)[_start(region) :][:size]
-    weakref.finalize(view, _give_back, region).atexit = False
+    weakref.finalize(view, _give_back, region, counted).atexit = False
     return torch.frombuffer(view, dtype=dtype).view(shape)
 
 
@@ -43,13 +52,14 @@ def kept(size, count, device):
 
 
 def release():
-    """Give what is kept back to the system."""
+    """Give what is kept back to the system, and forget how much training took."""
     with _lock:
+        _used["most"] = _used["now"]
         _kept.clear()
 
 
 def _possible():
-    return sys.platform.startswith("linux") and hasattr(mmap, "MADV_HUGEPAGE")
+    return sys.platform.startswith("linux") and hasattr(mmap, "MADV_FREE")
 
 
 def _taken(size):
@@ -78,16 +88,18 @@ def _advise(region, advice):
         pass
 
 
-def _give_back(region):
-    size = len(region)
-    if size > KEPT:
-        return
+def _give_back(region, counted):
     _advise(region, mmap.MADV_FREE)
     with _lock:
+        _used["now"] -= counted
         _kept.append(region)
-        kept = sum(map(len, _kept))
-        while kept > KEPT:
-            kept -= len(_kept.pop(0))
+        _drop()
+
+
+def _drop():
+    limit = max(KEPT, _used["most"] - _used["now"]) if KEPT else 0
+    while sum(map(len, _kept)) > limit:
+        _kept.pop(0)
 
 
 def _forget():

@@ -19,6 +19,8 @@ from .torch_forward import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_c
 from .torch_guidance import Rotary, Unpool, pooled_both
 from .weights import Block
 
+_new_empty = functools.partial(new_empty, recorded=True)
+
 
 @led
 def res_block(x, weights, num_groups):
@@ -31,7 +33,7 @@ def res_block(x, weights, num_groups):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         block, matrices = cast(weights, wide), cast(weights, x.dtype)
         width = len(block.conv_out)
-        out, hidden = (new_empty(x, (*x.shape[:3], width)) for _ in range(2))
+        out, hidden = (_new_empty(x, (*x.shape[:3], width)) for _ in range(2))
         statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
         walk = Walk(x.shape[1:3], max(width, x.shape[3]), block.conv_in, num_groups)
 
@@ -90,7 +92,7 @@ def pooled_block(x, weights, size, num_groups):
     That is `hidden` and `statistics` as of `res_block`, and the pooled activations (B, h, w, D).
     """
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        hidden, out = new_empty(x, x.shape), x.new_empty(len(x), *size, x.shape[3])
+        hidden, out = _new_empty(x, x.shape), x.new_empty(len(x), *size, x.shape[3])
         active, statistics = torch.empty_like(out), x.new_empty(len(x), 2, 2, num_groups)
         walk = Walk(x.shape[1:3], x.shape[3], weights.conv_in, num_groups)
         for source, middle, its, target, kept in zip(_flat(x), _flat(hidden), statistics, out, active, strict=True):
@@ -137,9 +139,9 @@ class _BlockBackward:
         self.block, self.matrices, self.statistics = block, matrices, statistics
         self.width, self.out_width = x.shape[3], len(block.conv_out)
         self.grads = Block(*(None if tensor is None else tensor.new_zeros(tensor.shape) for tensor in block))
-        self.grad_x = new_empty(x, x.shape)
+        self.grad_x = _new_empty(x, x.shape)
         self.walk = Walk(x.shape[1:3], max(self.width, self.out_width), block.conv_in)
-        slopes = self.grad_x if self.width == self.out_width else new_empty(x, hidden.shape)
+        slopes = self.grad_x if self.width == self.out_width else _new_empty(x, hidden.shape)
         self.images = list(zip(*map(_flat, (x, hidden, self.grad_x, slopes)), strict=True))
 
     def __call__(self, number, through_end, to_skip):
@@ -208,7 +210,7 @@ class _BlockBackward:
 def project_pixels(image, weight):
     """`anyup_fast.ops.project_pixels`: (B, H, W, D) in the dtype of the weight."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        out = new_empty(weight, (len(image), *image.shape[2:], len(weight)))
+        out = _new_empty(weight, (len(image), *image.shape[2:], len(weight)))
         walk = Walk(image.shape[2:], len(weight), weight)
         for source, target in zip(image, _flat(out), strict=True):
             pixels = source.to(weight.dtype).flatten(1).T
@@ -246,7 +248,7 @@ def branches(x, freqs, query_conv, key_conv):
     """`anyup_fast.ops.branches`: two tensors (B, H, W, D)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         walk, rotary, wide = _rotary(x, freqs)
-        query, key = (new_empty(x, x.shape) for _ in range(2))
+        query, key = (_new_empty(x, x.shape) for _ in range(2))
         matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
 
         def rotate(desk, piece, source, targets):
@@ -266,7 +268,7 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
         walk, rotary, wide = _rotary(x, freqs)
         width, half = x.shape[3], x.shape[3] // 2
         matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
-        grad_x = new_empty(x, x.shape)
+        grad_x = _new_empty(x, x.shape)
         grad_freqs = torch.zeros(2, width, dtype=torch.float64, device=x.device)
         row_at, col_at = rotary.axes
 
@@ -328,8 +330,8 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         back = Convolution(conv.flip(2, 3).transpose(0, 1))
         folded = weight * norm
-        grad_query = new_empty(query, query.shape)
-        of_conv = new_empty(query, (height, width, dim), wide)
+        grad_query = _new_empty(query, query.shape)
+        of_conv = _new_empty(query, (height, width, dim), wide)
         grad_conv, products, grad_bias = (tensor.new_zeros(tensor.shape) for tensor in (conv, weight, bias))
 
         def start():
