@@ -31,7 +31,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     """
     batch, height, width, heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
-    out = new_empty(value, (batch, height, width, value.shape[3]))
+    out = new_empty(value, (batch, height, width, value.shape[3]), recorded=query.requires_grad)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
         strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3])
@@ -58,7 +58,7 @@ def windowed_attention_backward(
     scale = head_dim**-0.5 if scale is None else scale
     compute = _compute_dtype(query, value)
     grads = [
-        new_empty(query, query.shape, compute),
+        new_empty(query, query.shape, compute, recorded=True),
         torch.zeros(key.shape, dtype=compute, device=key.device),
         torch.zeros(value.shape if for_value else (len(value), 0), dtype=compute, device=value.device),
     ]

@@ -30,7 +30,7 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
     compute = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
-        out = new_empty(query, query.shape, compute)
+        out = new_empty(query, query.shape, compute, recorded=convolved is not None)
         height, width, dim = query.shape[1:]
         walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
