@@ -34,7 +34,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     out = new_empty(value, (batch, height, width, value.shape[3]), recorded=query.requires_grad)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
-        strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3])
+        strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3], BATCH)
         compute = _blocked if blocked else _forward
         tiles = list(product(rows, cols if blocked else strips))
         for tensors in zip(query, key, value, out, strict=True):
@@ -64,7 +64,7 @@ def windowed_attention_backward(
     ]
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         rows, cols, _ = _plan(row_bounds, col_bounds, heads, value.shape[3], blocks=False)
-        strips = _strips(rows, cols, key, heads, value.shape[3])
+        strips = _strips(rows, cols, key, heads, value.shape[3], BATCH // 2)
         tiles = list(product(rows, strips))
         for *tensors, of_query, of_key, of_value in zip(grad, query, key, value, *grads, strict=True):
 
@@ -77,7 +77,7 @@ def windowed_attention_backward(
                 (of_key, of_value),
                 *((torch.zeros_like(of_key), torch.zeros_like(of_value)) for _ in range(1, workers)),
             ]
-            costs = [(row.stop - row.start) * (row.high - row.low) * len(strip.tiles) for row, strip in tiles]
+            costs = [_cost(row, strip) for row, strip in tiles]
             share_out(attend, tiles, sums, in_order=True, costs=costs)
             for key_sum, value_sum in sums[1:]:
                 of_key += key_sum
@@ -199,16 +199,22 @@ def _plan(row_bounds, col_bounds, heads, channels, blocks=True):
     return rows, cols, False
 
 
-def _strips(rows, cols, key, heads, channels):
+def _strips(rows, cols, key, heads, channels, batch):
     queries = max(t.stop - t.start for t in rows) * max(t.stop - t.start for t in cols)
     keys = max(t.high - t.low for t in rows) * max(t.high - t.low for t in cols)
-    n = max(1, min(BATCH // (heads * queries * keys), LIMIT // (channels * (queries + keys))))
+    n = max(1, min(batch // (heads * queries * keys), LIMIT // (channels * (queries + keys))))
     return _batched(cols, key.shape[2], n)
 
 
 @lru_cache(maxsize=64)
 def _batched(tiles, n_key, n):
     return [Strip(tiles[i : i + n], n_key) for i in range(0, len(tiles), n)]
+
+
+def _cost(row, strip):
+    """Of one strip, about: every query costs its keys, and its own numbers as much as a few dozen keys."""
+    queries, keys = (row.stop - row.start) * strip.length, (row.high - row.low) * strip.n_keys
+    return len(strip.tiles) * queries * (keys + 32)
 
 
 def _compute_dtype(query, value):
