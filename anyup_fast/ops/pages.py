@@ -26,8 +26,8 @@ def new_empty(like, shape, dtype=None, *, recorded=False):
     when their tensors are gone, marked as free for the system to take should it run short. The environment variable
     ANYUP_FAST_KEPT_BYTES sets another limit. Only CPUs under Linux are concerned.
 
-    What layers whose gradients are recorded keep (`recorded`) comes back with every step of training: so much stays
-    that it and what is in use are together no more than they once were in use.
+    What layers whose gradients are recorded allocate (`recorded`) comes back with every step of training: of it so much
+    stays that it and what is in use are together no more than once were in use.
     """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
@@ -97,7 +97,7 @@ def _give_back(region, counted):
 
 
 def _drop():
-    limit = max(KEPT, _used["most"] - _used["now"]) if KEPT else 0
+    limit = (_used["most"] - _used["now"] if _used["now"] else max(KEPT, _used["most"])) if KEPT else 0
     while sum(map(len, _kept)) > limit:
         _kept.pop(0)
 
