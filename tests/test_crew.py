@@ -169,7 +169,8 @@ def test_the_transforms_make_a_convolution_of_products():
 
 def test_the_leader_does_what_lies_between_alone_and_as_the_caller_would(two_threads):
     def settings(x):
-        seen = threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        seen = threading.get_ident(), torch.get_num_threads(), *modes
         desks = []
         share_out(lambda desk, item: desks.append((desk, crew_size(CPU))), [0, 1], range(crew_size(CPU)), in_order=True)
         return seen, sorted(desks), led(lambda x: threading.get_ident())(x), crew_size(CPU)

@@ -391,10 +391,46 @@ def test_smoothness_blames_bends_on_flat_ground_and_not_at_edges():
     assert training.edge_aware_smoothness(output[..., :2, :2], flat[..., :2, :2]) == 0
 
 
+def test_cells_belong_to_instances_by_their_share():
+    instances = torch.zeros(1, 4, 8, dtype=torch.uint8)
+    instances[:, :, 6:] = 2
+    instances[:, 0, 0] = 1
+    shares = training.instance_shares(instances, (1, 2))
+    expected = [[15 / 16, 0.5], [1 / 16, 0], [0, 0.5]]
+    torch.testing.assert_close(shares[0, :, 0], torch.tensor(expected))
+
+
+def test_the_mask_term_falls_when_attention_stays_within_the_instance(config, cache):
+    targets = TargetCache(cache, config)
+    targets.fill()
+    sample = training.draw_sample(targets, np.random.default_rng(3))
+    half = sample.guide.shape[-1] // 2
+    sample.instances[:] = 0
+    sample.instances[..., half:] = 1
+    sample.guide[..., :half], sample.guide[..., half:] = 0.1, 0.9
+    asked = replace(config, mask_weight=1.0, dense_weight=0.0, consistency_share=1e-9, region=64)
+    torch.manual_seed(0)
+    model = AnyUp(qk_dim=32, lfu_dim=16)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    found = []
+    for _ in range(30):
+        _, terms = training.training_loss(model, sample, np.random.default_rng(0), asked)
+        found.append(terms["mask"])
+        total, _ = training.training_loss(model, sample, np.random.default_rng(0), replace(asked, mask_weight=100.0))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert found[0] > 0 and found[-1] < 0.8 * found[0]
+    sample.instances[:] = 0
+    assert "mask" not in training.training_loss(model, sample, np.random.default_rng(0), asked)[1]
+
+
 def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
     asked = replace(
         config,
         smooth_weight=1.0,
+        mask_weight=1.0,
+        region=40,
         degraded_share=1.0,
         noise_share=1.0,
         consistency_share=1.0,
@@ -404,7 +440,7 @@ def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
     train(asked, tmp_path / "run", cache=cache)
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    for term in ("smooth", "spread", "consistency", "native", "main"):
+    for term in ("mask", "smooth", "spread", "consistency", "native", "main"):
         values = [float(row[term]) for row in rows if row[term]]
         assert values and all(np.isfinite(values)) and max(values) > 0, term
 

@@ -69,7 +69,9 @@ def _check_block(x, block, num_groups):
 
 
 def pooled_block(x, block, size, *, num_groups=8):
-    """`pooled(res_block(x, block), size)`, averaged in float32 at least; its second convolution, which is linear, comes after the pooling on CPUs.
+    """`pooled(res_block(x, block), size)`, averaged in float32 at least.
+
+    On CPUs its second convolution, which is linear, comes after the pooling.
 
     Differentiable once in x and in the block's tensors; backward keeps what that of `res_block` keeps.
 

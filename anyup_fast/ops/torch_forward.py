@@ -333,9 +333,7 @@ class Walk:
         counts = [piece.flat.stop - piece.flat.start for piece in self.pieces]
         longest = max(counts)
         self._like, self._shares = like, shares_of(counts, like)
-        self.desks = [
-            Desk(new_empty(like, (3, longest * width))) for _ in range(min(workers, len(self.pieces)))
-        ]
+        self.desks = [Desk(new_empty(like, (3, longest * width))) for _ in range(min(workers, len(self.pieces)))]
 
     def each(self, work):
         """Call `work(desk, piece)` for every piece."""

@@ -227,8 +227,9 @@ def project_pixels_backward(grad, image, weight, for_image):
     """Gradients of `project_pixels` for image (if asked for, else empty) and weight."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        of_image, of_weight = image.new_empty(image.shape if for_image else 0), weight.new_zeros(weight.shape, dtype=wide)
-        walk = Walk(image.shape[2:], len(weight), weight)
+        of_image = image.new_empty(image.shape if for_image else 0)
+        of_weight = weight.new_zeros(weight.shape, dtype=wide)
+        walk, start = Walk(image.shape[2:], len(weight), weight), functools.partial(torch.zeros_like, of_weight)
         for number, (source, given) in enumerate(zip(image, _flat(grad), strict=True)):
             pixels = source.to(weight.dtype).flatten(1).T
 
@@ -238,7 +239,7 @@ def project_pixels_backward(grad, image, weight, for_image):
                 if for_image:
                     of_image[number].flatten(1).T[piece.flat] = near @ weight
 
-            for part in walk.gathered(back, lambda: of_weight.new_zeros(of_weight.shape)):
+            for part in walk.gathered(back, start):
                 of_weight += part
     return of_image, of_weight.to(weight.dtype)
 
