@@ -47,7 +47,8 @@ def test_a_large_tensor_can_do_what_others_can():
     saved = io.BytesIO()
     torch.save(x, saved)
     saved.seek(0)
-    for other in (copy.deepcopy(x), pickle.loads(pickle.dumps(x)), torch.load(saved), x.clone().share_memory_()):
+    shared = new_empty(x, x.shape).copy_(x).share_memory_()
+    for other in (copy.deepcopy(x), pickle.loads(pickle.dumps(x)), torch.load(saved), shared):
         assert torch.equal(other, x)
     weight = x.requires_grad_()
     (weight * weight).sum().backward()
