@@ -33,7 +33,7 @@ from .ops import (
 )
 from .ops.choice import log_once
 from .ops.crew import crew_size
-from .ops.pages import kept
+from .ops.pages import kept, nothing_kept
 
 SMALL_BUFFERS, FOR_WORKER = 24 << 20, 15 << 20  # bytes that pieces in work take, and each further worker's
 _INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
@@ -274,7 +274,8 @@ class AnyUp(nn.Module):
         if vis_attn and self.head_mode == "mean":
             maps = torch.cat((features, cell_colours(features).to(features.dtype)), 1)
         if max_memory is not None and max_memory < self._memory(image, maps, output_size):
-            out = self._frugal(image, features, maps, output_size, max_memory)
+            with nothing_kept():
+                out = self._frugal(image, features, maps, output_size, max_memory)
             return out.tensor_split((features.shape[1],), 1) if vis_attn else out
         if reason is None and not recorded:
             query, key, _ = self.guided(image, features, output_size)

@@ -18,7 +18,7 @@ from .model import FOR_WORKER, cell_colours, checked_output_size
 from .ops import torch_guidance, windowed_attention
 from .ops.crew import crew_size
 from .ops.guidance import RMS_EPS
-from .ops.pages import new_empty
+from .ops.pages import new_empty, nothing_kept
 from .ops.torch_forward import PIXELS, cast, pieces
 from .ops.torch_guidance import Bins, Pool
 from .stores import Store
@@ -254,33 +254,34 @@ class Prepared:
         """
         size = checked_output_size(output_size, self.output_size)
         tile = self._tile(tile, max_memory)
+        compute = self.region if max_memory is None else nothing_kept()(self.region)
         boxes = [
             (top, left, min(tile[0], size[0] - top), min(tile[1], size[1] - left))
             for top in range(0, size[0], tile[0])
             for left in range(0, size[1], tile[1])
         ]
         if out is None:
-            return ((box, self.region(*box, size)) for box in boxes)
+            return ((box, compute(*box, size)) for box in boxes)
         shape = (len(self._features), *(() if self._argmax else (self.channels,)), *size)
         if isinstance(out, (str, os.PathLike)):
             store = Store(out, shape, self._stored_dtype(), tile, {"content": self._digest()}, resume)
-            for box, part in self._on_host((box for box in boxes if box not in store.done), size):
+            for box, part in self._on_host((box for box in boxes if box not in store.done), size, compute):
                 store.write(box, self._stored(part))
             return store.finish()
         if tuple(out.shape) != shape:
             raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
         elsewhere = isinstance(out, torch.Tensor) and out.device.type != "cpu"
-        parts = ((box, self.region(*box, size)) for box in boxes) if elsewhere else self._on_host(boxes, size)
+        parts = ((box, compute(*box, size)) for box in boxes) if elsewhere else self._on_host(boxes, size, compute)
         for (top, left, height, width), part in parts:
             part = part if isinstance(out, torch.Tensor) else self._stored(part)
             out[..., top : top + height, left : left + width] = part
         return out
 
-    def _on_host(self, boxes, size):
+    def _on_host(self, boxes, size, compute):
         """Iterate over (box, tile on the CPU); from a CUDA GPU a tile is copied while the next one is computed."""
         pending = None
         for box in boxes:
-            part = self.region(*box, size)
+            part = compute(*box, size)
             if part.device.type != "cuda":
                 yield box, part.cpu()
                 continue

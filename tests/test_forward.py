@@ -316,10 +316,16 @@ def test_memory_is_what_was_estimated(threads, arguments):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure resident memory")
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not beside the tests")
-def test_a_call_stays_within_its_memory():
-    limit = 130 << 20
-    measured, estimated = measured_memory(((1, 3, 384, 384), (1, 21, 24, 24), None), limit)
-    # Measured 47 MiB: the estimate of a tile allows for the largest heads and windows.
+@pytest.mark.parametrize(
+    "limit, arguments",
+    [
+        (130 << 20, ((1, 3, 384, 384), (1, 21, 24, 24), None)),
+        (300 << 20, ((1, 3, 700, 530), (1, 64, 40, 30), None)),  # large tiles of several sizes
+    ],
+)
+def test_a_call_stays_within_its_memory(limit, arguments):
+    measured, estimated = measured_memory(arguments, limit)
+    # Measured 37 and 193 MiB: the estimate of a tile allows for the largest heads and windows.
     assert measured <= limit < estimated
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anyup_fast.ops import pages
+from anyup_fast.ops.choice import log_once
 from anyup_fast.ops.pages import LARGE_PAGE, LEAST, new_empty
 
 SIDE = 1100  # squared, in float32: more than LEAST
@@ -100,9 +101,27 @@ def test_no_more_is_kept_than_the_limit(monkeypatch):
 
 
 @linux
+def test_nothing_is_kept_where_bytes_are_counted():
+    new_empty(LIKE, (SIDE, SIDE))
+    assert pages._kept
+    with pages.nothing_kept():
+        assert not pages._kept
+        with pytest.raises(KeyError), pages.nothing_kept():
+            raise KeyError
+        new_empty(LIKE, (SIDE, SIDE))
+        assert not pages._kept
+    new_empty(LIKE, (SIDE, SIDE))
+    assert pages._kept
+
+
+@linux
 def test_training_keeps_what_it_needed_at_most(monkeypatch):
     size = SIDE * SIDE * 4 + LARGE_PAGE
     monkeypatch.setattr(pages, "KEPT", size)
+    tensors = [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(9)]
+    tensors.clear()
+    assert sum(map(len, pages._kept)) == pages.TRAINING * size
+    pages.release()
     tensors = [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(5)]
     assert not pages._kept and pages._used == {"now": 5 * size, "most": 5 * size}
     del tensors[1:]
@@ -138,6 +157,25 @@ def test_the_environment_sets_the_limit():
         env = {**os.environ} | ({} if given is None else {"ANYUP_FAST_KEPT_BYTES": given})
         result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert int(result.stdout) == expected
+
+
+@pytest.mark.parametrize("given", ["much", "-1", "1.5", ""])
+def test_a_limit_that_is_no_number_of_bytes_is_refused(given, monkeypatch):
+    monkeypatch.setenv("ANYUP_FAST_KEPT_BYTES", given)
+    with pytest.raises(ValueError, match=f"ANYUP_FAST_KEPT_BYTES: need a whole number of bytes, .* got '{given}'"):
+        pages._from_environment("ANYUP_FAST_KEPT_BYTES", 1)
+
+
+@linux
+def test_a_system_that_takes_no_advice_is_told_of_and_worked_with(caplog):
+    class Deaf:
+        def madvise(self, advice):
+            raise OSError("not here")
+
+    log_once.cache_clear()
+    with caplog.at_level("INFO", "anyup_fast.ops"):
+        pages._advise(Deaf(), 1)
+    assert "takes no advice" in caplog.text and "not here" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

@@ -1,5 +1,6 @@
 """Large buffers on large pages of memory, some of which are kept for the next time."""
 
+import contextlib
 import math
 import mmap
 import os
@@ -9,13 +10,25 @@ import weakref
 
 import torch
 
+from .choice import log_once
+
+
+def _from_environment(name, default):
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal():
+        raise ValueError(f"{name}: need a whole number of bytes, 0 or more, got {given!r}; or leave it unset")
+    return int(given)
+
+
 LEAST = 4 << 20  # bytes of a buffer that is worth it
 LARGE_PAGE = 2 << 20
-KEPT = int(os.environ.get("ANYUP_FAST_KEPT_BYTES", 192 << 20))  # at most, of what is in nobody's use
+KEPT = _from_environment("ANYUP_FAST_KEPT_BYTES", 192 << 20)  # at most, of what is in nobody's use
+TRAINING = 4  # times as much may stay between the steps of a training
 
 _lock = threading.RLock()  # a region may be given back by the garbage collector, wherever that strikes
 _kept = []  # regions in nobody's use, the one longest so first
 _used = {"now": 0, "most": 0}  # bytes of regions that training holds
+_strict = 0  # calls at work that must stay within given bytes
 
 
 def new_empty(like, shape, dtype=None, *, recorded=False):
@@ -27,7 +40,7 @@ def new_empty(like, shape, dtype=None, *, recorded=False):
     ANYUP_FAST_KEPT_BYTES sets another limit. Only CPUs under Linux are concerned.
 
     What layers whose gradients are recorded allocate (`recorded`) comes back with every step of training: of it so much
-    stays that it and what is in use are together no more than once were in use.
+    stays that it and what is in use are together no more than once were in use, and at most four times `KEPT`.
     """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
@@ -37,7 +50,7 @@ def new_empty(like, shape, dtype=None, *, recorded=False):
     counted = len(region) if recorded else 0
     with _lock:
         _used["now"] += counted
-        _used["most"] = max(_used.values())
+        _used["most"] = max(_used["most"], _used["now"])
         _drop()
     view = memoryview(region)[_start(region) :][:size]
     weakref.finalize(view, _give_back, region, counted).atexit = False
@@ -56,6 +69,20 @@ def release():
     with _lock:
         _used["most"] = _used["now"]
         _kept.clear()
+
+
+@contextlib.contextmanager
+def nothing_kept():
+    """While this lasts nothing is kept, and what was is given back: for who must stay within given bytes."""
+    global _strict
+    with _lock:
+        _strict += 1
+        _drop()
+    try:
+        yield
+    finally:
+        with _lock:
+            _strict -= 1
 
 
 def _possible():
@@ -84,8 +111,8 @@ def _start(region):
 def _advise(region, advice):
     try:
         region.madvise(advice)
-    except OSError:  # advice: a system that does not know it does without
-        pass
+    except OSError as error:  # it is advice: results are the same without
+        log_once(f"memory: the system takes no advice on large buffers, which costs time: {error}")
 
 
 def _give_back(region, counted):
@@ -97,7 +124,11 @@ def _give_back(region, counted):
 
 
 def _drop():
-    limit = (_used["most"] - _used["now"] if _used["now"] else max(KEPT, _used["most"])) if KEPT else 0
+    limit = min(_used["most"] - _used["now"], TRAINING * KEPT)
+    if not _used["now"]:
+        limit = max(limit, KEPT)
+    if _strict:
+        limit = 0
     while sum(map(len, _kept)) > limit:
         _kept.pop(0)
 
