@@ -109,7 +109,7 @@ def _parser():
         nargs="+",
         default=["dinov2_vits14"],
         metavar="NAME",
-        help="NAME or NAME:LAYER; one per step is drawn (default: dinov2_vits14)",
+        help="NAME or NAME:LAYER; one per step is drawn, one named twice twice as often (default: dinov2_vits14)",
     )
     train.add_argument("--all", action="store_true", help="train on every picture; else a fifth is kept for evaluation")
     for name, kind, default, text in (
@@ -121,8 +121,11 @@ def _parser():
         ("lr", float, 6e-4, "learning rate at its highest"),
         ("warmup", int, 100, "steps of warm-up"),
         ("ema", float, 0.998, "decay of the averaged weights, which are the result"),
+        ("main-weight", float, 1.0, "weight of the paper's loss at higher resolution"),
         ("dense-weight", float, 0.5, "weight of the loss at mask boundaries; 0 = the paper's loss alone"),
         ("mask-weight", float, 0.0, "weight of the attention's weight on the pixel's own instance"),
+        ("segment-weight", float, 0.0, "weight of telling instances apart by the upsampled features, at every pixel"),
+        ("large-share", float, 0.0, "share of steps with four times the guide's pixels and a quarter of the pictures"),
         ("region", int, 48, "pixels along each axis of the part of a guide that is decoded at its own resolution"),
         ("native-share", float, 0.3, "share of steps on features of the full picture"),
         ("native-weight", float, 0.0, "weight of giving each cell's features back in those steps"),
@@ -361,8 +364,11 @@ def _train(arguments):
         "lr",
         "warmup",
         "ema",
+        "main_weight",
         "dense_weight",
         "mask_weight",
+        "segment_weight",
+        "large_share",
         "region",
         "native_share",
         "native_weight",

@@ -4,8 +4,8 @@ A picture at full size S gives the targets (features of the whole picture at S);
 low-resolution features. A step crops both to the same cells, guides the upsampling by the crop resized to a few pixels
 per cell, and compares the output with the target crop:
 
-    loss = main + consistency_weight * consistency + 0.1 * reconstruction
-           + dense_weight * dense + mask_weight * mask
+    loss = main_weight * main + consistency_weight * consistency + 0.1 * reconstruction
+           + dense_weight * dense + mask_weight * mask + segment_weight * segment
            + native_weight * native + spread_weight * spread + smooth_weight * smooth
 
 `main` is (1 - cosine) + MSE at the target's grid, after both were min-max normalised per pixel by the target's channel
@@ -14,7 +14,9 @@ range; `consistency` the same between the outputs under a photometrically change
 features. `dense` is ours: pictures with pasted cut-outs have exact masks, so near a mask's boundary the output at the
 guide's resolution is compared with target features interpolated inside each instance only. `mask` asks the same of the
 attention itself, whatever the features: minus the logarithm of the weight on the pixel's own instance, where a cell
-belongs to each instance by the share of it that the instance covers. `native` is the counterpart
+belongs to each instance by the share of it that the instance covers. `segment` asks what the features are for: every
+pixel goes to the instance whose mean feature it resembles most, by a softmax, and is blamed by cross-entropy and by one
+minus the soft IoU, each instance counting alike, near boundaries and over the whole guide. `native` is the counterpart
 of `reconstruction` for features of the full picture, which have no finer target: each cell's mean of the output must
 give the cell's features back. `spread` is the attention's mean square distance from its pixel, in cells. Both keep the
 attention local on the large grids of everyday use, where weight at a window's edge would show as blocks. `smooth`
@@ -50,6 +52,9 @@ logger = logging.getLogger("anyup_fast")
 REGION_CHANNELS = 96
 LEAST_WEIGHT = 1e-3  # on the pixel's own instance: below, "mask" does not grow further
 SMOOTH_CELL = 14  # pixels per cell at which "smooth" counts in full; where cells are smaller, bends are steep by nature
+SHARPNESS = 5.0  # of the softmax of "segment", over the similarities' standard deviation among the instances
+SEGMENT_BAND = 0.29  # cells on either side of a boundary that count as near it in "segment"
+LEAST_SHARE = 0.3  # cells that an instance covers in all, below which "segment" leaves it out
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
 
 
@@ -60,7 +65,7 @@ class TrainConfig:
     scenes: str | os.PathLike
     stamps: str | os.PathLike | None = None
     held_out: bool = True  # keep a fifth of scenes and stamps away from training
-    encoders: tuple = ("dinov2_vits14",)  # "name" or "name:layer"
+    encoders: tuple = ("dinov2_vits14",)  # "name" or "name:layer"; one named twice is drawn twice as often
     pictures: int = 600
     size: int = 448
     plain_share: float = 0.2  # pictures without cut-outs
@@ -74,8 +79,11 @@ class TrainConfig:
     weight_decay: float = 1e-5
     clip: float = 1.0
     ema: float = 0.998
+    main_weight: float = 1.0
     dense_weight: float = 0.5
     mask_weight: float = 0.0  # weight of "mask"
+    segment_weight: float = 0.0  # weight of "segment"
+    large_share: float = 0.0  # of the steps: guides of four times the pixels, a quarter of the pictures
     region: int = 48  # pixels along each axis of the part of a guide that is decoded at its own resolution
     window_ratio: float = 0.1
     bf16: bool = True
@@ -98,7 +106,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
-        for name in ("plain_share", "shapes_share", "native_share", "degraded_share", "noise_share"):
+        shares = ("plain_share", "shapes_share", "native_share", "degraded_share", "noise_share", "large_share")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie from 0 to 1, got {getattr(self, name)}")
         if len(self.crop) != 2 or not 0 < self.crop[0] <= self.crop[1] <= 1:
@@ -130,7 +139,7 @@ class TargetCache:
 
     def __init__(self, folder, config):
         of_pictures = ("held_out", "encoders", "size", "plain_share", "crop", "shapes_share", "seed")
-        settings = {key: getattr(config, key) for key in of_pictures}
+        settings = {key: getattr(config, key) for key in of_pictures} | {"encoders": sorted(set(config.encoders))}
         pictures = find_pictures(config.scenes, config.stamps, held_out=False if config.held_out else None)
         names = [path.name for path in pictures.scenes + pictures.stamps]
         digest = hashlib.sha256(json.dumps([settings, names]).encode()).hexdigest()[:12]
@@ -218,13 +227,16 @@ def draw_sample(cache, rng):
     spec = config.encoders[rng.integers(len(config.encoders))]
     shares = (1 - config.native_share) / 0.7 * np.array([0.4, 0.15, 0.15])
     low, high = [(2, 1), (4, 1), (4, 2), (1, 1)][rng.choice(4, p=[*shares, config.native_share])]
-    picked = [cache[int(i)] for i in rng.integers(len(cache), size=config.batch)]
+    batch, guide_pixels = config.batch, config.guide_pixels
+    if config.large_share and rng.random() < config.large_share:
+        batch, guide_pixels = -(-batch // 4), 4 * guide_pixels
+    picked = [cache[int(i)] for i in rng.integers(len(cache), size=batch)]
     grid = picked[0][f"{spec}/{low}"].shape[-1]
     ratio = picked[0][f"{spec}/{high}"].shape[-1] // grid
     cell = config.size // grid
     least = min(LEAST_CELLS, grid)
     cells = rng.integers(least, min(grid, config.max_cells) + 1, size=2)
-    dense_cell = math.sqrt(config.guide_pixels / (cells[0] * cells[1]))
+    dense_cell = math.sqrt(guide_pixels / (cells[0] * cells[1]))
     per_cell = int(np.clip(rng.uniform(0.6, 1.0) * dense_cell, 2, cell))
     shape = tuple(int(n) * per_cell for n in cells)
     guides, masks, features, targets = [], [], [], []
@@ -370,6 +382,60 @@ def instance_shares(instances, size):
     return F.adaptive_avg_pool2d(one_hot.float(), size)
 
 
+def prototype_similarities(features, given, shares):
+    """How much each cell of `given` (B,C,h,w) resembles each instance's mean feature: (B, instances, h, w).
+
+    The mean of `features` is weighted by `shares`, the part of each cell that the instance covers, and brought to unit
+    length. The result is divided by its standard deviation among the instances of a picture, so that features of
+    any scale count alike.
+    """
+    prototypes = F.normalize(torch.einsum("bkhw,bchw->bkc", shares, features), dim=-1)
+    present = (shares.sum((2, 3)) >= LEAST_SHARE).float()
+    found = torch.einsum("bkc,bchw->bkhw", prototypes, given) * present[..., None, None]
+    count = present.sum(1).clamp_min(1)[:, None, None, None]
+    away = (found - found.sum(1, keepdim=True) / count) * present[..., None, None]
+    spread = (away.square().sum(1, keepdim=True) / count).mean((2, 3), keepdim=True).sqrt()
+    return away / spread.clamp_min(1e-6)
+
+
+def boundary_band(instances, near):
+    """Pixels of (B,H,W) with another instance at most `near` rows and columns away."""
+    padded = instances[:, None].float()
+    high, low = (sign * F.max_pool2d(sign * padded, 2 * near + 1, 1, near) for sign in (1, -1))
+    return (high != low)[:, 0]
+
+
+def segment_loss(similarities, instances, present, band):
+    """Cross-entropy plus one minus soft IoU, mean over instances, over the pixels of `band` and over all of them.
+
+    Args:
+        similarities: (B, K, H, W), as `prototype_similarities` scales them.
+        instances: int64 (B, H, W), below K.
+        present: bool (B, K), which instances compete; pixels of the others do not count.
+        band: bool (B, H, W).
+
+    Returns:
+        scalar, the mean over the pictures of those with two instances or more among the pixels that count; 0 if none.
+    """
+    losses = []
+    logits = (SHARPNESS * similarities.float()).masked_fill(~present[:, :, None, None], -torch.inf)
+    for scores, labels, competing, near in zip(logits, instances, present, band, strict=True):
+        counts = competing[labels]
+        for where in (near & counts, counts):
+            wanted = F.one_hot(labels[where], len(scores))[:, competing]
+            pixels = wanted.sum(0)
+            here = pixels > 0
+            if here.sum() < 2:
+                continue
+            log_p = scores[:, where].T[:, competing].log_softmax(1)
+            p = log_p.exp()
+            entropy = -(log_p * wanted).sum(0)[here] / pixels[here]
+            hit = (p * wanted).sum(0)
+            iou = (hit / (p.sum(0) + pixels - hit))[here]
+            losses.append(entropy.mean() + 1 - iou.mean())
+    return torch.stack(losses).mean() if losses else similarities.new_zeros(())
+
+
 def decode_region(model, query, key, features, rows, cols):
     """Output (B, C, rows, cols) of two slices, from what `AnyUp.encoded` gives."""
     height, width = query.shape[1:3]
@@ -409,14 +475,19 @@ def training_loss(model, sample, rng, config):
         rows, cols = (_whole_cells(pixels, per_cell) for pixels in (rows, cols))
     places, square_distance = _places(features, query.shape[1:3], rows, cols)
     shares = instance_shares(sample.instances, features.shape[-2:])
-    widths = [part.shape[1] for part in (features, places, shares)]
-    region = decode_region(model, query, key, torch.cat((features, places, shares), 1), rows, cols)
-    region, seen_places, seen_shares = region.split(widths, 1)
+    maps = features, places, shares, prototype_similarities(sample.features, given, shares)
+    region = decode_region(model, query, key, torch.cat(maps, 1), rows, cols)
+    region, seen_places, seen_shares, similarities = region.split([part.shape[1] for part in maps], 1)
     if config.spread_weight:
         terms["spread"] = square_distance(seen_places).mean()
     if config.mask_weight and shares.shape[1] > 1:
         own = seen_shares.gather(1, sample.instances[:, None, rows, cols].long())
         terms["mask"] = -own.float().clamp_min(LEAST_WEIGHT).log().mean()
+    if config.segment_weight and shares.shape[1] > 1:
+        near = max(1, round(SEGMENT_BAND * query.shape[2] / features.shape[3]))
+        instances = sample.instances.long()
+        band = boundary_band(instances, near)[:, rows, cols]
+        terms["segment"] = segment_loss(similarities, instances[:, rows, cols], shares.sum((2, 3)) >= LEAST_SHARE, band)
     if native:
         cells = [slice(pixels.start // per_cell, pixels.stop // per_cell) for pixels in (rows, cols)]
         terms["native"] = feature_loss(
@@ -435,8 +506,8 @@ def training_loss(model, sample, rng, config):
         query, key = model.encoded(normalize(image), given)
         other = decode_region(model, query, key, features, rows, cols)
         terms["consistency"] = feature_loss(other, region.detach()) / config.consistency_share
-    weights = {"main": 1.0, "reconstruction": 0.1, "consistency": config.consistency_weight}
-    weights |= {name: getattr(config, f"{name}_weight") for name in ("dense", "mask", "native", "spread", "smooth")}
+    weights = {"main": config.main_weight, "reconstruction": 0.1, "consistency": config.consistency_weight}
+    weights |= {name: getattr(config, f"{name}_weight") for name in OWN_TERMS}
     total = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), requires_grad=True))
     return total, {name: term.item() for name, term in terms.items()}
 
@@ -571,21 +642,8 @@ def _start_from(model, initial, name):
         raise ValueError(f"init: {name} holds another architecture than `model` asks for: {reason}") from error
 
 
-METRICS = (
-    "step",
-    "loss",
-    "main",
-    "dense",
-    "mask",
-    "native",
-    "spread",
-    "smooth",
-    "reconstruction",
-    "consistency",
-    "norm",
-    "lr",
-    "seconds",
-)
+OWN_TERMS = ("dense", "mask", "segment", "native", "spread", "smooth")
+METRICS = ("step", "loss", "main", *OWN_TERMS, "reconstruction", "consistency", "norm", "lr", "seconds")
 
 
 def learning_rate(config, step):

@@ -425,11 +425,100 @@ def test_the_mask_term_falls_when_attention_stays_within_the_instance(config, ca
     assert "mask" not in training.training_loss(model, sample, np.random.default_rng(0), asked)[1]
 
 
+def pictured_halves():
+    """Similarities (1, 3, 8, 8), instances and band: the right half is instance 1, instance 2 is nowhere."""
+    instances = torch.zeros(1, 8, 8, dtype=torch.int64)
+    instances[..., 4:] = 1
+    similarities = torch.full((1, 3, 8, 8), -1.0)
+    similarities[:, 0, :, :4] = similarities[:, 1, :, 4:] = 1.0
+    return similarities, instances, training.boundary_band(instances, 2)
+
+
+def test_bands_reach_as_far_as_asked():
+    _, _, band = pictured_halves()
+    assert band[0].sum(0).tolist() == [0, 0, 8, 8, 8, 8, 0, 0]
+
+
+def test_the_segment_loss_knows_right_from_wrong():
+    similarities, instances, band = pictured_halves()
+    present = torch.tensor([[True, True, False]])
+    right = training.segment_loss(similarities, instances, present, band)
+    wrong = training.segment_loss(similarities.flip(-1), instances, present, band)
+    assert right < 1e-3 and wrong > 5
+    # a certain mistake over the band alone costs that half of the loss: its pixels are 1 in 2 of the whole
+    at_band = torch.where(band[:, None], similarities.flip(-1), similarities)
+    assert right < training.segment_loss(at_band, instances, present, band) < wrong
+    # the one that is absent cannot win, whatever it scores
+    similarities[:, 2] = 9.0
+    torch.testing.assert_close(training.segment_loss(similarities, instances, present, band), right)
+
+
+def test_the_segment_loss_needs_two_instances():
+    similarities, instances, band = pictured_halves()
+    similarities.requires_grad_()
+    alone = torch.tensor([[True, False, False]])
+    loss = training.segment_loss(similarities, instances, alone, band)
+    assert loss == 0
+
+
+def test_prototype_similarities_do_not_see_scale_nor_slivers():
+    torch.manual_seed(0)
+    features = torch.randn(2, 6, 4, 4)
+    shares = torch.zeros(2, 3, 4, 4)
+    shares[:, 0, :, :2], shares[:, 1, :, 2:] = 1.0, 1.0
+    found = training.prototype_similarities(features, features, shares)
+    torch.testing.assert_close(training.prototype_similarities(7 * features, 7 * features, shares), found)
+    assert (found[:, 2] == 0).all() and (found[:, :2].sum(1).abs() < 1e-5).all()
+    own = (found * shares).sum((1, 2, 3)) / 16
+    assert (own > 0.2).all()
+    torch.testing.assert_close(found[:, :2].square().mean((1, 2, 3)), torch.ones(2))
+
+
+def test_the_segment_term_falls_when_it_is_trained(config, cache):
+    targets = TargetCache(cache, config)
+    targets.fill()
+    sample = training.draw_sample(targets, np.random.default_rng(3))
+    half = sample.guide.shape[-1] // 2
+    sample.instances[:] = 0
+    sample.instances[..., half:] = 1
+    sample.guide[..., :half], sample.guide[..., half:] = 0.1, 0.9
+    asked = replace(config, segment_weight=1.0, dense_weight=0.0, main_weight=0.0, consistency_share=1e-9, region=64)
+    torch.manual_seed(0)
+    model = AnyUp(qk_dim=32, lfu_dim=16)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    found = []
+    for _ in range(30):
+        total, terms = training.training_loss(model, sample, np.random.default_rng(0), asked)
+        found.append(terms["segment"])
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert found[0] > 0 and found[-1] < 0.8 * found[0]
+
+
+def test_some_steps_show_a_quarter_of_the_pictures_in_more_pixels(config, cache):
+    targets = TargetCache(cache, replace(config, batch=4, large_share=0.5))
+    targets.fill()
+    drawn = [training.draw_sample(targets, np.random.default_rng(seed)).guide for seed in range(12)]
+    few, many = ([guide for guide in drawn if len(guide) == count] for count in (1, 4))
+    assert len(few) + len(many) == 12 and few and many
+    assert max(guide[0, 0].numel() for guide in many) <= config.guide_pixels
+    assert max(guide[0, 0].numel() for guide in few) <= 4 * config.guide_pixels
+    assert max(guide[0, 0].numel() for guide in few) > config.guide_pixels
+
+
+def test_an_encoder_named_twice_shares_its_targets(config, cache, tmp_path):
+    again = replace(config, encoders=2 * config.encoders)
+    assert TargetCache(cache, again).folder == TargetCache(cache, config).folder
+
+
 def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
     asked = replace(
         config,
         smooth_weight=1.0,
         mask_weight=1.0,
+        segment_weight=0.1,
+        large_share=0.5,
         region=40,
         degraded_share=1.0,
         noise_share=1.0,
@@ -440,7 +529,7 @@ def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
     train(asked, tmp_path / "run", cache=cache)
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    for term in ("mask", "smooth", "spread", "consistency", "native", "main"):
+    for term in ("mask", "segment", "smooth", "spread", "consistency", "native", "main"):
         values = [float(row[term]) for row in rows if row[term]]
         assert values and all(np.isfinite(values)) and max(values) > 0, term
 
