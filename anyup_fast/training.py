@@ -93,6 +93,7 @@ class TrainConfig:
     spread_weight: float = 0.0  # weight of "spread"
     smooth_weight: float = 0.0  # weight of "smooth"
     degraded_share: float = 0.0  # of the steps show a blurred, noisy or JPEG-compressed guide
+    variety_share: float = 0.0  # of the steps show features as another encoder might have made them
     noise_share: float = 0.0  # of the steps show features with noise, up to as large as they are; targets without
     consistency_weight: float = 0.1  # of "consistency", the paper's
     consistency_share: float = 0.1  # of the steps compute "consistency"; its weight there makes up for the others
@@ -106,7 +107,15 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
-        shares = ("plain_share", "shapes_share", "native_share", "degraded_share", "noise_share", "large_share")
+        shares = (
+            "plain_share",
+            "shapes_share",
+            "native_share",
+            "degraded_share",
+            "noise_share",
+            "large_share",
+            "variety_share",
+        )
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must lie from 0 to 1, got {getattr(self, name)}")
@@ -253,17 +262,50 @@ def draw_sample(cache, rng):
             crop = [t.flip(-1) for t in crop]
         for parts, part in zip((guides, masks, features, targets), crop, strict=True):
             parts.append(part.float())
-    return Sample(*_mix_channels(rng, *(torch.stack(parts) for parts in (guides, masks, features, targets))))
+    return Sample(
+        *_mix_channels(rng, config.variety_share, *(torch.stack(parts) for parts in (guides, masks, features, targets)))
+    )
 
 
-def _mix_channels(rng, guide, mask, features, target):
-    """Half of the time show the features through a random rotation, cut to a random number of channels."""
+def _mix_channels(rng, variety, guide, mask, features, target):
+    """Sometimes show the features as another encoder might have made them, target and all.
+
+    In a share `variety` of the steps that is `_as_of_another_encoder`; in half of the others a random rotation, cut
+    to a random number of channels.
+    """
     channels = features.shape[1]
-    if channels >= 64 and rng.random() < 0.5:
-        keep = int(rng.integers(channels // 4, channels + 1))
-        rotation, _ = torch.linalg.qr(torch.from_numpy(rng.standard_normal((channels, keep))).float())
+    if variety and rng.random() < variety:
+        features, target = _as_of_another_encoder(rng, features, target)
+    elif channels >= 64 and rng.random() < 0.5:
+        rotation = _rotation(rng, channels, int(rng.integers(channels // 4, channels + 1)))
         features, target = (torch.einsum("bchw,ck->bkhw", t, rotation) for t in (features, target))
     return guide, mask, features, target
+
+
+def _rotation(rng, channels, kept):
+    """(channels, kept), with orthonormal columns where that are fewer channels than before, rows where more."""
+    rotation, _ = torch.linalg.qr(torch.from_numpy(rng.standard_normal(sorted((channels, kept))[::-1])).float())
+    return rotation if kept <= channels else rotation.T
+
+
+def _as_of_another_encoder(rng, features, target):
+    """Rotated to 48 to 768 channels, then rectified or moved away from zero, each channel at a scale of its own.
+
+    Encoders differ in that: some end in a ReLU, some in a normalisation, some have channels that outgrow the rest.
+    What is done to each channel is the same for `features` and `target`, and the same in all of their places.
+    """
+    kept = round(math.exp(rng.uniform(math.log(48), math.log(768))))
+    rotation = _rotation(rng, features.shape[1], kept)
+    features, target = (torch.einsum("bchw,ck->bkhw", t, rotation) for t in (features, target))
+    mean, spread = features.mean((0, 2, 3), keepdim=True), features.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    scale = np.exp(rng.normal(0, rng.uniform(0, 0.8), (1, kept, 1, 1)))
+    if rectified := rng.random() < 0.5:
+        shift = rng.uniform(-1.2, 1, (1, kept, 1, 1))
+    else:
+        shift = rng.normal(0, rng.uniform(0, 2), (1, kept, 1, 1))
+    scale, shift = torch.from_numpy(scale).float(), torch.from_numpy(shift).float()
+    features, target = ((t - mean) / spread + shift for t in (features, target))
+    return tuple(scale * (t.relu() if rectified else t) for t in (features, target))
 
 
 def photometric(image, rng):

@@ -52,6 +52,7 @@ def load():
         for place, size in enumerate(("batch", "height", "width")):  # the file asks for 224 x 224
             entry.type.tensor_type.shape.dim[place].dim_param = size
     result = onnx.helper.make_tensor_value_info(OUTPUT, onnx.TensorProto.FLOAT, None)
-    graph = onnx.helper.make_graph(nodes, NAME, model.graph.input, [result], model.graph.initializer)
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
+    graph = onnx.helper.make_graph(nodes, NAME, model.graph.input, [result], kept)
     model = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     return ThinResNet50(onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]))

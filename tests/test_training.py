@@ -507,6 +507,31 @@ def test_some_steps_show_a_quarter_of_the_pictures_in_more_pixels(config, cache)
     assert max(guide[0, 0].numel() for guide in few) > config.guide_pixels
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_features_of_another_encoder_keep_what_they_tell(seed):
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    low = torch.randn(2, 100, 6, 5)
+    high = torch.nn.functional.interpolate(low, scale_factor=2)
+    features, target = training._as_of_another_encoder(rng, low, high)
+    channels = features.shape[1]
+    assert 48 <= channels <= 768 and target.shape == (2, channels, 12, 10)
+    torch.testing.assert_close(target[..., ::2, ::2], features)  # each place is changed as its twin is
+    shown = (features.flatten(2).mT.flatten(0, 1) - features.mean((0, 2, 3))).double()
+    given = (low.flatten(2).mT.flatten(0, 1) - low.mean((0, 2, 3))).double()
+    apart, before = torch.cdist(shown, shown).flatten(), torch.cdist(given, given).flatten()
+    assert torch.corrcoef(torch.stack((apart, before)))[0, 1] > 0.5  # what was alike is still alike
+
+
+def test_some_of_the_other_encoders_rectify():
+    low = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = [training._as_of_another_encoder(np.random.default_rng(seed), low, low)[0] for seed in range(20)]
+    rectified = [(features >= 0).all().item() for features in found]
+    assert 0 < sum(rectified) < 20
+    zeros = [(features == 0).float().mean().item() for features, hit in zip(found, rectified, strict=True) if hit]
+    assert all(0.2 < share < 0.8 for share in zeros)
+
+
 def test_an_encoder_named_twice_shares_its_targets(config, cache, tmp_path):
     again = replace(config, encoders=2 * config.encoders)
     assert TargetCache(cache, again).folder == TargetCache(cache, config).folder
@@ -519,6 +544,7 @@ def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
         mask_weight=1.0,
         segment_weight=0.1,
         large_share=0.5,
+        variety_share=0.5,
         region=40,
         degraded_share=1.0,
         noise_share=1.0,
