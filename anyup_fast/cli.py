@@ -140,6 +140,7 @@ def _parser():
         ("consistency-share", float, 0.1, "share of steps that compute it"),
         ("max-cells", int, 24, "low-res cells of a crop along one axis, at most"),
         ("seed", int, 0, "seed of everything random"),
+        ("draws", int, 0, "another number: other draws over the pictures of the same seed"),
         ("save-every", int, 200, "steps between two states on disk"),
     ):
         train.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
@@ -385,6 +386,7 @@ def _train(arguments):
         "max_cells",
         "init",
         "seed",
+        "draws",
     )
     config = TrainConfig(
         encoders=tuple(arguments.encoders),

@@ -88,6 +88,7 @@ class TrainConfig:
     window_ratio: float = 0.1
     bf16: bool = True
     seed: int = 0
+    draws: int = 0  # another number: other draws over the pictures of the same seed
     native_share: float = 0.3  # of the steps: features of the full picture at a guide's resolution, no finer target
     native_weight: float = 0.0  # weight of "native"
     spread_weight: float = 0.0  # weight of "spread"
@@ -105,6 +106,8 @@ class TrainConfig:
         for name in ("pictures", "size", "steps", "batch", "guide_pixels", "region"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.draws < 0:
+            raise ValueError(f"draws: must be 0 or more, got {self.draws}")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
         shares = (
@@ -651,7 +654,7 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            rng = np.random.default_rng((config.seed, config.pictures, step))
+            rng = np.random.default_rng((config.seed, config.pictures, step, *([config.draws] if config.draws else ())))
             sample = draw_sample(targets, rng)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 loss, terms = training_loss(model, sample, rng, config)

@@ -212,6 +212,19 @@ def test_another_seed_gives_other_weights(config, cache, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(weights_of(one).values(), weights_of(other).values(), strict=True))
 
 
+def test_other_draws_give_other_weights_from_the_same_pictures(config, cache, tmp_path):
+    once, again = replace(config, steps=1, draws=0), replace(config, steps=1, draws=1)
+    assert TargetCache(cache, once).folder == TargetCache(cache, again).folder
+    one, other, same = (
+        train(settings, tmp_path / name, cache=cache)
+        for name, settings in (("one", once), ("other", again), ("same", again))
+    )
+    assert any(not torch.equal(a, b) for a, b in zip(weights_of(one).values(), weights_of(other).values(), strict=True))
+    assert_equal_weights(same, other)
+    with pytest.raises(ValueError, match="draws: must be 0 or more, got -1"):
+        replace(config, draws=-1)
+
+
 def test_other_settings_in_the_same_folder_are_refused(config, cache, tmp_path):
     train(replace(config, steps=1), tmp_path, cache=cache)
     with pytest.raises(ValueError, match="holds a run with other settings"):
