@@ -46,6 +46,7 @@ from .files import written_aside
 from .image import normalize
 from .model import AnyUp
 from .ops import pooled, windowed_attention
+from .optimization import OPTIMIZERS, Optimizer
 
 logger = logging.getLogger("anyup_fast")
 
@@ -74,6 +75,7 @@ class TrainConfig:
     steps: int = 4000
     batch: int = 4
     guide_pixels: int = 12544  # pixels of a guide, at most
+    optimizer: str = "adamw"  # or "muon": the matrices' updates made orthogonal, AdamW for the rest
     lr: float = 6e-4
     warmup: int = 100
     weight_decay: float = 1e-5
@@ -108,6 +110,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.draws < 0:
             raise ValueError(f"draws: must be 0 or more, got {self.draws}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: need one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr: must lie between 0 and 1, got {self.lr}")
         shares = (
@@ -634,7 +638,7 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=config.weight_decay)
+    optimizer = Optimizer(model, config.optimizer, config.weight_decay)
     first = 0
     state_file = output / "state.pt"
     if state_file.exists():
@@ -642,8 +646,6 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        for parameter in optimizer.state:  # had a gradient, and keeps one, be it zero, where a step gives none
-            parameter.grad = torch.zeros_like(parameter)
         first = state["step"]
         logger.info("resuming at step %d of %d", first, config.steps)
 
@@ -652,18 +654,16 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
         metrics = csv.writer(file)
         for step in progress(range(first, config.steps)):
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
             rng = np.random.default_rng((config.seed, config.pictures, step, *([config.draws] if config.draws else ())))
             sample = draw_sample(targets, rng)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 loss, terms = training_loss(model, sample, rng, config)
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if not math.isfinite(norm):
                 raise RuntimeError(f"step {step}: the gradient is {norm.item()}; lower lr (now {config.lr}) and resume")
-            optimizer.step()
+            optimizer.step(learning_rate(config, step))
             average.update_parameters(model)
             row = {"loss": loss.item(), "norm": norm.item(), **terms}
             row |= {"lr": learning_rate(config, step), "seconds": time.perf_counter() - start}

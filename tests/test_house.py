@@ -13,7 +13,7 @@ from tree import ROOT, project_files
 # A part may import its own level and the levels below; files and weights serve everybody and need nobody.
 LEVELS = [
     {"cli"},
-    {"api", "batch", "distributed", "training", "data", "evaluation"},
+    {"api", "batch", "distributed", "training", "optimization", "data", "evaluation"},
     {"image", "encoders", "checkpoints", "model", "upsampling", "stores", "visualize", "acceleration", "export"},
     {"layers", "ops"},
     {"kernels"},

@@ -80,9 +80,9 @@ def losses(folder):
     return [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_an_interrupted_run_ends_like_an_undisturbed_one(config, cache, tmp_path, bf16):
-    config = replace(config, bf16=bf16)
+@pytest.mark.parametrize("changed", [{}, {"bf16": True}, {"optimizer": "muon"}], ids=str)
+def test_an_interrupted_run_ends_like_an_undisturbed_one(config, cache, tmp_path, changed):
+    config = replace(config, **changed)
     whole = train(config, tmp_path / "whole", cache=cache)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "broken", cache=cache, save_every=3, progress=interrupted_before(4))
