@@ -191,7 +191,9 @@ def test_images_of_a_batch_do_not_meet():
     together = guidance.guidance_fwd(image, weights, (6, 11), (2, 3), dtype=torch.float32)[:2]
     for i in range(2):
         alone = guidance.guidance_fwd(image[i : i + 1], weights, (6, 11), (2, 3), dtype=torch.float32)[:2]
-        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
+        for a, b in zip(together, alone, strict=True):
+            # the last product takes the cells of all images: BLAS, in the interpreter, may round a row by its place
+            assert torch.allclose(a[i : i + 1], b, rtol=0, atol=2**-22 * b.abs().max().item())
 
 
 class Alive(TorchDispatchMode):
