@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 
 from anyup_fast import AnyUp, checkpoints
 from anyup_fast.checkpoints import load_checkpoint, save_checkpoint
@@ -308,6 +309,9 @@ def test_missing_embedded_weights_are_named(tmp_path, monkeypatch):
 @pytest.mark.skipif(not checkpoints.EMBEDDED.is_file(), reason="this checkout has no embedded weights yet")
 def test_embedded_weights_are_shipped_and_small():
     state_dict, config = load_checkpoint("embedded")
+    with safe_open(checkpoints.EMBEDDED, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["licence"] == "Apache-2.0" and "anyup-fast train" in metadata["trained_by"]
     assert checkpoints.EMBEDDED.stat().st_size < 4_000_000
     assert {**config, "window_ratio": 0.1} == {"window_ratio": 0.1}, "the default architecture"
     assert len(state_dict) == 73
