@@ -17,6 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from anyup_fast.files import written_aside
+
 ACTIVITIES = (
     "categorization",
     "clickgame",
@@ -38,11 +40,18 @@ def resource_files(path):
     """Yield (name, bytes) of every file inside a Qt resource file (format versions 1 to 3).
 
     Raises:
-        ValueError: `path` is no such file, or holds a file compressed by zstd.
+        ValueError: `path` is no such file, is damaged, or holds a file compressed by zstd.
     """
     content = Path(path).read_bytes()
     if content[:4] != b"qres":
         raise ValueError(f"{path}: not a Qt resource file; it begins with {content[:4]!r}, not b'qres'")
+    try:
+        yield from _entries(path, content)
+    except (struct.error, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged or cut off ({error}); unpack the package again") from error
+
+
+def _entries(path, content):
     version, tree, data, names = struct.unpack_from(">4I", content, 4)
     length = 14 if version == 1 else 22
 
@@ -82,8 +91,6 @@ def write_photographs(package, out):
     found = {path.stem: path for path in sorted(Path(package).rglob("*.rcc")) if path.stem in ACTIVITIES}
     if missing := [activity for activity in ACTIVITIES if activity not in found]:
         raise FileNotFoundError(f"package: no {missing[0]}.rcc below {str(package)!r}; unpack gcompris-qt-data there")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     written = []
     for activity, path in found.items():
         for name, content in resource_files(path):
@@ -93,8 +100,9 @@ def write_photographs(package, out):
             picture = Image.open(io.BytesIO(content))
             if min(picture.size) < LEAST_SIDE or picture.convert("RGBA").getchannel("A").getextrema()[0] < 10:
                 continue
-            target = out / f"gcompris_{name.removesuffix('_background')}.jpg"
-            picture.convert("RGB").save(target, quality=95)
+            target = Path(out) / f"gcompris_{name.removesuffix('_background')}.jpg"
+            with written_aside(target) as aside:
+                picture.convert("RGB").save(aside, quality=95)
             written.append(target)
     return written
 

@@ -69,6 +69,10 @@ def test_refuses_what_it_cannot_read(tmp_path):
     write_resource(tmp_path / "c.rcc", {"z": (4, b"?")})
     with pytest.raises(ValueError, match="/resource/z is compressed by zstd"):
         list(photographs.resource_files(tmp_path / "c.rcc"))
+    write_resource(tmp_path / "d.rcc", {"zipped": (1, packed(b"x" * 999))})
+    (tmp_path / "d.rcc").write_bytes((tmp_path / "d.rcc").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        list(photographs.resource_files(tmp_path / "d.rcc"))
 
 
 def test_writes_photographs_alone(tmp_path, capsys):
