@@ -60,7 +60,7 @@ def is_held_out(path):
     return hashlib.sha256(family.encode()).digest()[0] % 5 == 0
 
 
-def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 1.0), shapes=0.0):
+def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 1.0), shapes=0.0, camouflage=0.0):
     """Paste random cut-outs on a random crop of a random photograph.
 
     Args:
@@ -72,6 +72,8 @@ def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 
         crop: least and greatest side of the crop, as a share of the photograph's shorter side.
         shapes: share of the cut-outs that are drawn, not taken from `pictures.stamps`: smooth outlines and thin
             strokes, filled with a crop of another photograph.
+        camouflage: share of the cut-outs whose colours are brought near those of the ground that they cover, as white
+            on pale or dark in shade.
 
     Returns:
         (picture, instances): uint8 (size, size, 3), and uint8 (size, size) with 0 for the photograph and i for the
@@ -92,6 +94,8 @@ def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 
             stamp = _shape(pictures, rng, size, crop)
         else:
             stamp = _place(_open_stamp(pictures.stamps[rng.integers(len(pictures.stamps))]), rng, size, scale)
+        if camouflage and rng.random() < camouflage:
+            stamp = _camouflaged(stamp, scene, rng)
         scene = Image.alpha_composite(scene.convert("RGBA"), stamp).convert("RGB")
         instances[np.asarray(stamp)[..., 3] >= 128] = index
     return np.array(scene), instances
@@ -153,6 +157,20 @@ def _place(stamp, rng, size, scale):
     corner = (int(rng.integers(-(side // 2), room)) for side, room in zip(stamp.size, reach, strict=True))
     canvas.paste(stamp, tuple(corner))
     return canvas
+
+
+def _camouflaged(stamp, scene, rng):
+    """The stamp with its mean colour moved by at least half towards the covered ground's, and less contrast in it."""
+    from PIL import Image
+
+    pixels, ground = np.asarray(stamp, np.float64), np.asarray(scene, np.float64)
+    colours, alpha = pixels[..., :3], pixels[..., 3]
+    moved, contrast = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
+    if not alpha.any():  # all of it lies outside the picture
+        return stamp
+    own, below = (np.average(picture, axis=(0, 1), weights=alpha) for picture in (colours, ground))
+    colours = own + moved * (below - own) + contrast * (colours - own)
+    return Image.fromarray(np.dstack((colours.round().clip(0, 255), alpha)).astype(np.uint8))
 
 
 def _open(name, path, mode):

@@ -72,6 +72,7 @@ class TrainConfig:
     plain_share: float = 0.2  # pictures without cut-outs
     crop: tuple = (0.4, 1.0)  # least and greatest side of a picture's crop, as a share of the photograph's shorter side
     shapes_share: float = 0.0  # of the cut-outs are drawn shapes and strokes, filled from another photograph
+    camouflage_share: float = 0.0  # of the cut-outs get colours near those of the ground that they cover
     steps: int = 4000
     batch: int = 4
     guide_pixels: int = 12544  # pixels of a guide, at most
@@ -117,6 +118,7 @@ class TrainConfig:
         shares = (
             "plain_share",
             "shapes_share",
+            "camouflage_share",
             "native_share",
             "degraded_share",
             "noise_share",
@@ -156,6 +158,8 @@ class TargetCache:
     def __init__(self, folder, config):
         of_pictures = ("held_out", "encoders", "size", "plain_share", "crop", "shapes_share", "seed")
         settings = {key: getattr(config, key) for key in of_pictures} | {"encoders": sorted(set(config.encoders))}
+        if config.camouflage_share:  # without it the folder's name stays what it was before there was such a share
+            settings["camouflage_share"] = config.camouflage_share
         pictures = find_pictures(config.scenes, config.stamps, held_out=False if config.held_out else None)
         names = [path.name for path in pictures.scenes + pictures.stamps]
         digest = hashlib.sha256(json.dumps([settings, names]).encode()).hexdigest()[:12]
@@ -214,9 +218,8 @@ class TargetCache:
         rng = np.random.default_rng((config.seed, index))
         plain = rng.random() < config.plain_share or not self.pictures.stamps
         stamps = (0, 0) if plain else (1, 5)
-        picture, instances = composite(
-            self.pictures, rng, config.size, stamps, crop=config.crop, shapes=config.shapes_share
-        )
+        shares = {"shapes": config.shapes_share, "camouflage": config.camouflage_share}
+        picture, instances = composite(self.pictures, rng, config.size, stamps, crop=config.crop, **shares)
         image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
         tensors = {"image": image, "instances": torch.from_numpy(instances)}
         for shrink in self.SHRINK:

@@ -101,6 +101,24 @@ def test_drawn_shapes_are_filled_from_photographs_and_masked_exactly(tmp_path, s
         assert len(pixels) == 0 or (pixels == pixels[0]).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_camouflage_brings_a_cutout_near_its_ground_and_keeps_its_mask(tmp_path, seed):
+    stamp = np.full((40, 40, 4), 255, np.uint8)
+    stamp[:, :20, :3] = 200
+    stamp[0, 0, 3] = 0  # an outline
+    Image.fromarray(stamp).save(tmp_path / "stamp.png")
+    Image.new("RGB", (64, 64), (90, 60, 30)).save(tmp_path / "scene.png")
+    pictures = Pictures((tmp_path / "scene.png",), (tmp_path / "stamp.png",))
+    plain, instances = composite(pictures, np.random.default_rng(seed), 64, (1, 1))
+    again, same = composite(pictures, np.random.default_rng(seed), 64, (1, 1), camouflage=1.0)
+    assert (instances == same).all() and instances.any()
+    assert (plain[instances == 0] == again[instances == 0]).mean() > 0.9
+    ground = np.array((90, 60, 30))
+    before, after = (np.abs(p[instances == 1].mean(0) - ground) for p in (plain, again))
+    assert (after <= 0.55 * before).all()
+    assert again[instances == 1][:, 0].std() > 5  # of 27: its own contrast stays visible
+
+
 def test_no_stamps_leave_the_photograph_alone(pictures):
     picture, instances = composite(Pictures(pictures.scenes), np.random.default_rng(0), 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8

@@ -574,11 +574,11 @@ def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
 
 
 def test_pictures_of_other_crops_and_shapes_have_a_cache_of_their_own(config, tmp_path):
+    of_pictures = ({}, {"crop": (0.2, 1.0)}, {"shapes_share": 0.5}, {"camouflage_share": 0.5})
     folders = {
-        TargetCache(tmp_path, replace(config, **change)).folder
-        for change in ({}, {"crop": (0.2, 1.0)}, {"shapes_share": 0.5}, {"smooth_weight": 1.0})
+        TargetCache(tmp_path, replace(config, **change)).folder for change in (*of_pictures, {"smooth_weight": 1.0})
     }
-    assert len(folders) == 3
+    assert len(folders) == 4
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -598,6 +598,7 @@ def test_learning_rate_warms_up_and_falls():
         ({"steps": 0}, "steps: must be at least 1, got 0"),
         ({"native_share": 1.5}, "native_share: must lie from 0 to 1, got 1.5"),
         ({"shapes_share": -1}, "shapes_share: must lie from 0 to 1, got -1"),
+        ({"camouflage_share": 2}, "camouflage_share: must lie from 0 to 1, got 2"),
         ({"crop": (0.9, 0.2)}, "crop: need the least and the greatest share, .* got .0.9, 0.2."),
         ({"max_cells": 4}, "max_cells: must be at least 8, got 4"),
         ({"init": "anyup_best"}, "weights: no checkpoint is called 'anyup_best'"),
