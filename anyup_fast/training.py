@@ -195,7 +195,9 @@ class TargetCache:
             return
         from .encoders import load_encoder
 
-        encoders = {spec: load_encoder(name_and_layer(spec)[0]) for spec in self.config.encoders}
+        names = dict.fromkeys(name_and_layer(spec)[0] for spec in self.config.encoders)
+        loaded = {name: load_encoder(name) for name in names}
+        encoders = {spec: loaded[name_and_layer(spec)[0]] for spec in self.config.encoders}
         size = self.config.size
         for spec, encoder in encoders.items():
             unit = max(self.SHRINK) * encoder.patch_size
@@ -224,8 +226,10 @@ class TargetCache:
         tensors = {"image": image, "instances": torch.from_numpy(instances)}
         for shrink in self.SHRINK:
             small = normalize(_resize(image[None] / 255, (config.size // shrink,) * 2))
-            for spec, encoder in encoders.items():
-                tensors[f"{spec}/{shrink}"] = encoder(small, layer=name_and_layer(spec)[1])[0].half()
+            for encoder in dict.fromkeys(encoders.values()):
+                specs = [spec for spec in encoders if encoders[spec] is encoder]
+                features = encoder.of_layers(small, [name_and_layer(spec)[1] for spec in specs])
+                tensors |= {f"{spec}/{shrink}": f[0].half() for spec, f in zip(specs, features, strict=True)}
         with written_aside(self.path(index)) as aside:
             save_file(tensors, aside)
 

