@@ -213,16 +213,18 @@ def mean_iou(predicted, labels, where=None):
     return sum(scores) / len(scores)
 
 
-def draw_composites(pictures, count, size, seed=0):
+def draw_composites(pictures, count, size, seed=0, camouflage=0.0):
     """`count` composites: normalised images (N, 3, size, size), labels (N, size, size) int64.
 
-    The i-th depends on the seed and i alone. Labels of a picture are 0 (photograph) to K-1, all present, K >= 2.
+    A share `camouflage` of the cut-outs gets colours near those of the ground they cover.
+    The i-th depends on the seed, that share and i alone. Labels of a picture are 0 (photograph) to K-1, all present,
+    K >= 2.
     """
     images, labels = [], []
     for index in range(count):
         rng = np.random.default_rng((seed, index))
         for _ in range(100):
-            picture, instances = composite(pictures, rng, size)
+            picture, instances = composite(pictures, rng, size, camouflage=camouflage)
             area = np.bincount(instances.ravel())
             instances[area[instances] < MIN_PIXELS] = 0
             found, instances = np.unique(instances, return_inverse=True)
@@ -463,6 +465,8 @@ def markdown(results):
         parts.append(f"{title}\n\n{table(header, rows)}")
 
     pictures = "kept out of training" if setting["held_out"] else "all of them"
+    if setting["camouflage"]:
+        pictures += f", {100 * setting['camouflage']:.0f} % of the cut-outs camouflaged"
     section(
         f"Boundary segmentation: {setting['pictures']} composites at {setting['size']} px ({pictures}, "
         f"{plural('seed', setting['seeds'])}), mean IoU within {BAND} px of a boundary and over the whole picture",
@@ -516,6 +520,8 @@ def evaluate(arguments, say=lambda text: None):
     for name in ("pictures", "size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}: need at least 1, got {getattr(arguments, name)}")
+    if not 0 <= arguments.camouflage <= 1:
+        raise ValueError(f"--camouflage: need a share from 0 to 1, got {arguments.camouflage}")
     labels = {label_of(weights, arguments.weights): weights for weights in arguments.weights}
     reference = {weights: label for label, weights in labels.items()}.get(arguments.reference, arguments.reference)
     if reference is not None and reference not in labels:
@@ -542,7 +548,9 @@ def evaluate(arguments, say=lambda text: None):
             say(f"{section}, {method}: {time.perf_counter() - start:.1f} s")
         return scores
 
-    drawn = [draw_composites(pictures, arguments.pictures, size, seed) for seed in arguments.seeds]
+    drawn = [
+        draw_composites(pictures, arguments.pictures, size, seed, arguments.camouflage) for seed in arguments.seeds
+    ]
     images, instances = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     features = {e: torch.cat([encode(e, part, cache) for part, _ in drawn]) for e in encoders}
     scores = judged(
@@ -584,6 +592,7 @@ def evaluate(arguments, say=lambda text: None):
         "figures": len(shown),
         "size": size,
         "seeds": list(arguments.seeds),
+        "camouflage": arguments.camouflage,
         "held_out": bool(arguments.held_out),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -617,6 +626,13 @@ def build_parser():
     parser.add_argument("--photographs", type=int, default=12, help="for the reconstruction (default 12; 0: none)")
     parser.add_argument("--size", type=int, default=224, help="side of the composites in pixels (default 224)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the composites (default 0)")
+    parser.add_argument(
+        "--camouflage",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the cut-outs, whose colours are brought near those of the ground (default 0)",
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--held-out",

@@ -214,6 +214,8 @@ def test_composites_depend_on_seed_and_place_alone(tmp_path):
     again, _ = quality.draw_composites(pictures, 2, 56)
     other, _ = quality.draw_composites(pictures, 2, 56, seed=1)
     assert torch.equal(images[:2], again) and not torch.equal(again, other)
+    hidden, same = quality.draw_composites(pictures, 1, 56, camouflage=1.0)
+    assert not torch.equal(hidden, images[:1]) and hidden.std() < images[:1].std()
     for label in labels:
         found, area = label.unique(return_counts=True)
         assert len(found) > 1 and found.tolist() == list(range(len(found)))
@@ -281,6 +283,7 @@ def test_the_command_from_pictures_to_table(command, tmp_path, capsys):
         (["--weights", "no/such.pth"], "weights: there is no file 'no/such.pth'"),
         (["--encoders", "nobody"], "unknown encoder name 'nobody'"),
         (["--pictures", "0"], "--pictures: need at least 1, got 0"),
+        (["--camouflage", "1.5"], "--camouflage: need a share from 0 to 1, got 1.5"),
         (["--scenes", "nowhere"], "scenes: no folder 'nowhere'"),
     ],
 )
