@@ -214,7 +214,7 @@ def test_composites_depend_on_seed_and_place_alone(tmp_path):
     again, _ = quality.draw_composites(pictures, 2, 56)
     other, _ = quality.draw_composites(pictures, 2, 56, seed=1)
     assert torch.equal(images[:2], again) and not torch.equal(again, other)
-    hidden, same = quality.draw_composites(pictures, 1, 56, camouflage=1.0)
+    hidden, _ = quality.draw_composites(pictures, 1, 56, camouflage=1.0)
     assert not torch.equal(hidden, images[:1]) and hidden.std() < images[:1].std()
     for label in labels:
         found, area = label.unique(return_counts=True)

@@ -56,7 +56,7 @@ class Dinov2(Encoder):
 
     def features_of_layers(self, image, layers):
         inner = any(layer != self.num_layers for layer in layers)
-        output = self.model(image, **({"output_hidden_states": True} if inner else {}))
+        output = self.model(image, output_hidden_states=inner)
         grid = [n // self.patch_size for n in image.shape[2:]]
         found = []
         for layer in layers:
