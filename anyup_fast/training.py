@@ -98,6 +98,7 @@ class TrainConfig:
     smooth_weight: float = 0.0  # weight of "smooth"
     degraded_share: float = 0.0  # of the steps show a blurred, noisy or JPEG-compressed guide
     variety_share: float = 0.0  # of the steps show features as another encoder might have made them
+    recolour_share: float = 0.0  # of the steps show every instance of a guide in random colours of its own
     noise_share: float = 0.0  # of the steps show features with noise, up to as large as they are; targets without
     consistency_weight: float = 0.1  # of "consistency", the paper's
     consistency_share: float = 0.1  # of the steps compute "consistency"; its weight there makes up for the others
@@ -124,6 +125,7 @@ class TrainConfig:
             "noise_share",
             "large_share",
             "variety_share",
+            "recolour_share",
         )
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
@@ -262,14 +264,17 @@ def draw_sample(cache, rng):
     dense_cell = math.sqrt(guide_pixels / (cells[0] * cells[1]))
     per_cell = int(np.clip(rng.uniform(0.6, 1.0) * dense_cell, 2, cell))
     shape = tuple(int(n) * per_cell for n in cells)
+    colours_change = config.recolour_share and rng.random() < config.recolour_share
     guides, masks, features, targets = [], [], [], []
     for tensors in picked:
         top, left = (int(rng.integers(grid - n + 1)) for n in cells)
         rows, cols = slice(top, top + int(cells[0])), slice(left, left + int(cells[1]))
         window = [slice(s.start * cell, s.stop * cell) for s in (rows, cols)]
         fine = [slice(s.start * ratio, s.stop * ratio) for s in (rows, cols)]
-        guide = _resize(tensors["image"][:, window[0], window[1]][None] / 255, shape)[0]
-        mask = tensors["instances"][window[0], window[1]][None, None].float()
+        guide = tensors["image"][:, window[0], window[1]] / 255
+        mask = tensors["instances"][window[0], window[1]]
+        guide = _resize((recoloured(guide, mask, rng) if colours_change else guide)[None], shape)[0]
+        mask = mask[None, None].float()
         mask = F.interpolate(mask, shape, mode="nearest-exact")[0, 0]
         crop = [guide, mask, tensors[f"{spec}/{low}"][:, rows, cols], tensors[f"{spec}/{high}"][:, fine[0], fine[1]]]
         if rng.random() < 0.5:
@@ -338,6 +343,38 @@ def photometric(image, rng):
     if rng.random() < 0.3:
         image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
     return image.clamp(0, 1)
+
+
+def recoloured(image, instances, rng):
+    """Give every instance of an image random colours of its own: no pair of colours shall tell what belongs together.
+
+    The colours of an instance turn about the grey axis by a random angle; its saturation, contrast and mean brightness
+    change as well.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        instances: uint8 (H, W), the number of every pixel's instance.
+        rng: numpy Generator.
+
+    Returns:
+        (3, H, W) in [0, 1].
+    """
+    out = torch.empty_like(image)
+    for number in instances.unique():
+        where = instances == number
+        pixels = image[:, where]
+        saturation, contrast = np.exp(rng.uniform((-0.7, -0.5), (0.4, 0.3)))
+        angle, shift = rng.uniform((0, -0.2), (2 * np.pi, 0.2))
+        turn = torch.from_numpy(saturation * _turn_about_grey(angle) + (1 - saturation) / 3).float()
+        out[:, where] = contrast * turn @ pixels + (1 - contrast) * pixels.mean() + shift
+    return out.clamp(0, 1)
+
+
+def _turn_about_grey(angle):
+    """(3, 3) float64, the rotation of colours by `angle` that leaves greys as they are."""
+    cos, sin = np.cos(angle), np.sin(angle) / np.sqrt(3)
+    off = (1 - cos) / 3
+    return cos * np.eye(3) + off + sin * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
 
 
 def noisy(features, rng):

@@ -356,6 +356,52 @@ def test_photometric_changes_stay_in_range_and_are_changes():
     assert (changed - image).abs().mean() > 0.02
 
 
+def test_recolouring_gives_every_instance_colours_of_its_own():
+    instances = torch.zeros(16, 16, dtype=torch.uint8)
+    instances[:, 8:] = 3
+    image = torch.tensor([0.7, 0.4, 0.2])[:, None, None].expand(3, 16, 16)
+    changed = training.recoloured(image, instances, np.random.default_rng(0))
+    for half in (changed[..., :8], changed[..., 8:]):
+        assert (half == half[:, :1, :1]).all()  # no edges inside an instance
+    assert (changed[:, 0, 0] - changed[:, 0, 8]).abs().max() > 0.05
+    again = training.recoloured(image, instances, np.random.default_rng(0))
+    assert torch.equal(changed, again)
+
+
+def test_recolouring_keeps_greys_grey_and_the_range():
+    generator = torch.Generator().manual_seed(0)
+    grey = torch.rand(1, 8, 8, generator=generator).expand(3, 8, 8)
+    bright = torch.rand(3, 8, 8, generator=generator).round()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        instances = torch.arange(64, dtype=torch.uint8).view(8, 8) // 24
+        found = training.recoloured(grey, instances, rng)
+        torch.testing.assert_close(found, found[:1].expand(3, 8, 8), rtol=0, atol=1e-5)
+        vivid = training.recoloured(bright, instances, rng)
+        assert vivid.min() >= 0 and vivid.max() <= 1 and not torch.equal(vivid, bright)
+
+
+def test_a_third_of_a_turn_about_grey_swaps_the_primaries():
+    turn = training._turn_about_grey(2 * np.pi / 3)
+    np.testing.assert_allclose(turn, [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize("share", (0.0, 1.0))
+def test_guides_are_recoloured_as_often_as_asked(config, cache, monkeypatch, share):
+    calls = []
+
+    def recoloured(image, instances, rng):
+        assert image.shape[1:] == instances.shape
+        calls.append(1)
+        return torch.full_like(image, 0.25)
+
+    monkeypatch.setattr(training, "recoloured", recoloured)
+    asked = replace(config, recolour_share=share)
+    sample = training.draw_sample(TargetCache(cache, asked), np.random.default_rng(0))
+    assert len(calls) == (len(sample.guide) if share else 0)
+    assert torch.allclose(sample.guide, torch.tensor(0.25)) == bool(share)
+
+
 def test_degraded_pictures_stay_in_range_and_lose_detail():
     torch.manual_seed(0)
     image = torch.rand(2, 3, 24, 24)
@@ -558,6 +604,7 @@ def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
         segment_weight=0.1,
         large_share=0.5,
         variety_share=0.5,
+        recolour_share=0.5,
         region=40,
         degraded_share=1.0,
         noise_share=1.0,
@@ -598,6 +645,7 @@ def test_learning_rate_warms_up_and_falls():
         ({"steps": 0}, "steps: must be at least 1, got 0"),
         ({"native_share": 1.5}, "native_share: must lie from 0 to 1, got 1.5"),
         ({"shapes_share": -1}, "shapes_share: must lie from 0 to 1, got -1"),
+        ({"recolour_share": -0.1}, "recolour_share: must lie from 0 to 1, got -0.1"),
         ({"camouflage_share": 2}, "camouflage_share: must lie from 0 to 1, got 2"),
         ({"crop": (0.9, 0.2)}, "crop: need the least and the greatest share, .* got .0.9, 0.2."),
         ({"max_cells": 4}, "max_cells: must be at least 8, got 4"),
