@@ -56,6 +56,8 @@ SMOOTH_CELL = 14  # pixels per cell at which "smooth" counts in full; where cell
 SHARPNESS = 5.0  # of the softmax of "segment", over the similarities' standard deviation among the instances
 SEGMENT_BAND = 0.29  # cells on either side of a boundary that count as near it in "segment"
 LEAST_SHARE = 0.3  # cells that an instance covers in all, below which "segment" leaves it out
+FAINT_SHARE = 0.35  # of the recoloured instances come near the colours around them
+FAINT_REACH = 8  # pixels around an instance that count for that
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
 
 
@@ -348,8 +350,10 @@ def photometric(image, rng):
 def recoloured(image, instances, rng):
     """Give every instance of an image random colours of its own: no pair of colours shall tell what belongs together.
 
-    The colours of an instance turn about the grey axis by a random angle; its saturation, contrast and mean brightness
-    change as well.
+    The instances are taken apart and laid over each other again, in the order of their numbers. The colours of an
+    instance turn about the grey axis by a random angle; its saturation, contrast and mean brightness change as well.
+    A share `FAINT_SHARE` of the instances, the lowest apart, then come near the mean colour that lies around them:
+    edges that are hardly seen. Outlines become sharp to six pixels wide, as lenses and motion make them.
 
     Args:
         image: (3, H, W) in [0, 1].
@@ -359,15 +363,50 @@ def recoloured(image, instances, rng):
     Returns:
         (3, H, W) in [0, 1].
     """
-    out = torch.empty_like(image)
+    out = image
     for number in instances.unique():
-        where = instances == number
-        pixels = image[:, where]
+        where = (instances == number).float()[None]
+        layer = _grown(image, where)
+        mean = _mean_colour(layer, where)
         saturation, contrast = np.exp(rng.uniform((-0.7, -0.5), (0.4, 0.3)))
         angle, shift = rng.uniform((0, -0.2), (2 * np.pi, 0.2))
         turn = torch.from_numpy(saturation * _turn_about_grey(angle) + (1 - saturation) / 3).float()
-        out[:, where] = contrast * turn @ pixels + (1 - contrast) * pixels.mean() + shift
+        grey = mean.mean()
+        shift = (grey + shift).clamp(0.1, 0.9) - grey
+        layer = contrast * torch.einsum("cd,dhw->chw", turn, layer) + (1 - contrast) * grey + shift
+        around = (_box_mean(where, FAINT_REACH) > 0) & (instances < number)
+        faint, moved, fainter = rng.random() < FAINT_SHARE, rng.uniform(0.6, 1), rng.uniform(0.4, 1)
+        if faint and around.any():
+            mean, ground = _mean_colour(layer, where), _mean_colour(out, around)
+            layer = mean + moved * (ground - mean) + fainter * (layer - mean)
+        below = (_box_mean(where, FAINT_REACH) > 0) & (instances > number)  # goes on under those that cover it
+        opacity = where + below
+        for _ in range(int(rng.integers(4))):
+            opacity = _box_mean(opacity, 1)
+        out = torch.lerp(out, layer, opacity)
     return out.clamp(0, 1)
+
+
+def _grown(image, where):
+    """`image` (3, H, W) with the pixels at the rim of `where` (1, H, W) and around it taken from its inside."""
+    inside = (_box_mean(where, 1) > 0.99).float()
+    if inside.all():
+        return image
+    near = _box_mean(torch.cat((image * inside, inside)), 4)
+    from_inside = near[:3] / near[3:].clamp_min(1e-6)
+    return torch.where((inside == 0) & (near[3:] > 1e-3), from_inside, image)
+
+
+def _box_mean(maps, reach):
+    """Mean of (C, H, W) over the `2 * reach + 1` rows and columns around each pixel, of those inside."""
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        padding = [n // 2 for n in kernel]
+        maps = F.avg_pool2d(maps, kernel, stride=1, padding=padding, count_include_pad=False)
+    return maps
+
+
+def _mean_colour(image, where):
+    return ((image * where).sum((1, 2)) / where.sum())[:, None, None]
 
 
 def _turn_about_grey(angle):

@@ -356,16 +356,81 @@ def test_photometric_changes_stay_in_range_and_are_changes():
     assert (changed - image).abs().mean() > 0.02
 
 
+def halves(size=32):
+    instances = torch.zeros(size, size, dtype=torch.uint8)
+    instances[:, size // 2 :] = 3
+    return instances
+
+
 def test_recolouring_gives_every_instance_colours_of_its_own():
-    instances = torch.zeros(16, 16, dtype=torch.uint8)
-    instances[:, 8:] = 3
-    image = torch.tensor([0.7, 0.4, 0.2])[:, None, None].expand(3, 16, 16)
-    changed = training.recoloured(image, instances, np.random.default_rng(0))
-    for half in (changed[..., :8], changed[..., 8:]):
-        assert (half == half[:, :1, :1]).all()  # no edges inside an instance
-    assert (changed[:, 0, 0] - changed[:, 0, 8]).abs().max() > 0.05
-    again = training.recoloured(image, instances, np.random.default_rng(0))
-    assert torch.equal(changed, again)
+    instances = halves()
+    image = torch.tensor([0.7, 0.4, 0.2])[:, None, None].expand(3, 32, 32)
+    apart = []
+    for seed in range(20):
+        changed = training.recoloured(image, instances, np.random.default_rng(seed))
+        for half in (changed[..., :12], changed[..., 20:]):
+            # no edges inside an instance
+            torch.testing.assert_close(half, half[:, :1, :1].expand_as(half), rtol=0, atol=1e-5)
+        assert torch.equal(changed, training.recoloured(image, instances, np.random.default_rng(seed)))
+        apart.append((changed[:, 0, 0] - changed[:, 0, -1]).abs().max())
+    assert sum(distance > 0.05 for distance in apart) > 10
+
+
+def test_some_instances_come_near_the_colours_around_them(monkeypatch):
+    image = torch.zeros(3, 32, 32)
+    image[:, :, 16:] = 1
+    distances = {}
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(training, "FAINT_SHARE", share)
+        found = [training.recoloured(image, halves(), np.random.default_rng(seed)) for seed in range(20)]
+        distances[share] = torch.stack([(f[:, 0, 0] - f[:, 0, -1]).abs().max() for f in found])
+    assert (distances[1.0] < 0.41 * distances[0.0] + 1e-4).all(), "at least six tenths of the way"
+    assert (distances[1.0] > 0.02).any(), "seldom all of it"
+
+
+def test_recoloured_outlines_are_drawn_anew():
+    """What mixes at the rim of the old picture is not seen in the new one: no seam of a third colour."""
+    image = torch.zeros(3, 32, 32)
+    image[0, :, 16:] = 0.8
+    image[2, :, :16] = 0.8
+    image[:, :, 15:17] = 0.4  # the antialiased edge
+    widths = set()
+    for seed in range(20):
+        changed = training.recoloured(image, halves(), np.random.default_rng(seed))
+        ends = torch.stack((changed[..., :1], changed[..., -1:]))
+        low, high = ends.amin(0), ends.amax(0)
+        assert (changed >= low - 1e-5).all() and (changed <= high + 1e-5).all()
+        whole = (changed - changed[..., :1]).abs().amax(0)
+        steps = (whole.diff(dim=1).amax(0) > 1e-3 * whole.max()).sum().item()
+        widths.add(steps)
+    assert min(widths) == 1 and 3 <= max(widths) <= 7
+
+
+def test_thin_instances_keep_their_pixels():
+    """A line of one pixel has no inside; it shows its own colour, changed, not that of the ground."""
+    image = torch.full((3, 24, 24), 0.2)
+    instances = torch.zeros(24, 24, dtype=torch.uint8)
+    image[:, :, 12], instances[:, 12] = 0.9, 1
+    for seed in range(10):
+        changed = training.recoloured(image, instances, np.random.default_rng(seed))
+        assert torch.isfinite(changed).all()
+        assert (changed[..., 12] - changed[..., 2]).abs().max() > 1e-3
+
+
+def test_a_covered_instance_goes_on_under_what_covers_it():
+    """Soft outlines let through what lies below: the ground's new colour, never a pixel of the old picture."""
+    instances = torch.zeros(40, 40, dtype=torch.uint8)
+    instances[:, 14:] = 1
+    instances[:, 26:] = 2
+    image = torch.stack([instances / 2] * 3)
+    for seed in range(20):
+        changed = training.recoloured(image, instances, np.random.default_rng(seed))
+        plain = [changed[:, 0, column] for column in (2, 20, 37)]
+        for left, right, columns in ((0, 1, slice(6, 20)), (1, 2, slice(20, 34))):
+            ends = torch.stack((plain[left], plain[right]))
+            part = changed[..., columns]
+            assert (part >= ends.amin(0)[:, None, None] - 1e-5).all()
+            assert (part <= ends.amax(0)[:, None, None] + 1e-5).all()
 
 
 def test_recolouring_keeps_greys_grey_and_the_range():
