@@ -399,9 +399,14 @@ def _grown(image, where):
 
 def _box_mean(maps, reach):
     """Mean of (C, H, W) over the `2 * reach + 1` rows and columns around each pixel, of those inside."""
-    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
-        padding = [n // 2 for n in kernel]
-        maps = F.avg_pool2d(maps, kernel, stride=1, padding=padding, count_include_pad=False)
+    for axis in (1, 2):  # sums of shifted maps: several times faster on a CPU than pooling
+        length, at = maps.shape[axis], torch.arange(maps.shape[axis])
+        around = F.pad(maps, (0, 0, reach, reach) if axis == 1 else (reach, reach))
+        total = around.narrow(axis, 0, length).clone()
+        for shift in range(1, 2 * reach + 1):
+            total += around.narrow(axis, shift, length)
+        count = (at + reach).clamp(max=length - 1) - (at - reach).clamp(min=0) + 1
+        maps = total / (count[:, None] if axis == 1 else count)
     return maps
 
 
