@@ -57,7 +57,7 @@ SHARPNESS = 5.0  # of the softmax of "segment", over the similarities' standard 
 SEGMENT_BAND = 0.29  # cells on either side of a boundary that count as near it in "segment"
 LEAST_SHARE = 0.3  # cells that an instance covers in all, below which "segment" leaves it out
 FAINT_SHARE = 0.35  # of the recoloured instances come near the colours around them
-FAINT_REACH = 8  # pixels around an instance that count for that
+FAINT_REACH = 8  # pixels around an instance that count for that, and that it goes on below others
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
 
 
