@@ -58,6 +58,8 @@ SEGMENT_BAND = 0.29  # cells on either side of a boundary that count as near it 
 LEAST_SHARE = 0.3  # cells that an instance covers in all, below which "segment" leaves it out
 FAINT_SHARE = 0.35  # of the recoloured instances come near the colours around them
 FAINT_REACH = 8  # pixels around an instance that count for that, and that it goes on below others
+SPOT_COVER = 0.02, 0.15  # least and greatest part of an instance that spots cover
+SPOT_SLOPE = 4.0  # of a spot's rim, per standard deviation of the noise that it is cut from
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
 
 
@@ -101,6 +103,7 @@ class TrainConfig:
     degraded_share: float = 0.0  # of the steps show a blurred, noisy or JPEG-compressed guide
     variety_share: float = 0.0  # of the steps show features as another encoder might have made them
     recolour_share: float = 0.0  # of the steps show every instance of a guide in random colours of its own
+    spot_share: float = 0.0  # of the recoloured instances carry spots of another colour
     noise_share: float = 0.0  # of the steps show features with noise, up to as large as they are; targets without
     consistency_weight: float = 0.1  # of "consistency", the paper's
     consistency_share: float = 0.1  # of the steps compute "consistency"; its weight there makes up for the others
@@ -128,6 +131,7 @@ class TrainConfig:
             "large_share",
             "variety_share",
             "recolour_share",
+            "spot_share",
         )
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
@@ -275,7 +279,9 @@ def draw_sample(cache, rng):
         fine = [slice(s.start * ratio, s.stop * ratio) for s in (rows, cols)]
         guide = tensors["image"][:, window[0], window[1]] / 255
         mask = tensors["instances"][window[0], window[1]]
-        guide = _resize((recoloured(guide, mask, rng) if colours_change else guide)[None], shape)[0]
+        if colours_change:
+            guide = recoloured(guide, mask, rng, config.spot_share)
+        guide = _resize(guide[None], shape)[0]
         mask = mask[None, None].float()
         mask = F.interpolate(mask, shape, mode="nearest-exact")[0, 0]
         crop = [guide, mask, tensors[f"{spec}/{low}"][:, rows, cols], tensors[f"{spec}/{high}"][:, fine[0], fine[1]]]
@@ -347,7 +353,7 @@ def photometric(image, rng):
     return image.clamp(0, 1)
 
 
-def recoloured(image, instances, rng):
+def recoloured(image, instances, rng, spot_share=0.0):
     """Give every instance of an image random colours of its own: no pair of colours shall tell what belongs together.
 
     The instances are taken apart and laid over each other again, in the order of their numbers. The colours of an
@@ -355,10 +361,14 @@ def recoloured(image, instances, rng):
     A share `FAINT_SHARE` of the instances, the lowest apart, then come near the mean colour that lies around them:
     edges that are hardly seen. Outlines become sharp to six pixels wide, as lenses and motion make them.
 
+    A share `spot_share` of the instances carries spots, as teeth, highlights and strands of hair are: a colour that is
+    found elsewhere does not make them part of what has it there.
+
     Args:
         image: (3, H, W) in [0, 1].
         instances: uint8 (H, W), the number of every pixel's instance.
         rng: numpy Generator.
+        spot_share: from 0 to 1.
 
     Returns:
         (3, H, W) in [0, 1].
@@ -379,6 +389,10 @@ def recoloured(image, instances, rng):
         if faint and around.any():
             mean, ground = _mean_colour(layer, where), _mean_colour(out, around)
             layer = mean + moved * (ground - mean) + fainter * (layer - mean)
+        if spot_share and rng.random() < spot_share:
+            elsewhere = (instances < number).any() and rng.random() < 0.5
+            colour = _mean_colour(out, (instances < number).float()[None]) if elsewhere else _random_colour(rng)
+            layer = torch.lerp(layer, colour, rng.uniform(0.5, 1) * _spots(instances.shape, rng))
         below = (_box_mean(where, FAINT_REACH) > 0) & (instances > number)  # goes on under those that cover it
         opacity = where + below
         for _ in range(int(rng.integers(4))):
@@ -395,6 +409,21 @@ def _grown(image, where):
     near = _box_mean(torch.cat((image * inside, inside)), 4)
     from_inside = near[:3] / near[3:].clamp_min(1e-6)
     return torch.where((inside == 0) & (near[3:] > 1e-3), from_inside, image)
+
+
+def _random_colour(rng):
+    """(3, 1, 1) in [0, 1], half of them black, white or a grey."""
+    colour = rng.random(3) if rng.random() < 0.5 else np.full(3, np.clip(rng.uniform(-0.5, 1.5), 0, 1))
+    return torch.from_numpy(colour).float()[:, None, None]
+
+
+def _spots(shape, rng):
+    """(1, H, W) from 0 to 1: round or drawn-out spots that cover a small part of the picture."""
+    coarse = [math.ceil(n / math.exp(rng.uniform(math.log(3), math.log(14)))) + 1 for n in shape]
+    noise = torch.from_numpy(rng.standard_normal((1, 1, *coarse), dtype=np.float32))
+    height = F.interpolate(noise, tuple(shape), mode="bilinear", align_corners=False)[0]
+    level = height.flatten().quantile(1 - rng.uniform(*SPOT_COVER))
+    return (SPOT_SLOPE * (height - level) / height.std()).clamp(0, 1)
 
 
 def _box_mean(maps, reach):

@@ -433,6 +433,40 @@ def test_a_covered_instance_goes_on_under_what_covers_it():
             assert (part <= ends.amax(0)[:, None, None] + 1e-5).all()
 
 
+def test_spots_are_few_small_and_of_one_colour():
+    image = torch.tensor([0.55, 0.45, 0.4])[:, None, None].expand(3, 96, 96)
+    instances = torch.zeros(96, 96, dtype=torch.uint8)
+    for seed in range(20):
+        rng = np.random.default_rng
+        assert torch.equal(training.recoloured(image, instances, rng(seed), 0.0).std((1, 2)), torch.zeros(3))
+        changed = training.recoloured(image, instances, rng(seed), 1.0).flatten(1)
+        most = changed.median(1).values[:, None]
+        away = (changed - most).norm(dim=0)
+        spotted = away > 0.02
+        assert spotted.float().mean() < 0.25
+        if spotted.any():
+            farthest = changed[:, away.argmax()][:, None] - most
+            share = (changed - most).mul(farthest).sum(0, keepdim=True) / farthest.square().sum()
+            torch.testing.assert_close(changed - most, share * farthest, rtol=0, atol=1e-4)
+            assert -1e-4 < share.min() and share.max() < 1 + 1e-4
+    apart = [(training._spots((96, 96), rng(seed)) > 0.5).float() for seed in range(20)]
+    assert all(0.005 < spots.mean() < 0.15 for spots in apart)
+    inner = [-F.max_pool2d(-spots[None], 15, 1) for spots in apart]
+    assert max(part.mean() for part in inner) < 0.01, "none covers 15 pixels each way"
+
+
+def test_spots_have_colours_of_other_instances_or_new_ones(monkeypatch):
+    """Of greys only the new colour, here green, can make others; the lowest instance knows no other's colours."""
+    monkeypatch.setattr(training, "_random_colour", lambda rng: torch.tensor([0.0, 1.0, 0.0])[:, None, None])
+    image = torch.stack([0.2 + halves(64) / 5] * 3)
+    green = {0: [], 3: []}
+    for seed in range(30):
+        changed = training.recoloured(image, halves(64), np.random.default_rng(seed), 1.0)
+        for number, part in ((0, changed[..., :24]), (3, changed[..., 40:])):
+            green[number].append((part[1] - part[0]).max().item() > 0.05)
+    assert all(green[0]) and 8 < sum(green[3]) < 22
+
+
 def test_recolouring_keeps_greys_grey_and_the_range():
     generator = torch.Generator().manual_seed(0)
     grey = torch.rand(1, 8, 8, generator=generator).expand(3, 8, 8)
@@ -455,13 +489,13 @@ def test_a_third_of_a_turn_about_grey_swaps_the_primaries():
 def test_guides_are_recoloured_as_often_as_asked(config, cache, monkeypatch, share):
     calls = []
 
-    def recoloured(image, instances, rng):
-        assert image.shape[1:] == instances.shape
+    def recoloured(image, instances, rng, spot_share):
+        assert image.shape[1:] == instances.shape and spot_share == 0.3
         calls.append(1)
         return torch.full_like(image, 0.25)
 
     monkeypatch.setattr(training, "recoloured", recoloured)
-    asked = replace(config, recolour_share=share)
+    asked = replace(config, recolour_share=share, spot_share=0.3)
     sample = training.draw_sample(TargetCache(cache, asked), np.random.default_rng(0))
     assert len(calls) == (len(sample.guide) if share else 0)
     assert torch.allclose(sample.guide, torch.tensor(0.25)) == bool(share)
@@ -670,6 +704,7 @@ def test_every_term_and_change_can_be_asked_for(config, cache, tmp_path):
         large_share=0.5,
         variety_share=0.5,
         recolour_share=0.5,
+        spot_share=0.5,
         region=40,
         degraded_share=1.0,
         noise_share=1.0,
@@ -711,6 +746,7 @@ def test_learning_rate_warms_up_and_falls():
         ({"native_share": 1.5}, "native_share: must lie from 0 to 1, got 1.5"),
         ({"shapes_share": -1}, "shapes_share: must lie from 0 to 1, got -1"),
         ({"recolour_share": -0.1}, "recolour_share: must lie from 0 to 1, got -0.1"),
+        ({"spot_share": 1.1}, "spot_share: must lie from 0 to 1, got 1.1"),
         ({"camouflage_share": 2}, "camouflage_share: must lie from 0 to 1, got 2"),
         ({"crop": (0.9, 0.2)}, "crop: need the least and the greatest share, .* got .0.9, 0.2."),
         ({"max_cells": 4}, "max_cells: must be at least 8, got 4"),
