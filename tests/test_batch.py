@@ -297,7 +297,7 @@ def test_killed_runs_give_the_same_files(tmp_path, parts):
 @pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_finish_the_picture_in_flight(tmp_path, parts, number, code):
     data = fill(tmp_path / "in", 40)
-    command = command_of(data, tmp_path / "out", parts, "--output-size", "900")
+    command = command_of(data, tmp_path / "out", parts, "--output-size", "500")
     process = started(command)
     wait_for_done(process, tmp_path / "out", 2)
     process.send_signal(getattr(signal, number))

@@ -303,9 +303,9 @@ def measured_memory(arguments, limit=None, threads=1):
         (2, ((1, 3, 320, 320), (1, 384, 24, 24), None)),
         (1, ((2, 3, 256, 256), (2, 21, 16, 16), None)),
         (1, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80))),
-        (2, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80))),
+        pytest.param(2, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow),
         (1, ((1, 3, 320, 320), (1, 1, 128, 128), None)),
-        (1, ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64))),
+        pytest.param(1, ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64)), marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_what_was_estimated(threads, arguments):
@@ -320,7 +320,8 @@ def test_memory_is_what_was_estimated(threads, arguments):
     "limit, arguments",
     [
         (130 << 20, ((1, 3, 384, 384), (1, 21, 24, 24), None)),
-        (300 << 20, ((1, 3, 700, 530), (1, 64, 40, 30), None)),  # large tiles of several sizes
+        # large tiles of several sizes
+        pytest.param(300 << 20, ((1, 3, 700, 530), (1, 64, 40, 30), None), marks=pytest.mark.slow),
     ],
 )
 def test_a_call_stays_within_its_memory(limit, arguments):
