@@ -58,6 +58,7 @@ SEGMENT_BAND = 0.29  # cells on either side of a boundary that count as near it 
 LEAST_SHARE = 0.3  # cells that an instance covers in all, below which "segment" leaves it out
 FAINT_SHARE = 0.35  # of the recoloured instances come near the colours around them
 FAINT_REACH = 8  # pixels around an instance that count for that, and that it goes on below others
+SPOT_SIZE = 3, 14  # least and greatest distance of the noise's points that spots are cut from, in pixels
 SPOT_COVER = 0.02, 0.15  # least and greatest part of an instance that spots cover
 SPOT_SLOPE = 4.0  # of a spot's rim, per standard deviation of the noise that it is cut from
 LEAST_CELLS = 8  # low-res cells of a crop along one axis, where the grid has so many
@@ -419,7 +420,7 @@ def _random_colour(rng):
 
 def _spots(shape, rng):
     """(1, H, W) from 0 to 1: round or drawn-out spots that cover a small part of the picture."""
-    coarse = [math.ceil(n / math.exp(rng.uniform(math.log(3), math.log(14)))) + 1 for n in shape]
+    coarse = [math.ceil(n / math.exp(rng.uniform(*map(math.log, SPOT_SIZE)))) + 1 for n in shape]
     noise = torch.from_numpy(rng.standard_normal((1, 1, *coarse), dtype=np.float32))
     height = F.interpolate(noise, tuple(shape), mode="bilinear", align_corners=False)[0]
     level = height.flatten().quantile(1 - rng.uniform(*SPOT_COVER))
