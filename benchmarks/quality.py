@@ -18,6 +18,10 @@ count as photograph; a picture without a cut-out, or without photograph left, is
 size and guided by that, against its features there: mean cosine, and mean squared error over the variance of the
 target (all its numbers, about their common mean).
 
+**Flat regions** (`--figures`). In the flatter half of each photograph's pixels, of the first principal components:
+how much the upsampled features bend in step with the grid, relative to their roughness (`blockiness`) and as it shows
+(`grid_trace`), and how rough they are (`speckle`).
+
 **Share of the gain.** (x - bilinear) / (reference - bilinear) in boundary IoU, averaged over the encoders.
 
 Plus/minus is one standard error over pictures; differences to the reference are paired by picture.
@@ -52,6 +56,7 @@ MIN_PIXELS = 60
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 FILTERS = ("joint bilateral", "guided filter")
 FIGURE_COMPONENTS = 32
+FLATNESS = ("blocks", "grid", "speckle")  # what `draw_figures` measures: `blockiness`, `grid_trace`, `speckle`
 
 
 # An upsampler is prepared with the image and then called with (features, values, output_size). It returns `values`,
@@ -340,24 +345,43 @@ def blockiness(maps, grid, flat):
         grid: (h, w), dividing (H, W).
         flat: (H, W) bool.
     """
-    ratios = []
+    return sum((means.max() / means.mean()).item() for means in _bends_in_a_cell(maps, grid, flat)) / 2
+
+
+def grid_trace(maps, grid, flat):
+    """How much the maps bend in step with the grid, as it shows; `blockiness` is relative to how rough they are.
+
+    The greatest of the same s means less their mean, over the standard deviation of F on flat pixels: 0 is no trace.
+    Roughness hides some of it here too, as D is a length; so rough maps get less than they have, not more.
+    """
+    excess = [(means.max() - means.mean()).item() for means in _bends_in_a_cell(maps, grid, flat)]
+    return sum(excess) / 2 / _spread(maps, flat)
+
+
+def _bends_in_a_cell(maps, grid, flat):
+    """For each axis (s,): mean over flat pixels of |F(x-1) - 2 F(x) + F(x+1)| at each of the s places in a cell."""
+    found = []
     for axis, cells in zip((1, 2), grid, strict=True):
         turned = maps[0].transpose(1, axis)
         bend = (turned[:, :-2] - 2 * turned[:, 1:-1] + turned[:, 2:]).norm(dim=0)
         kept = flat.transpose(0, axis - 1)[1:-1]
         step = turned.shape[1] // cells
         place = torch.arange(1, len(bend) + 1) % step
-        means = torch.stack([bend[place == p][kept[place == p]].mean() for p in range(step)])
-        ratios.append((means.max() / means.mean()).item())
-    return sum(ratios) / 2
+        found.append(torch.stack([bend[place == p][kept[place == p]].mean() for p in range(step)]))
+    return found
 
 
 def speckle(maps, flat):
     """Mean over flat pixels of |F - box3x3(F)| (length over channels) over the standard deviation of F there."""
     maps = maps - maps[0, :, flat].mean(1)[:, None, None]
     rough = maps - F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
-    spread = maps[0, :, flat].square().sum(0).mean().sqrt()
-    return (rough[0].norm(dim=0)[flat].mean() / spread).item()
+    return rough[0].norm(dim=0)[flat].mean().item() / _spread(maps, flat)
+
+
+def _spread(maps, flat):
+    """Standard deviation (length over channels) of maps (1, C, H, W) on flat pixels."""
+    kept = maps[0, :, flat]
+    return (kept - kept.mean(1, keepdim=True)).square().sum(0).mean().sqrt().item()
 
 
 def principal_components(features, count):
@@ -398,9 +422,10 @@ def write_sheet(path, rows, titles):
 
 
 def draw_figures(folder, photographs, upsamplers, encoders, size):
-    """Write a sheet per photograph (a row per encoder) and return {encoder: {method: (N, 2)}}: blocks, speckle."""
+    """Write a sheet per photograph (a row per encoder) and return {encoder: {method: (N, 3)}}: FLATNESS of them."""
     methods = [method for method in upsamplers if method not in ("nearest", "bicubic", *FILTERS)]
-    scores = {encoder: {method: np.empty((len(photographs), 2)) for method in methods} for encoder in encoders}
+    shape = len(photographs), len(FLATNESS)
+    scores = {encoder: {method: np.empty(shape) for method in methods} for encoder in encoders}
     for index, photograph in enumerate(photographs):
         image = load_square(photograph, size)
         flat = flat_regions(image)
@@ -411,7 +436,8 @@ def draw_figures(folder, photographs, upsamplers, encoders, size):
             upsample = upsamplers[method](image)
             for encoder, low in lows.items():
                 maps = upsample(low, components[encoder], (size, size))
-                numbers = blockiness(maps, low.shape[-2:], flat), speckle(maps, flat)
+                grid = low.shape[-2:]
+                numbers = blockiness(maps, grid, flat), grid_trace(maps, grid, flat), speckle(maps, flat)
                 scores[encoder][method][index] = numbers
                 found[encoder].append(maps[:, :3].clone())
         rows = [panel(image, components[encoder], found[encoder]) for encoder in encoders]
@@ -485,9 +511,9 @@ def markdown(results):
     if "figures" in results:
         section(
             f"Flat regions of {setting['figures']} photographs at {2 * setting['size']} px: blocks (1: no trace of the "
-            "grid) and speckle (lower is smoother)",
+            "grid in what roughness there is), trace of the grid as it shows and speckle (lower is smoother)",
             results["figures"],
-            ("blocks", "speckle"),
+            FLATNESS,
             False,
         )
     return "\n\n".join(parts) + "\n"

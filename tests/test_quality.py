@@ -193,6 +193,26 @@ def test_blocks_are_seen_and_smooth_maps_are_not_blamed():
     assert quality.blockiness(maps, (8, 8), flat) < 1.1
 
 
+def test_the_trace_of_the_grid_is_that_of_the_maps_whatever_else_they_do():
+    torch.manual_seed(0)
+    flat = torch.ones(80, 80, dtype=torch.bool)
+    ramp, noise = torch.linspace(-1, 1, 80).expand(1, 1, 80, 80), torch.randn(1, 1, 80, 80)
+    line = 0.01 * (torch.arange(80) % 10 == 1)  # bends by 0.02 there and by 0.01 beside it: 0.04 in ten places
+    grid = ramp + line + line[:, None]
+    trace, fainter = quality.grid_trace(grid, (8, 8), flat), quality.grid_trace(ramp + (grid - ramp) / 5, (8, 8), flat)
+    assert trace == pytest.approx((0.02 - 0.004) / ramp.std(correction=0).item(), rel=0.1)
+    assert fainter == pytest.approx(trace / 5, rel=0.01)
+    assert quality.grid_trace(7 * grid, (8, 8), flat) == pytest.approx(trace, rel=1e-4)
+    calm, rough = grid + 1e-4 * noise, grid + 3e-3 * noise
+    assert quality.blockiness(rough, (8, 8), flat) < 0.6 * quality.blockiness(calm, (8, 8), flat)
+    assert 0.7 * trace < quality.grid_trace(rough, (8, 8), flat) < quality.grid_trace(calm, (8, 8), flat) < 1.01 * trace
+    assert quality.grid_trace(ramp + 3e-3 * noise, (8, 8), flat) < 0.1 * trace
+    # what happens outside the flat pixels does not count
+    flat[:, 40:] = False
+    far = ramp + 3e-3 * noise + 9 * line * (torch.arange(80) >= 45)
+    assert quality.grid_trace(far, (8, 8), flat) < 0.1 * trace
+
+
 def test_speckle_grows_with_noise_and_ignores_rough_parts():
     torch.manual_seed(0)
     flat = torch.ones(64, 64, dtype=torch.bool)
@@ -267,6 +287,7 @@ def test_the_command_from_pictures_to_table(command, tmp_path, capsys):
     )
     assert results["setting"]["reference"] == "a" and results["setting"]["held_out"] is False
     assert list(results["figures"]["stub"]) == ["bilinear", "a", "b"]
+    assert np.shape(results["figures"]["other"]["a"]) == (2, len(quality.FLATNESS))
     sheets = sorted((tmp_path / "figures").iterdir())
     assert [sheet.name for sheet in sheets] == ["00_apicture.png", "01_mine.png"]
     assert Image.open(sheets[1]).size == (5 * (112 + 4), 16 + 2 * (112 + 4))
