@@ -294,7 +294,7 @@ def test_killed_runs_give_the_same_files(tmp_path, parts):
     assert open_archive(tmp_path / "out").verify() == []
 
 
-@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("number, code", [pytest.param("SIGINT", 130, marks=pytest.mark.slow), ("SIGTERM", 143)])
 def test_signals_finish_the_picture_in_flight(tmp_path, parts, number, code):
     data = fill(tmp_path / "in", 40)
     command = command_of(data, tmp_path / "out", parts, "--output-size", "500")

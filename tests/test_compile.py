@@ -61,7 +61,7 @@ def same(compiled, plain):
     torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6 * plain.abs().max().item())
 
 
-@pytest.mark.parametrize("grad, limit", [(False, 3), (True, 4)])
+@pytest.mark.parametrize("grad, limit", [(False, 3), pytest.param(True, 4, marks=pytest.mark.slow)])
 def test_squares_first_and_rectangles_later(grad, limit):
     """Sizes that are equal in the first call share a symbol, and cost a graph where they differ later."""
     model, counter = tiny.model(), CompileCounter()
