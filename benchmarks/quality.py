@@ -352,7 +352,8 @@ def grid_trace(maps, grid, flat):
     """How much the maps bend in step with the grid, as it shows; `blockiness` is relative to how rough they are.
 
     The greatest of the same s means less their mean, over the standard deviation of F on flat pixels: 0 is no trace.
-    Roughness hides some of it here too, as D is a length; so rough maps get less than they have, not more.
+    What happens to fall on one place of the cells counts too: a third to nine tenths of the number comes about at a
+    period one pixel off the grid's, and rough maps have more of that.
     """
     excess = [(means.max() - means.mean()).item() for means in _bends_in_a_cell(maps, grid, flat)]
     return sum(excess) / 2 / _spread(maps, flat)
