@@ -15,6 +15,7 @@ from .layers import (
     unit_channels,
     wide_dtype,
 )
+from .logs import log_once
 from .ops import (
     Block,
     GuidanceWeights,
@@ -31,7 +32,6 @@ from .ops import (
     window_bounds,
     windowed_attention,
 )
-from .ops.choice import log_once
 from .ops.crew import crew_size
 from .ops.pages import kept, nothing_kept
 

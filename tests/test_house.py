@@ -17,7 +17,7 @@ LEVELS = [
     {"image", "encoders", "checkpoints", "model", "upsampling", "stores", "visualize", "acceleration", "export"},
     {"layers", "ops"},
     {"kernels"},
-    {"files", "weights"},
+    {"files", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 LEAVES = LEVELS[-1]

@@ -1,14 +1,13 @@
 """Back ends of the operators: their order, and why one can't run."""
 
-import logging
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 
+from ..logs import log_once
+
 BACKENDS = ("triton", "torch", "reference")
 _GPUS = ("cuda", "xpu")
-_log = logging.getLogger("anyup_fast.ops")
 
 
 def check_name(backend):
@@ -56,17 +55,3 @@ def choose(operator, backend, why_not):
             return name
         log_once(f"{operator}: {name!r} not taken: {reason}")
     raise RuntimeError(f"{operator}: no back end can run")
-
-
-def log_once(message):
-    """Log `message` at level INFO, the first time it comes up; while a graph is traced, not at all."""
-    if not torch.compiler.is_compiling():
-        _logged(message)
-
-
-@cache
-def _logged(message):
-    _log.info(message)
-
-
-log_once.cache_clear = _logged.cache_clear

@@ -10,7 +10,7 @@ import weakref
 
 import torch
 
-from .choice import log_once
+from ..logs import log_once
 
 
 def _from_environment(name, default):
