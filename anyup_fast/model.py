@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu.crew import crew_size
 from .layers import (
     FeatureUnification,
     ReflectConv2d,
@@ -32,7 +33,6 @@ from .ops import (
     window_bounds,
     windowed_attention,
 )
-from .ops.crew import crew_size
 from .ops.pages import kept, nothing_kept
 
 SMALL_BUFFERS, FOR_WORKER = 24 << 20, 15 << 20  # bytes that pieces in work take, and each further worker's

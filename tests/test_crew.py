@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp
-from anyup_fast.ops import crew, torch_convolution, torch_forward
-from anyup_fast.ops.crew import crew_size, led, share_out
+from anyup_fast.cpu import crew
+from anyup_fast.cpu.crew import crew_size, led, share_out
+from anyup_fast.ops import torch_convolution, torch_forward
 from anyup_fast.ops.torch_convolution import Convolution, WeightGradient
 from anyup_fast.ops.torch_forward import Walk
 
@@ -95,7 +96,7 @@ def test_results_do_not_depend_on_who_did_what_nor_on_the_run(two_threads):
 def test_a_forked_process_has_workers_of_its_own():
     code = (
         "import torch, multiprocessing as m; torch.set_num_threads(2)\n"
-        "from anyup_fast.ops.crew import share_out\n"
+        "from anyup_fast.cpu.crew import share_out\n"
         "def child(q):\n"
         "    out = []; share_out(lambda d, i: out.append(i), list(range(8)), [0, 1]); q.put(sorted(out))\n"
         "share_out(lambda d, i: None, [0, 1], [0, 1])\n"

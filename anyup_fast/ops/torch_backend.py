@@ -10,7 +10,7 @@ from itertools import groupby, product
 
 import torch
 
-from .crew import crew_size, led, share_out
+from ..cpu.crew import crew_size, led, share_out
 from .pages import new_empty
 
 # Numbers held at once: the logits of a batch of tiles and their results (a cache's worth each), any buffer at all.

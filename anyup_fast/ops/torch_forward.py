@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .crew import crew_size, led, share_out
+from ..cpu.crew import crew_size, led, share_out
 from .pages import new_empty
 from .torch_convolution import Convolution
 

@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 import torch
 import torch.nn.functional as F
 
-from .crew import led
+from ..cpu.crew import led
 from .pages import new_empty
 from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
