@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cpu.crew import crew_size
+from .cpu.pages import kept, nothing_kept
 from .layers import (
     FeatureUnification,
     ReflectConv2d,
@@ -33,7 +34,6 @@ from .ops import (
     window_bounds,
     windowed_attention,
 )
-from .ops.pages import kept, nothing_kept
 
 SMALL_BUFFERS, FOR_WORKER = 24 << 20, 15 << 20  # bytes that pieces in work take, and each further worker's
 _INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols

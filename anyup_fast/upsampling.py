@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from .cpu.crew import crew_size
+from .cpu.pages import new_empty, nothing_kept
 from .model import FOR_WORKER, cell_colours, checked_output_size
 from .ops import torch_guidance, windowed_attention
 from .ops.guidance import RMS_EPS
-from .ops.pages import new_empty, nothing_kept
 from .ops.torch_forward import PIXELS, cast, pieces
 from .ops.torch_guidance import Bins, Pool
 from .stores import Store

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from anyup_fast.ops import pages
-from anyup_fast.ops.choice import log_once
-from anyup_fast.ops.pages import LARGE_PAGE, LEAST, new_empty
+from anyup_fast.cpu import pages
+from anyup_fast.cpu.pages import LARGE_PAGE, LEAST, new_empty
+from anyup_fast.logs import log_once
 
 SIDE = 1100  # squared, in float32: more than LEAST
 LIKE = torch.empty(0)
@@ -152,7 +152,7 @@ def test_where_nothing_can_be_kept_tensors_are_plain(monkeypatch):
 
 @linux
 def test_the_environment_sets_the_limit():
-    code = "from anyup_fast.ops import pages; print(pages.KEPT)"
+    code = "from anyup_fast.cpu import pages; print(pages.KEPT)"
     for given, expected in ((None, 192 << 20), ("0", 0)):
         env = {**os.environ} | ({} if given is None else {"ANYUP_FAST_KEPT_BYTES": given})
         result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
@@ -182,7 +182,7 @@ def test_a_system_that_takes_no_advice_is_told_of_and_worked_with(caplog):
 def test_a_forked_process_writes_to_memory_of_its_own():
     code = (
         "import os, torch; torch.set_num_threads(1)\n"
-        "from anyup_fast.ops.pages import new_empty\n"
+        "from anyup_fast.cpu.pages import new_empty\n"
         "x = new_empty(torch.empty(0), (1100, 1100)).fill_(1); y = new_empty(x, x.shape).fill_(1); del y\n"
         "if (child := os.fork()) == 0:\n"
         "    x.fill_(7); new_empty(x, x.shape).fill_(7); os._exit(0)\n"

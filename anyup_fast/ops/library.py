@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu.pages import new_empty
 from . import torch_backend, torch_forward, torch_gradients, torch_guidance, windows
-from .pages import new_empty
 from .weights import Block, GuidanceWeights, KeyWeights
 
 

@@ -11,7 +11,7 @@ from itertools import groupby, product
 import torch
 
 from ..cpu.crew import crew_size, led, share_out
-from .pages import new_empty
+from ..cpu.pages import new_empty
 
 # Numbers held at once: the logits of a batch of tiles and their results (a cache's worth each), any buffer at all.
 BATCH = 1 << 20

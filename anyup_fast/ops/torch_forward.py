@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cpu.crew import crew_size, led, share_out
-from .pages import new_empty
+from ..cpu.pages import new_empty
 from .torch_convolution import Convolution
 
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes

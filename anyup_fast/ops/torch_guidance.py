@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cpu.crew import led
-from .pages import new_empty
+from ..cpu.pages import new_empty
 from .torch_forward import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
 NORMS = 12
