@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp
-from anyup_fast.cpu import crew
+from anyup_fast.cpu import convolution, crew
+from anyup_fast.cpu.convolution import Convolution, WeightGradient
 from anyup_fast.cpu.crew import crew_size, led, share_out
-from anyup_fast.ops import torch_convolution, torch_forward
-from anyup_fast.ops.torch_convolution import Convolution, WeightGradient
+from anyup_fast.ops import torch_forward
 from anyup_fast.ops.torch_forward import Walk
 
 CPU = torch.device("cpu")
@@ -149,20 +149,20 @@ def test_a_picture_of_16_bits_is_convolved_in_float32():
 
 
 def test_tiles_are_used_where_they_should_be():
-    assert torch_convolution.worth_tiling((16, 224)) and torch_convolution.worth_tiling((8, 7))
-    assert not torch_convolution.worth_tiling((1, 400))
+    assert convolution.worth_tiling((16, 224)) and convolution.worth_tiling((8, 7))
+    assert not convolution.worth_tiling((1, 400))
     assert Convolution(torch.randn(8, 8, 3, 3)).tiled and not Convolution(torch.randn(8, 8, 3, 3).double()).tiled
 
 
 def test_transforms_made_in_inference_mode_serve_training():
-    torch_convolution.matrices.cache_clear()
+    convolution.matrices.cache_clear()
     with torch.inference_mode():
-        torch_convolution.transformed(torch.randn(4, 4, 3, 3))
-    assert not any(matrix.is_inference() for matrix in torch_convolution.matrices())
+        convolution.transformed(torch.randn(4, 4, 3, 3))
+    assert not any(matrix.is_inference() for matrix in convolution.matrices())
 
 
 def test_the_transforms_make_a_convolution_of_products():
-    of_outputs, of_weight, of_inputs = torch_convolution.matrices()
+    of_outputs, of_weight, of_inputs = convolution.matrices()
     inputs, weight = torch.randn(6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     expected = inputs.unfold(0, 3, 1) @ weight
     torch.testing.assert_close(of_outputs @ ((of_weight @ weight) * (of_inputs @ inputs)), expected)

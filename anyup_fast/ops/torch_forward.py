@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..cpu.convolution import Convolution
 from ..cpu.crew import crew_size, led, share_out
 from ..cpu.pages import new_empty
-from .torch_convolution import Convolution
 
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
 WORTH_SHARING = 2048  # pixels for each worker at least: to wake one takes a fraction of a millisecond

@@ -12,9 +12,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ..cpu.convolution import Convolution, WeightGradient
 from ..cpu.crew import crew_size, led, share_out
 from ..cpu.pages import new_empty
-from .torch_convolution import Convolution, WeightGradient
 from .torch_forward import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
 from .torch_guidance import Rotary, Unpool, pooled_both
 from .weights import Block
