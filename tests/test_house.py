@@ -16,6 +16,7 @@ LEVELS = [
     {"api", "batch", "distributed", "training", "optimization", "data", "evaluation"},
     {"image", "encoders", "checkpoints", "model", "upsampling", "stores", "visualize", "acceleration", "export"},
     {"layers", "ops"},
+    {"plain"},
     {"cpu"},
     {"kernels"},
     {"files", "logs", "weights"},

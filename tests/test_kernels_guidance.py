@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast.model import AnyUp
 from anyup_fast.ops import torch_guidance
-from anyup_fast.ops.weights import Block, GuidanceWeights
+from anyup_fast.plain.weights import Block, GuidanceWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest difference from float64 over the largest number expected.

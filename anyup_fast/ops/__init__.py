@@ -1,10 +1,10 @@
 """Public operators: contract, checks and choice of back end in a file each, the back ends in files beside them."""
 
+from ..plain.weights import Block, GuidanceWeights, KeyWeights
 from .attention import backends, choose_backend, why_not, windowed_attention
 from .blocks import branches, pooled, pooled_block, project_pixels, res_block
 from .guidance import guidance, project_keys, project_queries
 from .unification import feature_unification
-from .weights import Block, GuidanceWeights, KeyWeights
 from .windows import neighborhood_bounds, window_bounds
 
 __all__ = [

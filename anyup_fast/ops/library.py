@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cpu.pages import new_empty
+from ..plain.weights import Block, GuidanceWeights, KeyWeights
 from . import torch_backend, torch_forward, torch_gradients, torch_guidance, windows
-from .weights import Block, GuidanceWeights, KeyWeights
 
 
 @torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
