@@ -69,7 +69,7 @@ class FeatureUnification(nn.Module):
     """Feature-agnostic layer: (B, C, h, w) -> (B, out_channels, h, w) for any C, in float32 (or float64).
 
     `basis` (out_channels, 1, k, k) are the filters shared by all channels; see
-    `anyup_fast.ops.reference.feature_unification` for the formula.
+    `anyup_fast.plain.reference.feature_unification` for the formula.
     """
 
     def __init__(self, out_channels, kernel_size=5, init_gaussian_derivatives=False):

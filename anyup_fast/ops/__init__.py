@@ -1,5 +1,6 @@
 """Public operators: contract, checks and choice of back end in a file each, the back ends in files beside them."""
 
+from ..plain import reference
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
 from .attention import backends, choose_backend, why_not, windowed_attention
 from .blocks import branches, pooled, pooled_block, project_pixels, res_block
@@ -22,6 +23,7 @@ __all__ = [
     "project_keys",
     "project_pixels",
     "project_queries",
+    "reference",
     "res_block",
     "why_not",
     "window_bounds",

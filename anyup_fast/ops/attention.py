@@ -2,7 +2,8 @@
 
 import torch
 
-from . import library, reference
+from ..plain import reference
+from . import library
 from .choice import BACKENDS, check_name, choose, why_no_triton
 
 
@@ -10,7 +11,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     """Attention of every output pixel to its own rectangle of low-resolution keys.
 
     Equivalent to a softmax per head over the keys inside the window, the mean over the heads, and the weighted
-    sum of `value` (`anyup_fast.ops.reference.windowed_attention`). Differentiable once in query, key and value on
+    sum of `value` (`anyup_fast.plain.reference.windowed_attention`). Differentiable once in query, key and value on
     every back end; "reference" any number of times.
 
     Args:

@@ -1,6 +1,7 @@
 """`feature_unification`: contract, checks and choice of back end."""
 
-from . import library, reference
+from ..plain import reference
+from . import library
 from .choice import choose, why_no_triton
 
 
@@ -9,7 +10,7 @@ def feature_unification(features, basis, *, backend="auto"):
 
     Every channel is convolved (zero padding) with the M filters and divided by the number of taps inside the map; the
     softmax and mean over the responses, with the published interleaving of channels and filters, are those of
-    `anyup_fast.ops.reference.feature_unification`. Nothing of size M * C * h * w is formed, but by "reference".
+    `anyup_fast.plain.reference.feature_unification`. Nothing of size M * C * h * w is formed, but by "reference".
     Differentiable once in features and basis on every back end; "reference" any number of times.
 
     Args:
