@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import ops
-from anyup_fast.ops import choice, neighborhood_bounds, reference, torch_backend, window_bounds
+from anyup_fast.ops import choice, neighborhood_bounds, reference, window_bounds
+from anyup_fast.plain import attention as plain_attention
 
 # Greatest difference over greatest value. Measured over the twelve cases: 4.3e-7, 3.2e-3, 3.9e-4.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -72,11 +73,11 @@ def test_the_torch_back_end_equals_the_twin_at_length(seed, poisoned):
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_of_keys_give_the_same(seed, poisoned, monkeypatch):
     """Limits so small that every case takes the path of long windows."""
-    monkeypatch.setattr(torch_backend, "BATCH", 512)
-    monkeypatch.setattr(torch_backend, "LIMIT", 2048)
+    monkeypatch.setattr(plain_attention, "BATCH", 512)
+    monkeypatch.setattr(plain_attention, "LIMIT", 2048)
     taken = []
-    blocked = torch_backend._blocked
-    monkeypatch.setattr(torch_backend, "_blocked", lambda *a: (taken.append(1), blocked(*a)))
+    blocked = plain_attention._blocked
+    monkeypatch.setattr(plain_attention, "_blocked", lambda *a: (taken.append(1), blocked(*a)))
     arguments, keywords = case(seed)
     arguments = (*arguments[:3], *(b for b in (window_bounds(t, k, 0) for t, k in sizes(arguments))))
     output = ops.windowed_attention(*arguments, **keywords, backend="torch")
@@ -158,7 +159,7 @@ def test_nothing_as_large_as_pixels_times_tokens_is_made(backend):
     query, key = torch.randn(1, size, size, 2, 8), torch.randn(1, grid, grid, 2, 8)
     bounds = window_bounds(size, grid, 0.1)
     with Largest() as largest:
-        run = torch_backend.windowed_attention if backend == "torch" else reference.windowed_attention
+        run = plain_attention.windowed_attention if backend == "torch" else reference.windowed_attention
         run(query, key, torch.randn(1, grid, grid, 4), bounds, bounds)
     assert (largest.elements < size**2 * grid**2 / 4) == (backend == "torch"), largest.elements
 

@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import ops
-from anyup_fast.ops import choice, library, reference, torch_backend, window_bounds, windowed_attention
+from anyup_fast.ops import choice, library, reference, window_bounds, windowed_attention
+from anyup_fast.plain import attention as plain_attention
 
 
 def solve(problem, **options):
@@ -47,10 +48,10 @@ def test_torch_on_awkward_shapes(size, grid, dtype, poisoned):
 @pytest.mark.parametrize("channels", [4, 76])
 @pytest.mark.parametrize("head_mode", ["mean", "split"])
 def test_torch_in_small_pieces_gives_the_same(limit, channels, head_mode, monkeypatch, poisoned):
-    monkeypatch.setattr(torch_backend, "BATCH", limit // 4)
-    monkeypatch.setattr(torch_backend, "LIMIT", limit)
+    monkeypatch.setattr(plain_attention, "BATCH", limit // 4)
+    monkeypatch.setattr(plain_attention, "LIMIT", limit)
     problem = attention_cases.make(3, torch.float32, (19, 23), (14, 11), channels, ratio=0.35, head_mode=head_mode)
-    blocked = torch_backend._plan(problem.row_bounds, problem.col_bounds, 4, channels)[2]
+    blocked = plain_attention._plan(problem.row_bounds, problem.col_bounds, 4, channels)[2]
     assert blocked == (limit < 1 << 16 or channels == 4), "both ways through are meant to be taken"
     check(problem)
 
@@ -141,7 +142,7 @@ def largest(size, grid, channels, backend, backward=False, batch=1):
     bounds = [window_bounds(n, m, 0.1) for n, m in zip(size, grid, strict=True)]
     with LargestTensor() as mode:
         if backend == "torch" and not backward:
-            torch_backend.windowed_attention(query, key, value, *bounds)
+            plain_attention.windowed_attention(query, key, value, *bounds)
         else:
             out = windowed_attention(query, key, value, *bounds, backend=backend)
             if backward:
@@ -152,8 +153,8 @@ def largest(size, grid, channels, backend, backward=False, batch=1):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_tensor_of_pixels_times_tokens(backward, monkeypatch):
-    monkeypatch.setattr(torch_backend, "BATCH", 1 << 14)
-    monkeypatch.setattr(torch_backend, "LIMIT", 1 << 16)
+    monkeypatch.setattr(plain_attention, "BATCH", 1 << 14)
+    monkeypatch.setattr(plain_attention, "LIMIT", 1 << 16)
     size, grid, channels = (96, 80), (24, 20), 8
     pixels, tokens = 96 * 80, 24 * 20
     assert largest(size, grid, channels, "torch", backward) <= max(pixels * 16, 1 << 16) < pixels * tokens // 20
@@ -162,8 +163,8 @@ def test_no_tensor_of_pixels_times_tokens(backward, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 def test_buffers_do_not_grow_with_the_picture_the_batch_or_the_window(monkeypatch):
-    monkeypatch.setattr(torch_backend, "BATCH", 1 << 12)
-    monkeypatch.setattr(torch_backend, "LIMIT", 1 << 14)
+    monkeypatch.setattr(plain_attention, "BATCH", 1 << 12)
+    monkeypatch.setattr(plain_attention, "LIMIT", 1 << 14)
     for size, grid, batch in (((32, 32), (8, 8), 1), ((16, 16), (64, 64), 1), ((32, 32), (16, 16), 3)):
         inputs = max(batch * size[0] * size[1] * 16, batch * grid[0] * grid[1] * 16)
         assert largest(size, grid, 4, "torch", batch=batch) <= max(inputs, 1 << 14)

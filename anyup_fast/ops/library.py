@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cpu.pages import new_empty
+from ..plain import attention as plain_attention
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
-from . import torch_backend, torch_forward, torch_gradients, torch_guidance, windows
+from . import torch_forward, torch_gradients, torch_guidance, windows
 
 
 @torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
@@ -42,7 +43,7 @@ def windowed_attention(
     if backend == "triton":
         from ..kernels.windowed_attention import windowed_attention_fwd as run
     else:
-        run = torch_backend.windowed_attention
+        run = plain_attention.windowed_attention
     return run(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
 
 
@@ -71,7 +72,7 @@ def windowed_attention_backward(
 
         *grads, of_value = windowed_attention_bwd(*tensors, scale=scale, head_mode=head_mode)
         return *grads, of_value if for_value else value.new_empty(len(value), 0)
-    return torch_backend.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
+    return plain_attention.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
 
 
 @windowed_attention_backward.register_fake
