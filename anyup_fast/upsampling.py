@@ -19,8 +19,8 @@ from .cpu.pages import new_empty, nothing_kept
 from .model import FOR_WORKER, cell_colours, checked_output_size
 from .ops import torch_guidance, windowed_attention
 from .ops.guidance import RMS_EPS
-from .ops.torch_forward import PIXELS, cast, pieces
 from .ops.torch_guidance import Bins, Pool
+from .plain.walks import PIXELS, cast, pieces
 from .stores import Store
 
 BAND = 1 << 16  # output pixels of a piece of work

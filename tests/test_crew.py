@@ -14,8 +14,8 @@ from anyup_fast import AnyUp
 from anyup_fast.cpu import convolution, crew
 from anyup_fast.cpu.convolution import Convolution, WeightGradient
 from anyup_fast.cpu.crew import crew_size, led, share_out
-from anyup_fast.ops import torch_forward
-from anyup_fast.ops.torch_forward import Walk
+from anyup_fast.plain import walks
+from anyup_fast.plain.walks import Walk
 
 CPU = torch.device("cpu")
 
@@ -116,7 +116,7 @@ def plain(x, weight):
 @pytest.mark.parametrize("channels", [(8, 8), (24, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_convolutions_and_their_gradients_in_pieces(size, channels, dtype, monkeypatch):
-    monkeypatch.setattr(torch_forward, "PIXELS", 200)
+    monkeypatch.setattr(walks, "PIXELS", 200)
     torch.manual_seed(0)
     x, weight = torch.randn(*size, channels[0], dtype=dtype), torch.randn(*channels[::-1], 3, 3, dtype=dtype)
     grad = torch.randn(size[0] * size[1], channels[1], dtype=dtype)

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import unit_channels
-from anyup_fast.ops import library, reference, torch_forward, torch_guidance
+from anyup_fast.ops import library, reference, torch_guidance
+from anyup_fast.plain import walks
 
 CHANNELS = [1, 3, 21, 100, 384, 768, 1024, 4096]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -93,14 +94,14 @@ def test_pieces_of_any_size(pixels, monkeypatch):
     model, given = peaky(), inputs()
     expected = plain(model, *given)
     for name in ("PIXELS", "RESPONSES"):
-        monkeypatch.setattr(torch_forward, name, pixels)
+        monkeypatch.setattr(walks, name, pixels)
     assert distance(model(*given), expected) < 1e-12
 
 
 @pytest.mark.parametrize("height, width, most", [(5, 7, 3), (5, 7, 7), (5, 7, 20), (5, 7, 100), (1, 1, 1), (4, 6, 6)])
 def test_pieces_cover_every_pixel_once_in_order(height, width, most):
     seen = []
-    for rows, cols in torch_forward.pieces(height, width, most):
+    for rows, cols in walks.pieces(height, width, most):
         places = [row * width + col for row in range(height)[rows] for col in range(width)[cols]]
         assert 0 < len(places) <= most
         seen += places
@@ -192,8 +193,8 @@ class Largest(TorchDispatchMode):
 def test_unification_never_forms_every_response():
     features, basis = torch.randn(1, 384, 24, 24), torch.randn(128, 1, 5, 5)
     with Largest() as seen:
-        torch_forward.feature_unification(features, basis)
-    assert seen.elements <= max(torch_forward.RESPONSES, 2 * features.numel())
+        walks.feature_unification(features, basis)
+    assert seen.elements <= max(walks.RESPONSES, 2 * features.numel())
     with Largest() as seen:
         reference.feature_unification(features, basis)
     assert seen.elements >= 128 * features.numel()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import ResBlock, RMSNorm, RotaryEmbedding
 from anyup_fast.model import _blocks
-from anyup_fast.ops import library, reference, torch_forward
+from anyup_fast.ops import library, reference
+from anyup_fast.plain import walks
 
 # Norm of the difference over norm, of the worst parameter. Measured: 1e-13, 5e-5 and 9e-3; the twin's own gradients in
 # float32 are as far from float64.
@@ -283,6 +284,6 @@ def test_training_follows_the_plain_layers():
 def test_pieces_do_not_change_the_gradients(monkeypatch):
     model, given = peaky(), inputs()
     _, whole = gradients(AnyUp.__call__, model, *given)
-    monkeypatch.setattr(torch_forward, "PIXELS", 50)
+    monkeypatch.setattr(walks, "PIXELS", 50)
     _, cut = gradients(AnyUp.__call__, model, *given)
     assert max(distance(cut[name], grad) for name, grad in whole.items()) < 1e-11

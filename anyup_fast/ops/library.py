@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..cpu.pages import new_empty
 from ..plain import attention as plain_attention
+from ..plain import walks
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
-from . import torch_forward, torch_gradients, torch_guidance, windows
+from . import torch_gradients, torch_guidance, windows
 
 
 @torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
@@ -142,7 +143,7 @@ def project_queries(
         from ..kernels.query_projection import project_queries_fwd
 
         return project_queries_fwd(query, conv, norm, weight, bias, eps=eps, precision=_precision())
-    return torch_forward.project_queries(query, conv, norm, weight, bias, eps=eps)
+    return walks.project_queries(query, conv, norm, weight, bias, eps=eps)
 
 
 @project_queries.register_fake
@@ -170,7 +171,7 @@ def convolve_and_project(
 ) -> tuple[Tensor, Tensor]:
     """`project_queries` in plain PyTorch with gradients; also gives the convolution's output, which backward needs."""
     convolved = new_empty(query, query.shape, torch.promote_types(query.dtype, torch.float32), recorded=True)
-    return torch_forward.project_queries(query, conv, norm, weight, bias, eps=eps, convolved=convolved), convolved
+    return walks.project_queries(query, conv, norm, weight, bias, eps=eps, convolved=convolved), convolved
 
 
 @convolve_and_project.register_fake
@@ -360,7 +361,7 @@ branches.register_autograd(_backward_branches, setup_context=_save_branches)
 @torch.library.custom_op("anyup_fast::project_keys", mutates_args=())
 def project_keys(from_image: Tensor, from_features: Tensor, weights: list[Tensor], eps: float) -> Tensor:
     """`anyup_fast.ops.project_keys`, weights as `KeyWeights.flat()`."""
-    return torch_forward.project_keys(from_image, from_features, KeyWeights.from_flat(weights), eps=eps)
+    return walks.project_keys(from_image, from_features, KeyWeights.from_flat(weights), eps=eps)
 
 
 @project_keys.register_fake
@@ -374,7 +375,7 @@ def unit_channels(features: Tensor) -> Tensor:
 
     An operator for the sake of who computes it: in the caller's thread PyTorch's own team would be woken, and spin.
     """
-    return torch_forward.unit_channels(features)
+    return walks.unit_channels(features)
 
 
 @unit_channels.register_fake
@@ -388,7 +389,7 @@ def feature_unification(features: Tensor, basis: Tensor, backend: str) -> Tensor
     if backend == "triton":
         from ..kernels.feature_unification import feature_unification_fwd as run
     else:
-        run = torch_forward.feature_unification
+        run = walks.feature_unification
     return run(features, basis)
 
 
