@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from .cpu.crew import crew_size
 from .cpu.pages import new_empty, nothing_kept
 from .model import FOR_WORKER, cell_colours, checked_output_size
-from .ops import torch_guidance, windowed_attention
+from .ops import windowed_attention
 from .ops.guidance import RMS_EPS
-from .ops.torch_guidance import Bins, Pool
+from .plain import guidance as plain_guidance
+from .plain.guidance import Bins, Pool
 from .plain.walks import PIXELS, cast, pieces
 from .stores import Store
 
@@ -363,7 +364,7 @@ class Prepared:
         if self._image is not None:
             _, key, norms = self.model.guided(self._image, self._features, (0, 0))
         else:
-            norms, from_image = torch_guidance.statistics(
+            norms, from_image = plain_guidance.statistics(
                 self._read, self._guide().weights, self.output_size, self._features.shape[-2:]
             )
             key, norms = self.model.projected_keys(from_image[None], self._features), norms[None]
@@ -374,7 +375,7 @@ class Prepared:
         if "guide" not in self._shared:
             weights = self.model.guidance_weights()
             compute = torch.promote_types(weights.image_conv.dtype, torch.float32)
-            self._shared["guide"] = torch_guidance.Guide(cast(weights, compute), self.output_size)
+            self._shared["guide"] = plain_guidance.Guide(cast(weights, compute), self.output_size)
         return self._shared["guide"]
 
     def _pixels(self, b, rows, cols):

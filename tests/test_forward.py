@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import unit_channels
-from anyup_fast.ops import library, reference, torch_guidance
+from anyup_fast.ops import library, reference
+from anyup_fast.plain import guidance as plain_guidance
 from anyup_fast.plain import walks
 
 CHANNELS = [1, 3, 21, 100, 384, 768, 1024, 4096]
@@ -206,7 +207,7 @@ def test_guidance_holds_images_of_its_width_and_nothing_larger():
     model, image = peaky().float(), torch.randn(1, 3, 100, 130)
     weights = model.guidance_weights()
     with Largest() as seen:
-        torch_guidance.guidance(image, weights, (100, 130), (7, 9), dtype=torch.float32)
+        plain_guidance.guidance(image, weights, (100, 130), (7, 9), dtype=torch.float32)
     assert seen.elements == 100 * 130 * 32
 
 

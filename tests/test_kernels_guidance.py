@@ -13,7 +13,7 @@ from anyup_fast.kernels.tiling import Device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast.model import AnyUp
-from anyup_fast.ops import torch_guidance
+from anyup_fast.plain import guidance as plain_guidance
 from anyup_fast.plain.weights import Block, GuidanceWeights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +98,7 @@ def test_norms_are_those_of_plain_pytorch(output_size):
     model, weights = network()
     image = picture(2, (9, 14))
     query, _, norms = guidance.guidance_fwd(image, weights, output_size, (2, 3), dtype=torch.float32)
-    _, _, expected = torch_guidance.guidance(image, model.guidance_weights(), output_size, (2, 3), dtype=torch.float64)
+    _, _, expected = plain_guidance.guidance(image, model.guidance_weights(), output_size, (2, 3), dtype=torch.float64)
     assert tuple(query.shape) == (2, *output_size, 32) and norms.dtype == torch.float32
     assert ((norms - expected).abs().max() / expected.abs().max()).item() < 2e-6
 

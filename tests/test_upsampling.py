@@ -12,7 +12,7 @@ from torch import nn
 import anyup_fast
 from anyup_fast import AnyUp, upsampling
 from anyup_fast.image import normalize
-from anyup_fast.ops import torch_guidance
+from anyup_fast.plain import guidance as plain_guidance
 from anyup_fast.stores import Store
 from anyup_fast.upsampling import Prepared
 
@@ -203,7 +203,7 @@ class Rows:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 def test_a_picture_that_is_read_gives_what_the_tensor_gives(model, dtype, monkeypatch):
-    monkeypatch.setattr(torch_guidance, "BLOCK", 500)
+    monkeypatch.setattr(plain_guidance, "BLOCK", 500)
     rng = np.random.default_rng(0)
     scale = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
     array = (np.kron(rng.random((6, 7, 3)), np.ones((8, 9, 1))) * scale).astype(dtype)

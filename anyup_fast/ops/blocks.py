@@ -6,8 +6,8 @@ They have gradients by recomputation, and `pooled` a form that compilers take.
 import torch
 import torch.nn.functional as F
 
+from ..plain.guidance import Pool
 from . import library
-from .torch_guidance import Pool
 
 
 def project_pixels(image, weight):

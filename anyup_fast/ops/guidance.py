@@ -29,7 +29,7 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         query (B, H', W', D) in `dtype`; key (B, h, w, D) and norms (B, 12, 2, D) in float32 (float64 for float64).
         Pooling is that of `adaptive_avg_pool2d`, for every pair of sizes. Norms are scale and shift of the twelve
         normalisations, in the order in which image, query and key encoder have them: with them, any pixel can be
-        computed for itself (`torch_guidance.Guide`).
+        computed for itself (`anyup_fast.plain.guidance.Guide`).
 
     Raises:
         ValueError: shapes that do not fit. RuntimeError: a back end asked for by name that can't run.

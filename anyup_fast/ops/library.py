@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ..cpu.pages import new_empty
 from ..plain import attention as plain_attention
+from ..plain import guidance as plain_guidance
 from ..plain import walks
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
-from . import torch_gradients, torch_guidance, windows
+from . import torch_gradients, windows
 
 
 @torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
@@ -120,7 +121,7 @@ def guidance(
         from ..kernels.guidance import guidance_fwd
 
         return guidance_fwd(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype, precision=_precision())
-    return torch_guidance.guidance(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
+    return plain_guidance.guidance(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
 
 
 @guidance.register_fake
@@ -131,7 +132,7 @@ def _(image, weights, output_height, output_width, key_height, key_width, dtype,
         image.shape[0], output_height, output_width, width, dtype=dtype if backend == "triton" else wide
     )
     key = image.new_empty(image.shape[0], key_height, key_width, width, dtype=wide)
-    return query, key, image.new_empty(image.shape[0], torch_guidance.NORMS, 2, width, dtype=wide)
+    return query, key, image.new_empty(image.shape[0], plain_guidance.NORMS, 2, width, dtype=wide)
 
 
 @torch.library.custom_op("anyup_fast::project_queries", mutates_args=())

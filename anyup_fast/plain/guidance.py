@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
-from ..plain.walks import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
+from .walks import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
 
 NORMS = 12
 BLOCK = 1 << 17  # pixels read at once
