@@ -9,7 +9,8 @@ import tiny
 import torch
 from torch import nn
 
-from anyup_fast.ops import library, torch_gradients
+from anyup_fast.ops import library
+from anyup_fast.plain import blocks as plain_blocks
 
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -218,7 +219,7 @@ def operators():
     block = [tensor.detach().clone() for tensor in guide.image[0] if tensor is not None]
     skipped = [tensor.detach().clone() for tensor in keys.features[0]]
     basis = torch.randn(16, 1, 5, 5)
-    _, hidden, statistics = torch_gradients.res_block(x, guide.image[0], 8)
+    _, hidden, statistics = plain_blocks.res_block(x, guide.image[0], 8)
     query, key, value = torch.randn(1, 5, 6, 2, 8), torch.randn(1, 3, 4, 2, 8), torch.randn(1, 3, 4, 6)
     bounds = library.window_bounds(5, 3, 0.2), library.window_bounds(6, 4, 0.2)
     return {

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..cpu.pages import new_empty
 from ..plain import attention as plain_attention
+from ..plain import blocks as plain_blocks
 from ..plain import guidance as plain_guidance
 from ..plain import walks
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
-from . import torch_gradients, windows
+from . import windows
 
 
 @torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
@@ -158,7 +159,7 @@ def project_queries_backward(
     grad: Tensor, query: Tensor, pixels: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `convolve_and_project` for its tensors."""
-    return torch_gradients.project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
+    return plain_blocks.project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
 
 
 @project_queries_backward.register_fake
@@ -200,7 +201,7 @@ convolve_and_project.register_autograd(_backward_projection, setup_context=_save
 @torch.library.custom_op("anyup_fast::res_block", mutates_args=())
 def res_block(x: Tensor, weights: list[Tensor], num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """`anyup_fast.ops.res_block`, weights as a list without None; with what backward needs besides the input."""
-    return torch_gradients.res_block(x, Block(*weights), num_groups)
+    return plain_blocks.res_block(x, Block(*weights), num_groups)
 
 
 @res_block.register_fake
@@ -215,7 +216,7 @@ def res_block_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, statistics: Tensor, weights: list[Tensor]
 ) -> list[Tensor]:
     """Gradients of `res_block` for x and each weight."""
-    grad_x, grads = torch_gradients.res_block_backward(grad, x, hidden, statistics, Block(*weights))
+    grad_x, grads = plain_blocks.res_block_backward(grad, x, hidden, statistics, Block(*weights))
     return [grad_x, *grads]
 
 
@@ -248,7 +249,7 @@ def pooled_block(
     x: Tensor, weights: list[Tensor], height: int, width: int, num_groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`anyup_fast.ops.pooled_block`, with what backward needs besides the input."""
-    return torch_gradients.pooled_block(x, Block(*weights), (height, width), num_groups)
+    return plain_blocks.pooled_block(x, Block(*weights), (height, width), num_groups)
 
 
 @pooled_block.register_fake
@@ -262,7 +263,7 @@ def pooled_block_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, statistics: Tensor, active: Tensor, weights: list[Tensor]
 ) -> list[Tensor]:
     """Gradients of `pooled_block` for x and its weights."""
-    grad_x, grads = torch_gradients.pooled_block_backward(grad, x, hidden, statistics, active, Block(*weights))
+    grad_x, grads = plain_blocks.pooled_block_backward(grad, x, hidden, statistics, active, Block(*weights))
     return [grad_x, *grads]
 
 
@@ -292,7 +293,7 @@ pooled_block.register_autograd(_backward_pooled_block, setup_context=_save_poole
 @torch.library.custom_op("anyup_fast::project_pixels", mutates_args=())
 def project_pixels(image: Tensor, weight: Tensor) -> Tensor:
     """`anyup_fast.ops.project_pixels`."""
-    return torch_gradients.project_pixels(image, weight)
+    return plain_blocks.project_pixels(image, weight)
 
 
 @project_pixels.register_fake
@@ -303,7 +304,7 @@ def _(image, weight):
 @torch.library.custom_op("anyup_fast::project_pixels_backward", mutates_args=())
 def project_pixels_backward(grad: Tensor, image: Tensor, weight: Tensor, for_image: bool) -> tuple[Tensor, Tensor]:
     """Gradients of `project_pixels` for image (if asked for, else empty) and weight."""
-    return torch_gradients.project_pixels_backward(grad, image, weight, for_image)
+    return plain_blocks.project_pixels_backward(grad, image, weight, for_image)
 
 
 @project_pixels_backward.register_fake
@@ -327,7 +328,7 @@ project_pixels.register_autograd(_backward_pixels, setup_context=_save_pixels)
 @torch.library.custom_op("anyup_fast::branches", mutates_args=())
 def branches(x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor) -> tuple[Tensor, Tensor]:
     """`anyup_fast.ops.branches`, arguments unchecked."""
-    return torch_gradients.branches(x, freqs, query_conv, key_conv)
+    return plain_blocks.branches(x, freqs, query_conv, key_conv)
 
 
 @branches.register_fake
@@ -340,7 +341,7 @@ def branches_backward(
     grad_query: Tensor, grad_key: Tensor, x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `branches` for its tensors."""
-    return torch_gradients.branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv)
+    return plain_blocks.branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv)
 
 
 @branches_backward.register_fake
@@ -410,7 +411,7 @@ def feature_unification_backward(
 
         of_features, of_basis = feature_unification_bwd(grad, features, basis)
         return of_features if for_features else features.new_empty(0), of_basis
-    of_features, of_basis = torch_gradients.feature_unification_backward(grad, features, basis, for_features)
+    of_features, of_basis = plain_blocks.feature_unification_backward(grad, features, basis, for_features)
     return of_features, of_basis.contiguous()
 
 

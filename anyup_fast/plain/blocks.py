@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from ..cpu.convolution import Convolution, WeightGradient
 from ..cpu.crew import crew_size, led, share_out
 from ..cpu.pages import new_empty
-from ..plain.guidance import Rotary, Unpool, pooled_both
-from ..plain.walks import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
-from ..plain.weights import Block
+from .guidance import Rotary, Unpool, pooled_both
+from .walks import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
+from .weights import Block
 
 _new_empty = functools.partial(new_empty, recorded=True)
 
