@@ -23,7 +23,7 @@ from torch import nn
 
 from .layers import FeatureUnification, RotaryEmbedding, rms_norm, unit_channels, wide_dtype
 from .model import AnyUp, CrossAttention, CrossDecode
-from .ops.guidance import RMS_EPS
+from .plain.norms import RMS_EPS
 
 logger = logging.getLogger("anyup_fast")
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import feature_unification, library
-from .ops.guidance import RMS_EPS
+from .ops import feature_unification
+from .ops.unification import unit_channels_op
+from .plain.norms import RMS_EPS
 
 ROPE_THETA = 100.0
 
@@ -170,4 +171,4 @@ def unit_channels(features):
     """`features / max(|features|_2 over channels, 1e-12)`, in float32 (or float64)."""
     if torch.compiler.is_compiling() or features.requires_grad and torch.is_grad_enabled():
         return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)
-    return library.unit_channels(features)
+    return unit_channels_op(features)

@@ -18,10 +18,11 @@ from .cpu.crew import crew_size
 from .cpu.pages import new_empty, nothing_kept
 from .model import FOR_WORKER, cell_colours, checked_output_size
 from .ops import windowed_attention
-from .ops.guidance import RMS_EPS
 from .plain import guidance as plain_guidance
-from .plain.guidance import Bins, Pool
-from .plain.walks import PIXELS, cast, pieces
+from .plain.norms import RMS_EPS
+from .plain.pooling import Bins, Pool
+from .plain.walks import PIXELS, pieces
+from .plain.weights import cast
 from .stores import Store
 
 BAND = 1 << 16  # output pixels of a piece of work

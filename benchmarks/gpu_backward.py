@@ -8,7 +8,8 @@ from anyup_fast.kernels import feature_unification_backward as unification
 from anyup_fast.kernels import windowed_attention_backward as kernel
 from attention import problem
 
-from anyup_fast.ops import library, reference, windowed_attention
+from anyup_fast.ops import reference, windowed_attention
+from anyup_fast.ops.attention import windowed_attention_backward_op
 
 SHAPES = ("448/32/384", "518/37/768", "1024/64/768")
 # A plan that any device can run, beside the one it would choose.
@@ -64,7 +65,7 @@ def checked(arguments, grad, gradients):
     """
     wide = (x.double() for x in (grad, *arguments[:3]))
     scale = arguments[0].shape[-1] ** -0.5
-    expected = library.windowed_attention_backward(*wide, *arguments[3:], scale, "mean", True, "torch")
+    expected = windowed_attention_backward_op(*wide, *arguments[3:], scale, "mean", True, "torch")
     limits, worst = attention_cases.GRADIENT_TOLERANCE[grad.dtype], 0.0
     for name, gradient, right in zip(attention_cases.GRADIENTS, gradients, expected, strict=True):
         error = ((gradient.double() - right).abs().max() / right.abs().max()).item()

@@ -11,7 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import unit_channels
-from anyup_fast.ops import library, reference
+from anyup_fast.ops import reference
+from anyup_fast.ops.guidance import guidance_op
+from anyup_fast.ops.keys import project_keys_op
+from anyup_fast.ops.queries import project_queries_op
+from anyup_fast.ops.unification import feature_unification_op
 from anyup_fast.plain import guidance as plain_guidance
 from anyup_fast.plain import walks
 
@@ -226,11 +230,11 @@ def test_operators_pass_the_checks_of_the_registry():
     query = torch.randn(2, 6, 7, 32)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     for operator, arguments in (
-        (library.guidance, (image, model.guidance_weights().flat(), 12, 10, 2, 3, torch.float32, "torch")),
-        (library.guidance, (image.bfloat16(), model.guidance_weights().flat(), 5, 4, 2, 3, torch.bfloat16, "torch")),
-        (library.project_keys, (query, torch.randn(2, 32, 6, 7), model.key_weights().flat(), 1e-7)),
-        (library.project_queries, (query, *model.query_projection(), 1e-7, "torch")),
-        (library.feature_unification, (features, torch.randn(32, 1, 5, 5), "torch")),
+        (guidance_op, (image, model.guidance_weights().flat(), 12, 10, 2, 3, torch.float32, "torch")),
+        (guidance_op, (image.bfloat16(), model.guidance_weights().flat(), 5, 4, 2, 3, torch.bfloat16, "torch")),
+        (project_keys_op, (query, torch.randn(2, 32, 6, 7), model.key_weights().flat(), 1e-7)),
+        (project_queries_op, (query, *model.query_projection(), 1e-7, "torch")),
+        (feature_unification_op, (features, torch.randn(32, 1, 5, 5), "torch")),
     ):
         torch.library.opcheck(operator, arguments, test_utils=tests)
 

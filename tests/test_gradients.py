@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import ResBlock, RMSNorm, RotaryEmbedding
 from anyup_fast.model import _blocks
-from anyup_fast.ops import library, reference
+from anyup_fast.ops import reference
+from anyup_fast.ops.blocks import branches_op, res_block_op
+from anyup_fast.ops.queries import convolve_and_project_op
+from anyup_fast.ops.unification import feature_unification_op
 from anyup_fast.plain import walks
 
 # Norm of the difference over norm, of the worst parameter. Measured: 1e-13, 5e-5 and 9e-3; the twin's own gradients in
@@ -248,14 +251,14 @@ def test_registered_operators_keep_torchs_rules():
     x = torch.randn(2, 3, 4, 16, requires_grad=True)
     (weights,) = _blocks([block().float()])
     arguments = x, [tensor for tensor in weights if tensor is not None], 8
-    torch.library.opcheck(library.res_block, arguments)
+    torch.library.opcheck(res_block_op, arguments)
     square = torch.randn(16, 16, requires_grad=True)
-    torch.library.opcheck(library.branches, (x, torch.randn(2, 16, requires_grad=True), square, square))
+    torch.library.opcheck(branches_op, (x, torch.randn(2, 16, requires_grad=True), square, square))
     vector = torch.randn(16, requires_grad=True)
     conv = torch.randn(16, 16, 3, 3, requires_grad=True)
-    torch.library.opcheck(library.convolve_and_project, (x, conv, vector, square, vector, 1e-6))
+    torch.library.opcheck(convolve_and_project_op, (x, conv, vector, square, vector, 1e-6))
     features, basis = torch.randn(1, 6, 3, 4, requires_grad=True), torch.randn(8, 1, 3, 3, requires_grad=True)
-    torch.library.opcheck(library.feature_unification, (features, basis, "torch"))
+    torch.library.opcheck(feature_unification_op, (features, basis, "torch"))
 
 
 def test_training_follows_the_plain_layers():

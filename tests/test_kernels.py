@@ -13,7 +13,8 @@ from anyup_fast.kernels import tiling, windowed_attention
 from anyup_fast.kernels.tiling import Tile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyup_fast.ops import library, window_bounds
+from anyup_fast.ops import window_bounds
+from anyup_fast.ops.attention import windowed_attention_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DESIGNS = ("window", "two_pass", "heads")
@@ -198,7 +199,7 @@ def test_the_operator_passes_opcheck():
     there = attention_cases.make(13, torch.float32, (5, 5), (3, 3), 4).to(DEVICE)
     tensors = [x.detach().clone().requires_grad_() for x in there.tensors[:3]]
     arguments = (*tensors, there.row_bounds, there.col_bounds, 0.3, "mean", "triton")
-    torch.library.opcheck(library.windowed_attention, arguments)
+    torch.library.opcheck(windowed_attention_op, arguments)
 
 
 class Sizes(TorchDispatchMode):

@@ -13,7 +13,8 @@ from anyup_fast.kernels.tiling import Device
 from anyup_fast.kernels.windowed_attention import _tile_table
 from anyup_fast.kernels.windowed_attention_backward import Blocks, Plan
 
-from anyup_fast.ops import library, neighborhood_bounds, window_bounds
+from anyup_fast.ops import neighborhood_bounds, window_bounds
+from anyup_fast.ops.attention import windowed_attention_backward_op, windowed_attention_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = list(attention_cases.DTYPES.values())
@@ -225,8 +226,8 @@ def test_the_operator_takes_the_kernels_and_passes_opcheck(monkeypatch):
     problem = attention_cases.make(15, torch.float32, (3, 3), (3, 3), 4, heads=2).to(DEVICE)
     arguments = (problem.grad().to(DEVICE), *problem.tensors, 0.3, "mean", True, "triton")
     problem.scale = 0.3
-    assert not problem.gradient_faults(library.windowed_attention_backward(*arguments))
-    torch.library.opcheck(library.windowed_attention_backward, arguments)
+    assert not problem.gradient_faults(windowed_attention_backward_op(*arguments))
+    torch.library.opcheck(windowed_attention_backward_op, arguments)
 
 
 def test_autograd_goes_to_the_kernels_of_the_back_end(monkeypatch):
@@ -238,7 +239,7 @@ def test_autograd_goes_to_the_kernels_of_the_back_end(monkeypatch):
     problem.scale = 0.3
     tensors = [x.detach().requires_grad_() for x in problem.tensors[:3]]
     for backend, times in (("torch", 0), ("triton", 1)):
-        out = library.windowed_attention(*tensors, *problem.tensors[3:], 0.3, "mean", backend)
+        out = windowed_attention_op(*tensors, *problem.tensors[3:], 0.3, "mean", backend)
         gradients = torch.autograd.grad(out, tensors, problem.grad().to(DEVICE))
         assert len(asked) == times and not problem.gradient_faults(gradients)
 

@@ -184,7 +184,7 @@ def test_back_ends_say_why_they_cannot_run():
 
 def test_the_choice_is_logged_once(caplog):
     arguments, _ = case(1)
-    choice._logged.cache_clear()
+    choice.log_once.cache_clear()
     with caplog.at_level("INFO", logger="anyup_fast"):
         for _ in range(3):
             ops.windowed_attention(*arguments)

@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast import ops
-from anyup_fast.ops import choice, library, reference, window_bounds, windowed_attention
+from anyup_fast.ops import choice, reference, window_bounds, windowed_attention
+from anyup_fast.ops.attention import windowed_attention_backward_op, windowed_attention_op
 from anyup_fast.plain import attention as plain_attention
 
 
@@ -115,12 +116,12 @@ def test_the_operator_passes_opcheck():
     tensors = [x.detach().clone().requires_grad_() for x in (problem.query, problem.key, problem.value)]
     bounds = problem.row_bounds, problem.col_bounds
     for mode in ("mean", "split"):
-        torch.library.opcheck(library.windowed_attention, (*tensors, *bounds, 0.3, mode, "torch"))
+        torch.library.opcheck(windowed_attention_op, (*tensors, *bounds, 0.3, mode, "torch"))
     plain = [x.detach() for x in tensors]
     grad = torch.randn(1, 9, 10, 4)
     for for_value in (True, False):
         arguments = (grad, *plain, *bounds, 0.3, "mean", for_value, "torch")
-        torch.library.opcheck(library.windowed_attention_backward, arguments)
+        torch.library.opcheck(windowed_attention_backward_op, arguments)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,10 +1,15 @@
-"""Public operators: contract, checks and choice of back end in a file each, the back ends in files beside them."""
+"""Public operators, one a file: contract, checks, choice of back end, registration with torch.library, gradients.
+
+What computes lies below: `anyup_fast.plain` (any device) and `anyup_fast.kernels` (Triton), under the same names.
+"""
 
 from ..plain import reference
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
 from .attention import backends, choose_backend, why_not, windowed_attention
 from .blocks import branches, pooled, pooled_block, project_pixels, res_block
-from .guidance import guidance, project_keys, project_queries
+from .guidance import guidance
+from .keys import project_keys
+from .queries import project_queries
 from .unification import feature_unification
 from .windows import neighborhood_bounds, window_bounds
 

@@ -1,9 +1,10 @@
-"""`windowed_attention`: contract, checks and choice of back end."""
+"""`windowed_attention`: contract, checks, choice of back end, registration and gradients."""
 
 import torch
+from torch import Tensor
 
+from ..plain import attention as plain
 from ..plain import reference
-from . import library
 from .choice import BACKENDS, check_name, choose, why_no_triton
 
 
@@ -40,7 +41,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     if backend == "reference":
         return reference.windowed_attention(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return library.windowed_attention(query, key, value, row_bounds, col_bounds, scale, head_mode, backend)
+    return windowed_attention_op(query, key, value, row_bounds, col_bounds, scale, head_mode, backend)
 
 
 def choose_backend(query, key, value, backend="auto"):
@@ -117,3 +118,72 @@ def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mo
             start, end = bounds.unbind(1)
             if (start < 0).any() or (end > n_key).any() or (start >= end).any():
                 raise ValueError(f"{name}: every window must satisfy 0 <= start < end <= {n_key}")
+
+
+@torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=())
+def windowed_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_bounds: Tensor,
+    col_bounds: Tensor,
+    scale: float,
+    head_mode: str,
+    backend: str,
+) -> Tensor:
+    """`anyup_fast.ops.windowed_attention` on a named back end ("triton" or "torch"), arguments unchecked."""
+    if backend == "triton":
+        from ..kernels.windowed_attention import windowed_attention_fwd as run
+    else:
+        run = plain.windowed_attention
+    return run(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
+
+
+@windowed_attention_op.register_fake
+def _(query, key, value, row_bounds, col_bounds, scale, head_mode, backend):
+    return value.new_empty(*query.shape[:3], value.shape[3])
+
+
+@torch.library.custom_op("anyup_fast::windowed_attention_backward", mutates_args=())
+def windowed_attention_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_bounds: Tensor,
+    col_bounds: Tensor,
+    scale: float,
+    head_mode: str,
+    for_value: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), on a named back end."""
+    tensors = grad, query, key, value, row_bounds, col_bounds
+    if backend == "triton":
+        from ..kernels.windowed_attention_backward import windowed_attention_bwd
+
+        *grads, of_value = windowed_attention_bwd(*tensors, scale=scale, head_mode=head_mode)
+        return *grads, of_value if for_value else value.new_empty(len(value), 0)
+    return plain.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
+
+
+@windowed_attention_backward_op.register_fake
+def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value, backend):
+    of_value = value.new_empty(value.shape if for_value else (value.shape[0], 0))
+    return query.new_empty(query.shape), key.new_empty(key.shape), of_value
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.head_mode, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    for_value = ctx.needs_input_grad[2]
+    *grads, of_value = windowed_attention_backward_op(
+        grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, for_value, ctx.backend
+    )
+    return *grads, of_value if for_value else None, None, None, None, None, None
+
+
+windowed_attention_op.register_autograd(_backward, setup_context=_save)

@@ -1,13 +1,15 @@
-"""The layers of AnyUp at image resolution.
+"""The layers of AnyUp at image resolution, where gradients are recorded: contract, checks, registration and gradients.
 
-They have gradients by recomputation, and `pooled` a form that compilers take.
+They compute again in backward what is cheap to compute, and `pooled` has a form that compilers take.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..plain.guidance import Pool
-from . import library
+from ..plain import blocks as plain
+from ..plain.pooling import Pool
+from ..plain.weights import Block
 
 
 def project_pixels(image, weight):
@@ -29,7 +31,7 @@ def project_pixels(image, weight):
     if image.ndim != 4 or 0 in image.shape or weight.ndim != 2 or image.shape[1] != weight.shape[1]:
         raise ValueError(f"image and weight do not fit together: {tuple(image.shape)}, {tuple(weight.shape)}")
     if image.device.type == "cpu" and not torch.compiler.is_compiling():
-        return library.project_pixels(image, weight)
+        return project_pixels_op(image, weight)
     return F.linear(image.permute(0, 2, 3, 1).to(weight.dtype), weight)
 
 
@@ -53,7 +55,7 @@ def res_block(x, block, *, num_groups=8):
     Source: AnyUp (arXiv 2510.12764), residual blocks of its encoders.
     """
     _check_block(x, block, num_groups)
-    return library.res_block(x, [tensor for tensor in block if tensor is not None], num_groups)[0]
+    return res_block_op(x, [tensor for tensor in block if tensor is not None], num_groups)[0]
 
 
 def _check_block(x, block, num_groups):
@@ -93,7 +95,7 @@ def pooled_block(x, block, size, *, num_groups=8):
     wide = x.dtype in (torch.float32, torch.float64) and all(part is None or part.dtype == x.dtype for part in block)
     fewer = size[1] <= Pool.FEW and 2 * size[0] * size[1] <= x.shape[1] * x.shape[2]
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and wide and fewer and block.skip is None:
-        return library.pooled_block(x, [tensor for tensor in block if tensor is not None], *size, num_groups)[0]
+        return pooled_block_op(x, [tensor for tensor in block if tensor is not None], *size, num_groups)[0]
     return pooled(res_block(x, block, num_groups=num_groups).to(torch.promote_types(x.dtype, torch.float32)), size)
 
 
@@ -119,7 +121,7 @@ def branches(x, freqs, query_conv, key_conv):
     shapes = [tuple(tensor.shape) for tensor in (x, freqs, query_conv, key_conv)]
     if x.ndim != 4 or 0 in x.shape or dim % 2 or shapes[1:] != [(2, dim), (dim, dim), (dim, dim)]:
         raise ValueError(f"x, freqs, query_conv and key_conv do not fit together: {shapes}")
-    return library.branches(x, freqs, query_conv, key_conv)
+    return branches_op(x, freqs, query_conv, key_conv)
 
 
 def pooled(x, size):
@@ -135,5 +137,202 @@ def pooled(x, size):
         (B, H', W', D) in the dtype of `x`.
     """
     if torch.compiler.is_compiling():
-        return library.pooled(x, *size)
+        return pooled_op(x, *size)
     return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op("anyup_fast::res_block", mutates_args=())
+def res_block_op(x: Tensor, weights: list[Tensor], num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`anyup_fast.ops.res_block`, weights as a list without None; with what backward needs besides the input."""
+    return plain.res_block(x, Block(*weights), num_groups)
+
+
+@res_block_op.register_fake
+def _(x, weights, num_groups):
+    statistics = x.new_empty(x.shape[0], 2, 2, num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
+    shape = *x.shape[:3], len(weights[5])
+    return x.new_empty(shape), x.new_empty(shape), statistics
+
+
+@torch.library.custom_op("anyup_fast::res_block_backward", mutates_args=())
+def res_block_backward_op(
+    grad: Tensor, x: Tensor, hidden: Tensor, statistics: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of `res_block` for x and each weight."""
+    grad_x, grads = plain.res_block_backward(grad, x, hidden, statistics, Block(*weights))
+    return [grad_x, *grads]
+
+
+@res_block_backward_op.register_fake
+def _(grad, x, hidden, statistics, weights):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, *weights)]
+
+
+def _save_block(ctx, inputs, output):
+    x, weights, _ = inputs
+    _, *kept = output
+    ctx.save_for_backward(x, *kept, *weights)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_block(ctx, grad, *_):
+    x, hidden, statistics, *weights = ctx.saved_tensors
+    if grad is None:
+        return None, [None] * len(weights), None
+    grad_x, *grads = res_block_backward_op(grad, x, hidden, statistics, weights)
+    return grad_x, grads, None
+
+
+res_block_op.register_autograd(_backward_block, setup_context=_save_block)
+
+
+@torch.library.custom_op("anyup_fast::pooled_block", mutates_args=())
+def pooled_block_op(
+    x: Tensor, weights: list[Tensor], height: int, width: int, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`anyup_fast.ops.pooled_block`, with what backward needs besides the input."""
+    return plain.pooled_block(x, Block(*weights), (height, width), num_groups)
+
+
+@pooled_block_op.register_fake
+def _(x, weights, height, width, num_groups):
+    small = x.shape[0], height, width, x.shape[3]
+    return x.new_empty(small), x.new_empty(x.shape), x.new_empty(x.shape[0], 2, 2, num_groups), x.new_empty(small)
+
+
+@torch.library.custom_op("anyup_fast::pooled_block_backward", mutates_args=())
+def pooled_block_backward_op(
+    grad: Tensor, x: Tensor, hidden: Tensor, statistics: Tensor, active: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of `pooled_block` for x and its weights."""
+    grad_x, grads = plain.pooled_block_backward(grad, x, hidden, statistics, active, Block(*weights))
+    return [grad_x, *grads]
+
+
+@pooled_block_backward_op.register_fake
+def _(grad, x, hidden, statistics, active, weights):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, *weights)]
+
+
+def _save_pooled_block(ctx, inputs, output):
+    x, weights, *_ = inputs
+    ctx.save_for_backward(x, *output[1:], *weights)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_pooled_block(ctx, grad, *_):
+    x, hidden, statistics, active, *weights = ctx.saved_tensors
+    if grad is None:
+        return None, [None] * len(weights), None, None, None
+    grad_x, *grads = pooled_block_backward_op(grad, x, hidden, statistics, active, weights)
+    return grad_x, grads, None, None, None
+
+
+pooled_block_op.register_autograd(_backward_pooled_block, setup_context=_save_pooled_block)
+
+
+@torch.library.custom_op("anyup_fast::project_pixels", mutates_args=())
+def project_pixels_op(image: Tensor, weight: Tensor) -> Tensor:
+    """`anyup_fast.ops.project_pixels`."""
+    return plain.project_pixels(image, weight)
+
+
+@project_pixels_op.register_fake
+def _(image, weight):
+    return weight.new_empty(image.shape[0], *image.shape[2:], weight.shape[0])
+
+
+@torch.library.custom_op("anyup_fast::project_pixels_backward", mutates_args=())
+def project_pixels_backward_op(grad: Tensor, image: Tensor, weight: Tensor, for_image: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of `project_pixels` for image (if asked for, else empty) and weight."""
+    return plain.project_pixels_backward(grad, image, weight, for_image)
+
+
+@project_pixels_backward_op.register_fake
+def _(grad, image, weight, for_image):
+    return image.new_empty(image.shape if for_image else 0), weight.new_empty(weight.shape)
+
+
+def _save_pixels(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_pixels(ctx, grad):
+    for_image = ctx.needs_input_grad[0]
+    of_image, of_weight = project_pixels_backward_op(grad, *ctx.saved_tensors, for_image)
+    return of_image if for_image else None, of_weight
+
+
+project_pixels_op.register_autograd(_backward_pixels, setup_context=_save_pixels)
+
+
+@torch.library.custom_op("anyup_fast::branches", mutates_args=())
+def branches_op(x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor) -> tuple[Tensor, Tensor]:
+    """`anyup_fast.ops.branches`, arguments unchecked."""
+    return plain.branches(x, freqs, query_conv, key_conv)
+
+
+@branches_op.register_fake
+def _(x, freqs, query_conv, key_conv):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("anyup_fast::branches_backward", mutates_args=())
+def branches_backward_op(
+    grad_query: Tensor, grad_key: Tensor, x: Tensor, freqs: Tensor, query_conv: Tensor, key_conv: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `branches` for its tensors."""
+    return plain.branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv)
+
+
+@branches_backward_op.register_fake
+def _(grad_query, grad_key, x, freqs, query_conv, key_conv):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, freqs, query_conv, key_conv))
+
+
+def _save_branches(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_branches(ctx, grad_query, grad_key):
+    return branches_backward_op(grad_query, grad_key, *ctx.saved_tensors)
+
+
+branches_op.register_autograd(_backward_branches, setup_context=_save_branches)
+
+
+@torch.library.custom_op("anyup_fast::pooled", mutates_args=())
+def pooled_op(x: Tensor, height: int, width: int) -> Tensor:
+    """`anyup_fast.ops.pooled` as a traced graph sees it."""
+    picture = x.permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(picture, (height, width)).permute(0, 2, 3, 1).contiguous()
+
+
+@pooled_op.register_fake
+def _(x, height, width):
+    return x.new_empty(x.shape[0], height, width, x.shape[3])
+
+
+@torch.library.custom_op("anyup_fast::pooled_backward", mutates_args=())
+def pooled_backward_op(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `pooled` for x, of which only the shape counts."""
+    grad, x = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
+    return torch.ops.aten._adaptive_avg_pool2d_backward(grad, x).permute(0, 2, 3, 1).contiguous()
+
+
+@pooled_backward_op.register_fake
+def _(grad, x):
+    return x.new_empty(x.shape)
+
+
+def _save_pooled(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward_pooled(ctx, grad):
+    return pooled_backward_op(grad, *ctx.saved_tensors), None, None
+
+
+pooled_op.register_autograd(_backward_pooled, setup_context=_save_pooled)

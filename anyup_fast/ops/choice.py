@@ -55,3 +55,8 @@ def choose(operator, backend, why_not):
             return name
         log_once(f"{operator}: {name!r} not taken: {reason}")
     raise RuntimeError(f"{operator}: no back end can run")
+
+
+def triton_precision():
+    """Of float32 products in Triton: None for the kernels' own choice, unless PyTorch is told to be faster."""
+    return None if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,16 +1,16 @@
-"""What surrounds the attention, fused: from the image to queries and keys, without recording gradients.
+"""`guidance`, from the image to queries and the image's part of the keys: contract, checks, choice, registration.
 
 The network couples pixels only through the statistics of its normalisations, so it is computed as a sequence of passes
 over the image, each of which also gathers the statistics that the next one needs. The plain layers of AnyUp are its
-specification, and the path with gradients.
+specification; where gradients are recorded its layers run one by one (`anyup_fast.ops.blocks`).
 """
 
 import torch
+from torch import Tensor
 
-from . import library
-from .choice import choose, why_no_triton
-
-RMS_EPS = torch.finfo(torch.float32).eps
+from ..plain import guidance as plain
+from ..plain.weights import GuidanceWeights
+from .choice import choose, triton_precision, why_no_triton
 
 
 def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, backend="auto"):
@@ -44,56 +44,7 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         if len(size) != 2 or (min(size) < 1 and not left_out):
             raise ValueError(f"{name}: need a positive height and width, got {tuple(size)}")
     backend = choose("guidance", backend, lambda name: _why_not_guidance(name, image, weights, dtype))
-    return library.guidance(image, weights.flat(), *output_size, *key_size, dtype, backend)
-
-
-def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="auto"):
-    """3x3 convolution (zero padding), RMSNorm and projection of the queries.
-
-    Differentiable once in everything, on the "torch" back end, which keeps the query and what the convolution made of
-    it.
-
-    Args:
-        query: (B, H', W', D) from `guidance`.
-        conv: (D, D, 3, 3); norm: (D,), the norm's weight; weight: (D, D) and bias: (D,) of the projection.
-        eps: of the norm.
-        backend: "auto", "triton" or "torch".
-
-    Returns:
-        (B, H', W', D) in the dtype of `query`, on the "torch" back end at least float32.
-
-    Raises:
-        ValueError: shapes that do not fit. RuntimeError: a back end asked for by name that can't run.
-
-    Source: AnyUp (arXiv 2510.12764), cross-attention.
-    """
-    dim = query.shape[-1]
-    shapes = [tuple(tensor.shape) for tensor in (query, conv, norm, weight, bias)]
-    if query.ndim != 4 or 0 in query.shape or shapes[1:] != [(dim, dim, 3, 3), (dim,), (dim, dim), (dim,)]:
-        raise ValueError(f"query, conv, norm, weight and bias do not fit together: {shapes}")
-    given = query, conv, norm, weight, bias
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    backend = choose("project_queries", backend, lambda name: _why_not_projection(name, query, recorded))
-    if recorded:
-        return library.convolve_and_project(*given, eps)[0]
-    return library.project_queries(query, conv, norm, weight, bias, eps, backend)
-
-
-def project_keys(from_image, from_features, weights, *, eps=RMS_EPS):
-    """Projected keys of both their sources; in plain PyTorch, since they are few.
-
-    Args:
-        from_image: (B, h, w, D) from `guidance`.
-        from_features: (B, M, h, w) from `feature_unification`.
-        weights: KeyWeights.
-        eps: of the norm.
-
-    Returns:
-        (B, h, w, D) in the dtype of `from_image`.
-
-    Source: AnyUp (arXiv 2510.12764), key encoder and aggregation.
-    """
-    return library.project_keys(from_image, from_features, weights.flat(), eps)
+    return guidance_op(image, weights.flat(), *output_size, *key_size, dtype, backend)
 
 
 def _why_not_guidance(name, image, weights, dtype):
@@ -108,15 +59,34 @@ def _why_not_guidance(name, image, weights, dtype):
     return why_not_guidance(image.shape[1], len(weights.image_conv), dtype)
 
 
-def _why_not_projection(name, query, recorded):
-    if name == "reference":
-        return "this operator has none: its specification are the layers of AnyUp"
-    if name == "torch":
-        return None
-    if reason := why_no_triton(query.device, query.dtype):
-        return reason
-    if recorded:
-        return "records no gradients, which are asked for"
-    from ..kernels.query_projection import why_not_query_projection
+@torch.library.custom_op("anyup_fast::guidance", mutates_args=())
+def guidance_op(
+    image: Tensor,
+    weights: list[Tensor],
+    output_height: int,
+    output_width: int,
+    key_height: int,
+    key_width: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
+    sizes = (output_height, output_width), (key_height, key_width)
+    if backend == "triton":
+        from ..kernels.guidance import guidance_fwd
 
-    return why_not_query_projection(query.shape[-1], query.dtype)
+        return guidance_fwd(
+            image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype, precision=triton_precision()
+        )
+    return plain.guidance(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
+
+
+@guidance_op.register_fake
+def _(image, weights, output_height, output_width, key_height, key_width, dtype, backend):
+    wide = torch.promote_types(dtype, torch.float32)
+    width = len(weights[0])
+    query = image.new_empty(
+        image.shape[0], output_height, output_width, width, dtype=dtype if backend == "triton" else wide
+    )
+    key = image.new_empty(image.shape[0], key_height, key_width, width, dtype=wide)
+    return query, key, image.new_empty(image.shape[0], plain.NORMS, 2, width, dtype=wide)

@@ -1,7 +1,10 @@
-"""`feature_unification`: contract, checks and choice of back end."""
+"""`feature_unification`: contract, checks, choice of back end, registration and gradients."""
+
+import torch
+from torch import Tensor
 
 from ..plain import reference
-from . import library
+from ..plain import unification as plain
 from .choice import choose, why_no_triton
 
 
@@ -34,7 +37,7 @@ def feature_unification(features, basis, *, backend="auto"):
     backend = choose("feature_unification", backend, lambda name: _why_not(name, features, basis))
     if backend == "reference":
         return reference.feature_unification(features, basis)
-    return library.feature_unification(features, basis, backend)
+    return feature_unification_op(features, basis, backend)
 
 
 def _why_not(name, features, basis):
@@ -45,3 +48,66 @@ def _why_not(name, features, basis):
     from ..kernels.feature_unification import why_not_feature_unification
 
     return why_not_feature_unification(features.shape[1], len(basis), basis.shape[-1], features.dtype)
+
+
+@torch.library.custom_op("anyup_fast::unit_channels", mutates_args=())
+def unit_channels_op(features: Tensor) -> Tensor:
+    """`F.normalize(features, dim=1)` in float32 at least, where no gradient is asked for.
+
+    An operator for the sake of who computes it: in the caller's thread PyTorch's own team would be woken, and spin.
+    """
+    return plain.unit_channels(features)
+
+
+@unit_channels_op.register_fake
+def _(features):
+    return features.new_empty(features.shape, dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+@torch.library.custom_op("anyup_fast::feature_unification", mutates_args=())
+def feature_unification_op(features: Tensor, basis: Tensor, backend: str) -> Tensor:
+    """`anyup_fast.ops.feature_unification` on a named back end, arguments unchecked."""
+    if backend == "triton":
+        from ..kernels.feature_unification import feature_unification_fwd as run
+    else:
+        run = plain.feature_unification
+    return run(features, basis)
+
+
+@feature_unification_op.register_fake
+def _(features, basis, backend):
+    shape = features.shape[0], len(basis), *features.shape[2:]
+    return features.new_empty(shape, dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+@torch.library.custom_op("anyup_fast::feature_unification_backward", mutates_args=())
+def feature_unification_backward_op(
+    grad: Tensor, features: Tensor, basis: Tensor, backend: str, for_features: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `feature_unification` for features (if asked for, else empty) and basis."""
+    if backend == "triton":
+        from ..kernels.feature_unification_backward import feature_unification_bwd
+
+        of_features, of_basis = feature_unification_bwd(grad, features, basis)
+        return of_features if for_features else features.new_empty(0), of_basis
+    of_features, of_basis = plain.feature_unification_backward(grad, features, basis, for_features)
+    return of_features, of_basis.contiguous()
+
+
+@feature_unification_backward_op.register_fake
+def _(grad, features, basis, backend, for_features):
+    return features.new_empty(features.shape if for_features else 0), basis.new_empty(basis.shape)
+
+
+def _save_unification(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_unification(ctx, grad):
+    for_features = ctx.needs_input_grad[0]
+    of_features, of_basis = feature_unification_backward_op(grad, *ctx.saved_tensors, ctx.backend, for_features)
+    return of_features if for_features else None, of_basis, None
+
+
+feature_unification_op.register_autograd(_backward_unification, setup_context=_save_unification)

@@ -7,6 +7,7 @@ the same integers. In traced graphs they are operators of their own, which no co
 from functools import lru_cache, wraps
 
 import torch
+from torch import Tensor
 
 
 def _kept(rule):
@@ -81,3 +82,21 @@ def neighborhood_bounds(n_query, n_key, ratio):
         cell = (2 * query + 1) * n_key // (2 * n_query)
     start = (cell - size // 2).clamp(0, n_key - size)
     return torch.stack((start, start + size), 1).to(torch.int32)
+
+
+@torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
+def window_bounds_op(n_query: int, n_key: int, ratio: float) -> Tensor:
+    """`anyup_fast.ops.window_bounds` as a traced graph sees it: a table of the caller's own."""
+    return window_bounds(n_query, n_key, ratio).clone()
+
+
+@torch.library.custom_op("anyup_fast::neighborhood_bounds", mutates_args=())
+def neighborhood_bounds_op(n_query: int, n_key: int, ratio: float) -> Tensor:
+    """`anyup_fast.ops.neighborhood_bounds` as a traced graph sees it: a table of the caller's own."""
+    return neighborhood_bounds(n_query, n_key, ratio).clone()
+
+
+@window_bounds_op.register_fake
+@neighborhood_bounds_op.register_fake
+def _(n_query, n_key, ratio):
+    return torch.empty(n_query, 2, dtype=torch.int32, device="cpu")

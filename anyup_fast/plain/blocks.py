@@ -6,18 +6,18 @@ forward is. Tensors the size of an image have the dtype of the layer's input; st
 of weights are float32 at least.
 """
 
-import copy
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from ..cpu.convolution import Convolution, WeightGradient
-from ..cpu.crew import crew_size, led, share_out
+from ..cpu.crew import led
 from ..cpu.pages import new_empty
-from .guidance import Rotary, Unpool, pooled_both
-from .walks import CONVOLVED, RESPONSES, Patches, Walk, as_picture, by_channel, cast, group_affine, pieces
-from .weights import Block
+from .norms import ThroughNorm, group_affine
+from .pooling import Unpool, pooled_both
+from .rotary import Rotary
+from .walks import Walk, flat_pixels
+from .weights import Block, cast
 
 _new_empty = functools.partial(new_empty, recorded=True)
 
@@ -60,7 +60,7 @@ def res_block(x, weights, num_groups):
 
             walk.each(second)
 
-        for tensors in zip(*map(_flat, (x, hidden, out)), statistics, strict=True):
+        for tensors in zip(*map(flat_pixels, (x, hidden, out)), statistics, strict=True):
             picture(*tensors)
     return out, hidden, statistics
 
@@ -71,7 +71,7 @@ def res_block_backward(grad, x, hidden, statistics, weights):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         block, matrices = cast(weights, statistics.dtype), cast(weights, x.dtype)
         backward = _BlockBackward(x, hidden, statistics, block, matrices)
-        for number, given in enumerate(_flat(grad)):
+        for number, given in enumerate(flat_pixels(grad)):
 
             def through_product(desk, piece, slope, before, of_conv, given=given):
                 near = desk.scratch(2, piece.flat, given.shape[1]).copy_(given[piece.flat])  # read twice
@@ -95,7 +95,9 @@ def pooled_block(x, weights, size, num_groups):
         hidden, out = _new_empty(x, x.shape), x.new_empty(len(x), *size, x.shape[3])
         active, statistics = torch.empty_like(out), x.new_empty(len(x), 2, 2, num_groups)
         walk = Walk(x.shape[1:3], x.shape[3], weights.conv_in, num_groups)
-        for source, middle, its, target, kept in zip(_flat(x), _flat(hidden), statistics, out, active, strict=True):
+        for source, middle, its, target, kept in zip(
+            flat_pixels(x), flat_pixels(hidden), statistics, out, active, strict=True
+        ):
             its[0] = walk.moments(source).groups(num_groups)
             outer = group_affine(its[0], weights.norm_in_weight, weights.norm_in_bias)
             its[1] = walk.hidden(source, outer, weights.conv_in, middle).groups(num_groups)
@@ -123,7 +125,7 @@ def pooled_block_backward(grad, x, hidden, statistics, active, weights):
                 return skipped(piece, desk.scratch(1, piece.flat, x.shape[3]))
 
             backward(number, through_pooling, to_skip)
-        backward.grads.conv_out.copy_(_flat(grad).flatten(0, 1).T @ _flat(active).flatten(0, 1))
+        backward.grads.conv_out.copy_(flat_pixels(grad).flatten(0, 1).T @ flat_pixels(active).flatten(0, 1))
     return backward.results(weights)
 
 
@@ -142,7 +144,7 @@ class _BlockBackward:
         self.grad_x = _new_empty(x, x.shape)
         self.walk = Walk(x.shape[1:3], max(self.width, self.out_width), block.conv_in)
         slopes = self.grad_x if self.width == self.out_width else _new_empty(x, hidden.shape)
-        self.images = list(zip(*map(_flat, (x, hidden, self.grad_x, slopes)), strict=True))
+        self.images = list(zip(*map(flat_pixels, (x, hidden, self.grad_x, slopes)), strict=True))
 
     def __call__(self, number, through_end, to_skip):
         """One image.
@@ -159,7 +161,7 @@ class _BlockBackward:
         its = self.statistics[number]
         outer = group_affine(its[0], block.norm_in_weight, block.norm_in_bias)
         inner = group_affine(its[1], block.norm_out_weight, block.norm_out_bias)
-        through = _ThroughNorm(its[1], block.norm_out_weight)
+        through = ThroughNorm(its[1], block.norm_out_weight)
 
         def through_second(desk, piece, kept):
             flat, (norm, of_conv) = piece.flat, kept
@@ -170,7 +172,7 @@ class _BlockBackward:
         parts = self.walk.gathered(through_second, _of_each(through, block.conv_out))
         grads.conv_out.add_(through.take(parts))
         scale, offset, share = through.coefficients(len(source), grads.norm_out_weight, grads.norm_out_bias)
-        through = _ThroughNorm(its[0], block.norm_in_weight)
+        through = ThroughNorm(its[0], block.norm_in_weight)
 
         def through_first(desk, piece, kept):
             flat, (norm, of_conv) = piece.flat, kept
@@ -212,7 +214,7 @@ def project_pixels(image, weight):
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         out = _new_empty(weight, (len(image), *image.shape[2:], len(weight)))
         walk = Walk(image.shape[2:], len(weight), weight)
-        for source, target in zip(image, _flat(out), strict=True):
+        for source, target in zip(image, flat_pixels(out), strict=True):
             pixels = source.to(weight.dtype).flatten(1).T
 
             def project(desk, piece, pixels=pixels, target=target):
@@ -230,7 +232,7 @@ def project_pixels_backward(grad, image, weight, for_image):
         of_image = image.new_empty(image.shape if for_image else 0)
         of_weight = weight.new_zeros(weight.shape, dtype=wide)
         walk, start = Walk(image.shape[2:], len(weight), weight), functools.partial(torch.zeros_like, of_weight)
-        for number, (source, given) in enumerate(zip(image, _flat(grad), strict=True)):
+        for number, (source, given) in enumerate(zip(image, flat_pixels(grad), strict=True)):
             pixels = source.to(weight.dtype).flatten(1).T
 
             def back(desk, piece, total, number=number, pixels=pixels, given=given):
@@ -257,7 +259,7 @@ def branches(x, freqs, query_conv, key_conv):
             for matrix, target in zip(matrices, targets, strict=True):
                 _multiply(guide, matrix, target[piece.flat])
 
-        for source, *targets in zip(_flat(x), _flat(query), _flat(key), strict=True):
+        for source, *targets in zip(flat_pixels(x), flat_pixels(query), flat_pixels(key), strict=True):
             walk.each(functools.partial(rotate, source=source, targets=targets))
     return query, key
 
@@ -304,7 +306,7 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
             result[flat] = change.view(-1, width)
 
         sums = start()
-        for source, result, *given in zip(*map(_flat, (x, grad_x, grad_query, grad_key)), strict=True):
+        for source, result, *given in zip(*map(flat_pixels, (x, grad_x, grad_query, grad_key)), strict=True):
             one = functools.partial(turn_back, source=source, result=result, given=given)
             for parts in walk.gathered(one, start):
                 for total, part in zip(sums, parts, strict=True):
@@ -315,163 +317,6 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
         grad_freqs.to(freqs.dtype),
         *(g.to(w.dtype) for g, w in zip(grads, (query_conv, key_conv), strict=True)),
     )
-
-
-@led
-def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps):
-    """Gradients of `anyup_fast.ops.project_queries` for query, conv, norm, weight and bias.
-
-    `pixels` (B, H', W', D) is what the convolution made of `query`.
-    """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        originals = conv, norm, weight, bias
-        conv, norm, weight, bias = cast(originals, wide)
-        height, width, dim = query.shape[1:]
-        walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
-        back = Convolution(conv.flip(2, 3).transpose(0, 1))
-        folded = weight * norm
-        grad_query = _new_empty(query, query.shape)
-        of_conv = _new_empty(query, (height, width, dim), wide)
-        grad_conv, products, grad_bias = (tensor.new_zeros(tensor.shape) for tensor in (conv, weight, bias))
-
-        def start():
-            return WeightGradient(conv), torch.zeros_like(products), torch.zeros_like(grad_bias)
-
-        def picture(source, convolved, given, result):
-            def through_projection(desk, piece, sums):
-                flat, rows, cols, _ = piece
-                for_conv, for_weight, for_bias = sums
-                squares = torch.mul(convolved[flat], convolved[flat], out=desk.scratch(1, flat, dim))
-                inverse = squares.mean(1, keepdim=True).add_(eps).rsqrt_()
-                unit = torch.mul(convolved[flat], inverse, out=desk.scratch(0, flat, dim))
-                down = desk.scratch(2, flat, dim).copy_(given[flat])  # read three times
-                for_bias += down.sum(0)
-                for_weight.addmm_(down.T, unit)
-                down = torch.mm(down, folded, out=of_conv.view(-1, dim)[flat])
-                along = torch.mul(down, unit, out=desk.scratch(1, flat, dim)).mean(1, keepdim=True)
-                down.addcmul_(unit, along, value=-1).mul_(inverse)
-                for_conv.add(down, source, rows, cols, desk)
-
-            for for_conv, for_weight, for_bias in walk.gathered(through_projection, start):
-                grad_conv.add_(for_conv.result())
-                products.add_(for_weight)
-                grad_bias.add_(for_bias)
-
-            def through_convolution(desk, piece):
-                flat, rows, cols, _ = piece
-                out = desk.scratch(0, flat, dim)
-                back(of_conv, rows, cols, out, desk)
-                result[flat] = out
-
-            walk.each(through_convolution)
-
-        for tensors in zip(query, *map(_flat, (pixels, grad, grad_query)), strict=True):
-            picture(*tensors)
-        grads = grad_conv, (weight * products).sum(0), products * norm, grad_bias
-    return grad_query, *(g.to(w.dtype) for g, w in zip(grads, originals, strict=True))
-
-
-@led
-def feature_unification_backward(grad, features, basis, for_features=True):
-    """Gradients of `anyup_fast.ops.feature_unification` for features (if asked for, else empty) and basis."""
-    wide = torch.promote_types(features.dtype, torch.float32)
-    filters, _, k, _ = basis.shape
-    channels, height, width = features.shape[1:]
-    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        matrix = basis.to(wide).flatten(1).T.contiguous()
-        grad_matrix = torch.zeros_like(matrix)
-        grad_features = features.new_empty(features.shape if for_features else 0)
-        for b, (source, given) in enumerate(zip(features, grad.permute(0, 2, 3, 1), strict=True)):
-            patches = Patches(source, k, wide)
-            padded_shape = height + k - 1, width + k - 1, channels
-
-            def through_softmax(sums, part, patches=patches, given=given):
-                of_basis, spread = sums
-                r, c = part
-                inside = patches(part)
-                weights = torch.bmm(inside.mT, matrix.expand(len(inside), *matrix.shape)).view(-1, filters, channels)
-                torch.softmax(weights, 1, out=weights)
-                slope = weights * (given[r, c].reshape(-1, filters, 1).to(wide) / channels)
-                slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)
-                slope = slope.view(-1, channels, filters)
-                of_basis.add_(torch.bmm(inside, slope).sum(0))
-                if not for_features:
-                    return
-                shape = r.stop - r.start, c.stop - c.start
-                taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(patches.share[r, c, 0])
-                for i in range(k * k):
-                    top, left = r.start + i // k, c.start + i % k
-                    spread[top : top + shape[0], left : left + shape[1]] += taps[..., i]
-
-            parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
-            desks = [
-                (torch.zeros_like(grad_matrix), matrix.new_zeros(padded_shape if for_features else 0))
-                for _ in range(min(crew_size(grad.device), len(parts)))
-            ]
-            share_out(through_softmax, parts, desks, in_order=True)
-            grad_matrix += sum(of_basis for of_basis, _ in desks)
-            spread = sum(spread for _, spread in desks)
-            if for_features:
-                inner = spread[k // 2 : k // 2 + height, k // 2 : k // 2 + width]
-                grad_features[b] = inner.permute(2, 0, 1)
-    return grad_features, grad_matrix.T.reshape(basis.shape).to(basis.dtype)
-
-
-class _ThroughNorm:
-    """Gradient of a GroupNorm, from the sums over all pixels of the gradient and of its product with the unit input.
-
-    Args:
-        statistics: mean and inverse deviation (2, num_groups).
-        weight: (D,), of the norm.
-    """
-
-    def __init__(self, statistics, weight):
-        self.num_groups = statistics.shape[1]
-        self.narrow = by_channel(statistics, len(weight))
-        self.mean, self.inverse = self.narrow.double()
-        self.weight = weight
-        self.sums = torch.zeros(2, len(weight), dtype=torch.float64, device=weight.device)
-
-    def part(self):
-        """One like this, of which nothing is known yet but the statistics."""
-        part = copy.copy(self)
-        part.sums = torch.zeros_like(self.sums)
-        return part
-
-    def take(self, parts):
-        """Add the sums of `parts`, pairs of one like this and a tensor; returns the sum of these tensors."""
-        for part, _ in parts:
-            self.sums += part.sums
-        return sum(other for _, other in parts)
-
-    def add(self, grad, x, scratch):
-        """Take in the gradients and inputs (P, D) of some pixels; `scratch` is written to."""
-        if grad.device.type == "cpu":
-            given = as_picture(grad), as_picture(x), None, None, None, *self.narrow
-            _, unit, plain = torch.ops.aten.native_batch_norm_backward(*given, True, 0.0, [False, True, True])
-        else:
-            mean, inverse = self.narrow
-            unit, plain = torch.sub(x, mean, out=scratch).mul_(grad).sum(0) * inverse, grad.sum(0)
-        self.sums[0] += plain
-        self.sums[1] += unit
-
-    def coefficients(self, pixels, grad_weight, grad_bias):
-        """Three (D,): the gradient for x is `first * grad + second + third * x`. Adds to those of weight and bias."""
-        weight = self.weight.double()
-        plain, with_unit = self.sums
-        grad_weight += with_unit
-        grad_bias += plain
-        means = torch.stack((weight * plain, weight * with_unit)).unflatten(1, (self.num_groups, -1)).mean(2) / pixels
-        mean, mean_with_unit = by_channel(means, len(weight))
-        share = -self.inverse.square() * mean_with_unit
-        offset = -self.inverse * mean - share * self.mean
-        return [part.to(self.weight.dtype) for part in (self.inverse * weight, offset, share)]
-
-
-def _flat(x):
-    """(B, H, W, D) as (B, H * W, D)."""
-    return x.reshape(len(x), -1, x.shape[-1])
 
 
 def _multiply(a, matrix, out):

@@ -4,14 +4,16 @@ Twelve normalisations couple the pixels of an image, two for each block of the i
 in that order. Once they are known as `norms` (12, 2, D), a scale and a shift each, every pixel is computed for itself.
 """
 
-from bisect import bisect_left, bisect_right
-
 import torch
 import torch.nn.functional as F
 
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
-from .walks import PIXELS, Moments, Walk, cast, group_affine, group_statistics, pieces
+from .norms import Moments, group_affine, group_statistics
+from .pooling import Bins, Pool, pooled_both
+from .rotary import Rotary
+from .walks import PIXELS, Walk, pieces
+from .weights import cast
 
 NORMS = 12
 BLOCK = 1 << 17  # pixels read at once
@@ -139,41 +141,6 @@ class Guide:
         return x if hidden is None else hidden
 
 
-class Rotary:
-    """Rotary embedding of the pixels of an image.
-
-    Args:
-        freqs: (2, D), angles per unit of row and of column.
-        size: (H, W) of the image.
-        dtype: of the tables.
-    """
-
-    def __init__(self, freqs, size, dtype):
-        # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
-        self.axes = [torch.linspace(0, 1, n, dtype=torch.float64, device=freqs.device) for n in size]
-        angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
-        self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)
-
-    def __call__(self, x, rows, cols, scratch=None):
-        """Rotate `x` (..., D) at `rows`, `cols` (see `Guide.guide`); `scratch`: three tensors like it to use."""
-        cos, sin, out = scratch or (torch.empty_like(x) for _ in range(3))
-        self.angles(rows, cols, cos, sin)
-        half = x.shape[-1] // 2
-        torch.mul(x, cos, out=out)
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out
-
-    def angles(self, rows, cols, cos, sin):
-        """Fill `cos` and `sin` (..., D) for the pixels at `rows`, `cols`."""
-        row_cos, row_sin = (table[rows] for table in self.rows)
-        col_cos, col_sin = (table[cols] for table in self.cols)
-        if isinstance(rows, slice):
-            row_cos, row_sin = row_cos[:, None], row_sin[:, None]
-        torch.mul(row_cos, col_cos, out=cos).addcmul_(row_sin, col_sin, value=-1)
-        torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
-
-
 class Colours:
     """Mean and covariance of an image's colours, in float64."""
 
@@ -192,123 +159,6 @@ class Colours:
         conv = conv.double()
         mean, square = conv @ self.sums / self.count, ((conv @ self.products) * conv).sum(1) / self.count
         return group_affine(group_statistics(mean, square, num_groups), weight, bias)
-
-
-class Bins:
-    """Ranges of one axis that `adaptive_avg_pool2d` averages to `pooled` places; of these, those in the slice `part`.
-
-    Attributes:
-        starts, ends: lists of the half-open ranges.
-        needed: slice of the axis that they cover.
-    """
-
-    def __init__(self, length, pooled, part):
-        places = range(pooled)[part]
-        self.starts = [i * length // pooled for i in places]
-        self.ends = [-(-(i + 1) * length // pooled) for i in places]
-        self.needed = slice(self.starts[0], self.ends[-1])
-
-    def __len__(self):
-        return len(self.starts)
-
-    def inside(self, part):
-        """Indices of the ranges that meet a slice of the axis, as a range, and where they start and end in it."""
-        met = range(bisect_right(self.ends, part.start), bisect_left(self.starts, part.stop))
-        return met, [
-            (max(self.starts[i], part.start) - part.start, min(self.ends[i], part.stop) - part.start) for i in met
-        ]
-
-
-class Pool:
-    """`adaptive_avg_pool2d` of an image that comes in rectangles, or of a part of the result.
-
-    Args:
-        rows, cols: Bins of both axes.
-        channels: D. like: a tensor on the device and of the dtype to sum in.
-    """
-
-    FEW = 64  # ranges of columns whose sums are a matrix product
-
-    def __init__(self, rows, cols, channels, like):
-        self.rows, self.cols = rows, cols
-        self.sums = like.new_zeros(len(rows), len(cols), channels)
-        self._taken = None, None
-
-    def add(self, x, rows, cols):
-        """Take in the pixels `x` (rows, cols, D) of two slices of the image."""
-        if self._taken[0] != cols:
-            self._taken = cols, self._taker(cols)
-        take, met = self._taken[1]
-        for i, (top, bottom) in zip(*self.rows.inside(rows), strict=True):
-            self.sums[i, met.start : met.stop] += take(x[top:bottom])
-
-    def _taker(self, cols):
-        """What sums (rows, cols, D) over the ranges that meet a slice of the columns, and which these are."""
-        met, places = self.cols.inside(cols)
-        left, right = torch.tensor(places, device=self.sums.device).unbind(1)
-        if len(met) <= self.FEW:
-            place = torch.arange(cols.stop - cols.start, device=self.sums.device)
-            inside = ((place >= left[:, None]) & (place < right[:, None])).to(self.sums.dtype)
-            return lambda x: inside @ x.sum(0, dtype=inside.dtype), met
-
-        def differences(x):
-            line = F.pad(x.sum(0, dtype=torch.float64).cumsum(0), (0, 0, 1, 0))
-            return (line[right] - line[left]).to(self.sums.dtype)
-
-        return differences, met
-
-    def mean(self):
-        """(rows, cols, D)."""
-        counts = (
-            torch.tensor([b - a for a, b in zip(axis.starts, axis.ends, strict=True)], device=self.sums.device)
-            for axis in (self.rows, self.cols)
-        )
-        rows, cols = counts
-        return self.sums / (rows[:, None] * cols)[..., None]
-
-
-def pooled_both(walk, x, hidden, norm, size):
-    """Averages of `x` and of the activation of `hidden` (both H * W, D) over `size` cells: two of (h * w, D)."""
-    axes = [Bins(n, m, slice(None)) for n, m in zip(walk.size, size, strict=True)]
-
-    def add(desk, piece, pools):
-        for source, pool in zip((x[piece.flat], desk.active(hidden, piece.flat, norm)), pools, strict=True):
-            shape = piece.rows.stop - piece.rows.start, piece.cols.stop - piece.cols.start, x.shape[1]
-            pool.add(source.view(shape), piece.rows, piece.cols)
-
-    parts = walk.gathered(add, lambda: [Pool(*axes, x.shape[1], like=x) for _ in range(2)])
-    for pools in parts[1:]:
-        for pool, other in zip(parts[0], pools, strict=True):
-            pool.sums += other.sums
-    return [pool.mean().flatten(0, 1) for pool in parts[0]]
-
-
-class Unpool:
-    """The way back through `adaptive_avg_pool2d`: each pixel gets its part of the gradient (h, w, D) of the cells.
-
-    Args:
-        grad: (h, w, D). size: (H, W) of the image.
-    """
-
-    def __init__(self, grad, size):
-        self._bins, cols = (Bins(n, m, slice(None)) for n, m in zip(size, grad.shape[:2], strict=True))
-        self._shares = _shares(size[0], self._bins, grad)
-        self._lines = torch.matmul(_shares(size[1], cols, grad), grad)  # (h, W, D)
-
-    def __call__(self, piece, out):
-        """Fill `out` (P, D) for the pixels of a piece; returns it."""
-        met, _ = self._bins.inside(piece.rows)
-        met = slice(met.start, met.stop)
-        shares, lines = self._shares[piece.rows, met], self._lines[met, piece.cols]
-        torch.mm(shares, lines.flatten(1), out=out.view(len(shares), -1))
-        return out
-
-
-def _shares(length, bins, like):
-    """(length, pooled): the part that each place has in the average of each range."""
-    place = torch.arange(length, device=like.device)[:, None]
-    starts, ends = (torch.tensor(edge, device=like.device) for edge in (bins.starts, bins.ends))
-    return ((place >= starts) & (place < ends)).to(like.dtype) / (ends - starts)
 
 
 class _Stored:

@@ -1,138 +1,22 @@
-"""What surrounds the attention, in plain PyTorch for any device: walks over images by pieces of a few thousand pixels,
-the projections of queries and keys, the feature-agnostic layer.
+"""Walks over images by pieces of a few thousand pixels, on any device.
 
 A piece of the image goes through normalisation, activation, product, skip and statistics while it lies in the cache;
-only the products are written back. On CPUs every thread has pieces of its own (`crew`). Products are matrix products
-throughout, 16-bit tensors are computed in float32.
+only the products are written back. On CPUs every thread has pieces of its own (`cpu.crew`). Products are matrix
+products throughout, 16-bit tensors are computed in float32.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..cpu.convolution import Convolution
-from ..cpu.crew import crew_size, led, share_out
+from ..cpu.crew import crew_size, share_out
 from ..cpu.pages import new_empty
+from .norms import Moments, shares_of
 
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
 WORTH_SHARING = 2048  # pixels for each worker at least: to wake one takes a fraction of a millisecond
-CONVOLVED = 2  # times smaller pieces where a convolution takes five buffers
 MANY_PIXELS = 1 << 20  # of a piece elsewhere
-RESPONSES = 1 << 20  # of the feature-agnostic layer at once
-NORM_EPS = 1e-5
-
-
-@led
-def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
-    """`anyup_fast.ops.project_queries`, in float32 at least; `convolved`, if given, takes the convolution's output."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
-        out = new_empty(query, query.shape, compute, recorded=convolved is not None)
-        height, width, dim = query.shape[1:]
-        walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
-        convolve, folded = Convolution(conv), (weight * norm).T.contiguous()
-
-        def project(desk, piece, b):
-            flat, rows, cols, _ = piece
-            pixels = desk.scratch(0, flat, dim)
-            convolve(query[b], rows, cols, pixels, desk)
-            if convolved is not None:
-                convolved[b].view(-1, dim)[flat] = pixels
-            _project(pixels, folded, bias, eps, out[b].view(-1, dim)[flat])
-
-        for b in range(len(query)):
-            walk.each(partial(project, b=b))
-    return out
-
-
-@led
-def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
-    """`anyup_fast.ops.project_keys`."""
-    compute = torch.promote_types(from_image.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(from_image.device.type, enabled=False):
-        weights = cast(weights, compute)
-        batch, h, w, dim = from_image.shape
-        out = from_image.new_empty(from_image.shape, dtype=compute)
-        filters = from_features.shape[1]
-        walk = Walk((h, w), max(2 * dim, filters), weights.merge, num_groups)
-        convolve, folded = Convolution(weights.merge), (weights.weight * weights.norm).T.contiguous()
-        rows, cols = (_reflected(n, out.device) for n in (h, w))
-        hidden, x = (out.new_empty(h * w, dim) for _ in range(2))
-
-        def picture(image, features, target):
-            unified = features.to(compute).permute(1, 2, 0).reshape(-1, filters).clone()
-            unified = walk.blocks(unified, hidden, walk.moments(unified), weights.features)
-            both = torch.cat((image.to(compute), unified.view(h, w, dim)), -1)
-            padded = both.index_select(0, rows).index_select(1, cols)
-
-            def merge(desk, piece, moments):
-                flat, r, c, number = piece
-                convolve(padded, r, c, x[flat], desk, inside=True)
-                moments.put(number, x[flat], desk.scratch(1, flat, dim))
-
-            moments = walk.measured(merge, dim)
-            key = walk.blocks(x, hidden, moments, weights.blocks)
-
-            def project(desk, piece):
-                _project(key[piece.flat], folded, weights.bias, eps, target.view(-1, dim)[piece.flat])
-
-            walk.each(project)
-
-        for tensors in zip(from_image, from_features, out, strict=True):
-            picture(*tensors)
-    return out.to(from_image.dtype)
-
-
-@led
-def unit_channels(features):
-    """`anyup_fast.layers.unit_channels`."""
-    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).contiguous()
-
-
-@led
-def feature_unification(features, basis):
-    """`anyup_fast.ops.feature_unification`."""
-    compute = torch.promote_types(features.dtype, torch.float32)
-    filters = len(basis)
-    channels, height, width = features.shape[1:]
-    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        taps = basis.to(compute).flatten(1).T.contiguous()
-        out = features.new_empty(len(features), height, width, filters, dtype=compute)
-        parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
-
-        def unify(_, part, patches, target):
-            inside = patches(part)
-            responses = torch.bmm(inside.mT, taps.expand(len(inside), *taps.shape)).view(-1, filters, channels)
-            target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
-
-        for source, target in zip(features, out, strict=True):
-            work = partial(unify, patches=Patches(source, basis.shape[-1], compute), target=target)
-            share_out(work, parts, range(min(crew_size(out.device), len(parts))))
-    return out.permute(0, 3, 1, 2).contiguous()
-
-
-class Patches:
-    """What a filter of k x k taps meets at each place of a map (C, h, w), divided by how many taps lie on the map.
-
-    Attributes:
-        share: (h, w, 1, 1, 1), one over the number of taps.
-    """
-
-    def __init__(self, source, k, dtype):
-        channels, height, width = source.shape
-        padded = source.new_zeros(height + k - 1, width + k - 1, channels, dtype=dtype)
-        padded[k // 2 : k // 2 + height, k // 2 : k // 2 + width] = source.permute(1, 2, 0)
-        self._patches = padded.unfold(0, k, 1).unfold(1, k, 1).permute(0, 1, 3, 4, 2)
-        rows, cols = (taps_inside(n, k, source.device) for n in source.shape[1:])
-        self.share = (1 / (rows[:, None] * cols).to(dtype))[..., None, None, None]
-
-    def __call__(self, part):
-        """(places, k * k, C) of two slices of the map."""
-        return (self._patches[part] * self.share[part]).flatten(2, 3).flatten(0, 1)
 
 
 def pieces(height, width, most):
@@ -144,131 +28,6 @@ def pieces(height, width, most):
     else:
         for row in range(0, height, most // width):
             yield slice(row, min(row + most // width, height)), slice(0, width)
-
-
-def cast(weights, dtype):
-    """A tuple of tensors, None and such tuples, in another dtype."""
-    if isinstance(weights, torch.Tensor):
-        return weights.to(dtype)
-    if weights is None:
-        return None
-    parts = [cast(part, dtype) for part in weights]
-    return type(weights)(*parts) if hasattr(weights, "_fields") else tuple(parts)
-
-
-def taps_inside(n, k, device):
-    """(n,): how many of the k taps around each place of an axis lie on it."""
-    place = torch.arange(n, device=device)
-    return (place + k // 2).clamp(max=n - 1) - (place - k // 2).clamp(min=0) + 1
-
-
-def _reflected(n, device):
-    """Places of an axis with one more on either side, reflected; an axis of one place repeats it."""
-    return (n - 1 - (n - 1 - torch.arange(-1, n + 1, device=device).abs()).abs()).clamp(0, n - 1)
-
-
-def _project(pixels, folded, bias, eps, out):
-    """RMSNorm and projection of `pixels` (P, D), which is written to, into `out`."""
-    torch.mul(pixels, pixels, out=out)
-    scale = out.mean(1, keepdim=True).add_(eps).rsqrt_()
-    torch.addmm(bias, pixels.mul_(scale), folded, out=out)
-
-
-class Moments:
-    """Mean and mean square of every channel over all pixels, gathered piece by piece."""
-
-    PIECES = 256  # whose sums are kept before they are put together, where their number is not known
-
-    def __init__(self, room=None, shares=None):
-        """For an image in known pieces: `room` (2, pieces, D), which `put` fills, and each one's share of the pixels.
-
-        The shares are (1, pieces) in float64.
-        """
-        self.room, self._shares = room, shares
-        self._counts, self._count, self._sums = [], 0, None
-
-    def add(self, x):
-        """Take in the pixels `x` (P, D) as one more piece."""
-        if self.room is None:
-            # One block: small tensors that stay would cut the heap to pieces among the large ones that come and go.
-            self.room = x.new_empty(2, self.PIECES, x.shape[1])
-        self._counts.append(len(x))
-        self.put(len(self._counts) - 1, x)
-        if len(self._counts) == self.PIECES:
-            self._gather()
-
-    def put(self, number, x, scratch=None):
-        """Take in the pixels `x` (P, D) of the piece of that number; `scratch`, if given, is written to."""
-        mean, variance = self.room[:, number]
-        if x.device.type == "cpu":
-            torch.ops.aten.batch_norm_update_stats.out(as_picture(x), None, None, 0.0, out0=mean, out1=variance)
-        else:
-            torch.mean(x, 0, out=mean)
-            torch.mean(torch.sub(x, mean, out=scratch).square_(), 0, out=variance)
-
-    def _gather(self):
-        """Add the pieces since the last time to the others."""
-        count = sum(self._counts)
-        if count:
-            sums = count * _mean_and_square(self.room[:, : len(self._counts)], shares_of(self._counts, self.room))
-            self._sums = sums if self._sums is None else self._sums + sums
-            self._count, self._counts = self._count + count, []
-
-    def groups(self, num_groups):
-        """(2, num_groups): mean and inverse deviation of the groups of channels, in float64."""
-        if self._shares is not None:
-            return group_statistics(*_mean_and_square(self.room, self._shares), num_groups)
-        self._gather()
-        return group_statistics(*self._sums / self._count, num_groups)
-
-    def affine(self, weight, bias, num_groups):
-        """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
-        return group_affine(self.groups(num_groups), weight, bias)
-
-
-def shares_of(counts, like):
-    """(1, pieces), float64: the share of the pixels that each piece has."""
-    shares = like.new_full((1, len(counts)), counts[0] / sum(counts), dtype=torch.float64)
-    for i, count in enumerate(counts):
-        if count != counts[0]:
-            shares[0, i] = count / sum(counts)  # a fill: a tensor made of the list would wait for an accelerator
-    return shares
-
-
-def _mean_and_square(room, shares):
-    """(2, D) in float64, from the pieces' means and variances (2, pieces, D)."""
-    means, variances = room = room.double()
-    variances.addcmul_(means, means)
-    return torch.matmul(shares, room)[:, 0]
-
-
-def as_picture(x):
-    """Pixels (P, D) as the picture (1, D, P, 1), channels last, that torch's own normalisations take."""
-    return x.view(1, len(x), 1, -1).permute(0, 3, 1, 2)
-
-
-def group_statistics(mean, square, num_groups):
-    """Mean and inverse deviation of groups of channels (2, num_groups), from those of every channel in float64.
-
-    `square` is the mean square; float64 leaves of its difference from the mean's square what float32 can tell.
-    """
-    mean, square = torch.stack((mean, square)).view(2, num_groups, -1).mean(2)
-    return torch.stack((mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(NORM_EPS).rsqrt_()))
-
-
-def group_affine(statistics, weight, bias):
-    """GroupNorm as scale and shift (2, D), from mean and inverse deviation (2, num_groups)."""
-    mean, inverse = by_channel(statistics.double(), len(weight))
-    out = weight.new_empty(2, len(weight))
-    out[0] = scale = inverse * weight
-    out[1] = bias - mean * scale
-    return out
-
-
-def by_channel(statistics, channels):
-    """(..., num_groups) repeated to (..., channels)."""
-    repeat = channels // statistics.shape[-1]
-    return statistics[..., None].expand(*statistics.shape, repeat).flatten(-2)
 
 
 class Piece(NamedTuple):
@@ -407,3 +166,8 @@ class Walk:
             return out, self.measured(end, out.shape[1])
         self.each(end)
         return out, None
+
+
+def flat_pixels(x):
+    """(B, H, W, D) as (B, H * W, D)."""
+    return x.reshape(len(x), -1, x.shape[-1])

@@ -76,3 +76,13 @@ def _flat(weights):
 
 def _blocks(tensors, skip=False):
     return Block(*islice(tensors, 6 + skip)), Block(*islice(tensors, 6))
+
+
+def cast(weights, dtype):
+    """A tuple of tensors, None and such tuples, in another dtype."""
+    if isinstance(weights, torch.Tensor):
+        return weights.to(dtype)
+    if weights is None:
+        return None
+    parts = [cast(part, dtype) for part in weights]
+    return type(weights)(*parts) if hasattr(weights, "_fields") else tuple(parts)

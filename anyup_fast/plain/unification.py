@@ -1,0 +1,112 @@
+"""The feature-agnostic layer in plain PyTorch, forward and backward: a few thousand responses at a time."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ..cpu.crew import crew_size, led, share_out
+from .walks import pieces
+
+RESPONSES = 1 << 20  # of the feature-agnostic layer at once
+
+
+@led
+def unit_channels(features):
+    """`anyup_fast.layers.unit_channels`."""
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).contiguous()
+
+
+@led
+def feature_unification(features, basis):
+    """`anyup_fast.ops.feature_unification`."""
+    compute = torch.promote_types(features.dtype, torch.float32)
+    filters = len(basis)
+    channels, height, width = features.shape[1:]
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        taps = basis.to(compute).flatten(1).T.contiguous()
+        out = features.new_empty(len(features), height, width, filters, dtype=compute)
+        parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
+
+        def unify(_, part, patches, target):
+            inside = patches(part)
+            responses = torch.bmm(inside.mT, taps.expand(len(inside), *taps.shape)).view(-1, filters, channels)
+            target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
+
+        for source, target in zip(features, out, strict=True):
+            work = partial(unify, patches=Patches(source, basis.shape[-1], compute), target=target)
+            share_out(work, parts, range(min(crew_size(out.device), len(parts))))
+    return out.permute(0, 3, 1, 2).contiguous()
+
+
+class Patches:
+    """What a filter of k x k taps meets at each place of a map (C, h, w), divided by how many taps lie on the map.
+
+    Attributes:
+        share: (h, w, 1, 1, 1), one over the number of taps.
+    """
+
+    def __init__(self, source, k, dtype):
+        channels, height, width = source.shape
+        padded = source.new_zeros(height + k - 1, width + k - 1, channels, dtype=dtype)
+        padded[k // 2 : k // 2 + height, k // 2 : k // 2 + width] = source.permute(1, 2, 0)
+        self._patches = padded.unfold(0, k, 1).unfold(1, k, 1).permute(0, 1, 3, 4, 2)
+        rows, cols = (taps_inside(n, k, source.device) for n in source.shape[1:])
+        self.share = (1 / (rows[:, None] * cols).to(dtype))[..., None, None, None]
+
+    def __call__(self, part):
+        """(places, k * k, C) of two slices of the map."""
+        return (self._patches[part] * self.share[part]).flatten(2, 3).flatten(0, 1)
+
+
+def taps_inside(n, k, device):
+    """(n,): how many of the k taps around each place of an axis lie on it."""
+    place = torch.arange(n, device=device)
+    return (place + k // 2).clamp(max=n - 1) - (place - k // 2).clamp(min=0) + 1
+
+
+@led
+def feature_unification_backward(grad, features, basis, for_features=True):
+    """Gradients of `anyup_fast.ops.feature_unification` for features (if asked for, else empty) and basis."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    filters, _, k, _ = basis.shape
+    channels, height, width = features.shape[1:]
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        matrix = basis.to(wide).flatten(1).T.contiguous()
+        grad_matrix = torch.zeros_like(matrix)
+        grad_features = features.new_empty(features.shape if for_features else 0)
+        for b, (source, given) in enumerate(zip(features, grad.permute(0, 2, 3, 1), strict=True)):
+            patches = Patches(source, k, wide)
+            padded_shape = height + k - 1, width + k - 1, channels
+
+            def through_softmax(sums, part, patches=patches, given=given):
+                of_basis, spread = sums
+                r, c = part
+                inside = patches(part)
+                weights = torch.bmm(inside.mT, matrix.expand(len(inside), *matrix.shape)).view(-1, filters, channels)
+                torch.softmax(weights, 1, out=weights)
+                slope = weights * (given[r, c].reshape(-1, filters, 1).to(wide) / channels)
+                slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)
+                slope = slope.view(-1, channels, filters)
+                of_basis.add_(torch.bmm(inside, slope).sum(0))
+                if not for_features:
+                    return
+                shape = r.stop - r.start, c.stop - c.start
+                taps = (slope @ matrix.T).view(*shape, channels, k * k).mul_(patches.share[r, c, 0])
+                for i in range(k * k):
+                    top, left = r.start + i // k, c.start + i % k
+                    spread[top : top + shape[0], left : left + shape[1]] += taps[..., i]
+
+            parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
+            desks = [
+                (torch.zeros_like(grad_matrix), matrix.new_zeros(padded_shape if for_features else 0))
+                for _ in range(min(crew_size(grad.device), len(parts)))
+            ]
+            share_out(through_softmax, parts, desks, in_order=True)
+            grad_matrix += sum(of_basis for of_basis, _ in desks)
+            spread = sum(spread for _, spread in desks)
+            if for_features:
+                inner = spread[k // 2 : k // 2 + height, k // 2 : k // 2 + width]
+                grad_features[b] = inner.permute(2, 0, 1)
+    return grad_features, grad_matrix.T.reshape(basis.shape).to(basis.dtype)
