@@ -193,7 +193,7 @@ def rows(targets, dtypes, defaults_only=False):
 def backward_rows(targets, dtypes):
     """As `rows`, for the kernels of the backward and the plans of `GRIDS` and of windows that are not one block."""
     import triton
-    from anyup_fast.kernels import windowed_attention_backward as w
+    from anyup_fast.kernels import attention_backward as w
     from anyup_fast.kernels.windowed_attention import _frozen, _spans
 
     from anyup_fast.ops import window_bounds

@@ -160,7 +160,7 @@ def windowed_attention_backward_op(
     """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), on a named back end."""
     tensors = grad, query, key, value, row_bounds, col_bounds
     if backend == "triton":
-        from ..kernels.windowed_attention_backward import windowed_attention_bwd
+        from ..kernels.attention_backward import windowed_attention_bwd
 
         *grads, of_value = windowed_attention_bwd(*tensors, scale=scale, head_mode=head_mode)
         return *grads, of_value if for_value else value.new_empty(len(value), 0)
