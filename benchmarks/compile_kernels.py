@@ -49,7 +49,7 @@ def device_of(target):
 
 def default_tile(target, dtype, image, grid, channels):
     """The tile chosen for one of `GRIDS`, and the width of the rectangle of keys that it spans."""
-    from anyup_fast.kernels.windowed_attention import _frozen, _spans
+    from anyup_fast.kernels.attention import _frozen, _spans
 
     from anyup_fast.ops import window_bounds
 
@@ -64,7 +64,7 @@ def default_tile(target, dtype, image, grid, channels):
 
 def kernels_of(tile):
     """The device functions a tile launches, each with its own block_k."""
-    from anyup_fast.kernels import windowed_attention as w
+    from anyup_fast.kernels import attention as w
 
     if tile.design == "two_pass":
         return {"stats": (w._stats_kernel, tile.stats_block_k), "apply": (w._apply_kernel, tile.block_k)}
@@ -194,7 +194,7 @@ def backward_rows(targets, dtypes):
     """As `rows`, for the kernels of the backward and the plans of `GRIDS` and of windows that are not one block."""
     import triton
     from anyup_fast.kernels import attention_backward as w
-    from anyup_fast.kernels.windowed_attention import _frozen, _spans
+    from anyup_fast.kernels.attention import _frozen, _spans
 
     from anyup_fast.ops import window_bounds
 

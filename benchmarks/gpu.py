@@ -33,8 +33,8 @@ import attention_cases  # noqa: E402
 import gpu_backward  # noqa: E402
 import gpu_forward  # noqa: E402
 import torch  # noqa: E402
+from anyup_fast.kernels import attention as kernel  # noqa: E402
 from anyup_fast.kernels import tiling  # noqa: E402
-from anyup_fast.kernels import windowed_attention as kernel  # noqa: E402
 from attention import check, problem  # noqa: E402
 
 from anyup_fast.files import written_aside  # noqa: E402

@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device
-from .windowed_attention import (
+from .attention import (
     LOG2E,
     _dot,
     _frozen,
@@ -34,6 +33,7 @@ from .windowed_attention import (
     _tables,
     _tile,
 )
+from .tiling import Device
 
 KEY_W = 8
 # Numbers of one head, times heads, that a program accumulates gradients for.

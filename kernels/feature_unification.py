@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import LOG2E, _dot, _on
 from .query_projection import DTYPES, dot_precision
 from .tiling import Device
-from .windowed_attention import LOG2E, _dot, _on
 
 MOST_FILTERS = 256
 # What the grouped design takes at once: taps, and taps times channels.

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import INTERPRETED, _dot, _on
 from .tiling import Device
-from .windowed_attention import INTERPRETED, _dot, _on
 
 NORM_EPS = tl.constexpr(1e-5)
 IMAGE_PIXELS = 2048  # of a program that only reads the image

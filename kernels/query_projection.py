@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import _dot, _on
 from .tiling import Device
-from .windowed_attention import _dot, _on
 
 DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

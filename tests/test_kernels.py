@@ -9,7 +9,7 @@ from pathlib import Path
 import attention_cases
 import pytest
 import torch
-from anyup_fast.kernels import tiling, windowed_attention
+from anyup_fast.kernels import attention, tiling
 from anyup_fast.kernels.tiling import Tile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +21,7 @@ DESIGNS = ("window", "two_pass", "heads")
 DTYPES = list(attention_cases.DTYPES.values())
 
 
-def solve(problem, tile, module=windowed_attention):
+def solve(problem, tile, module=attention):
     there = problem.to(DEVICE)
     out = module.windowed_attention_fwd(*there.tensors, scale=problem.scale, head_mode=problem.head_mode, tile=tile)
     assert out.dtype == problem.value.dtype and out.is_contiguous()
@@ -45,8 +45,8 @@ def small_tile(problem, design, rng):
     if design == "heads":
         return Tile("heads", block_h, block_w, 16, 2 ** max(4, math.ceil(math.log2(channels + 1))), 4)
     if design == "window":
-        bounds = [windowed_attention._frozen(b) for b in (problem.row_bounds, problem.col_bounds)]
-        keys = math.prod(windowed_attention._spans(*bounds, block_h, block_w))
+        bounds = [attention._frozen(b) for b in (problem.row_bounds, problem.col_bounds)]
+        keys = math.prod(attention._spans(*bounds, block_h, block_w))
         return Tile("window", block_h, block_w, 2 ** max(4, math.ceil(math.log2(keys))), rng.choice((16, 32)), 4)
     return Tile("two_pass", block_h, block_w, 16, rng.choice((16, 32)), 4, stats_block_k=16)
 
@@ -100,7 +100,7 @@ def test_head_modes(design, head_mode):
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("design", ["two_pass", "heads"])
 def test_fixed_offset_and_running_maximum_agree(design, safe, monkeypatch):
-    offsets = dict.fromkeys(windowed_attention.SAFE_OFFSET, 12.0 if safe else -1.0)
+    offsets = dict.fromkeys(attention.SAFE_OFFSET, 12.0 if safe else -1.0)
     monkeypatch.setattr(windowed_attention, "SAFE_OFFSET", offsets)
     problem = attention_cases.make(4, torch.float32, (6, 7), (8, 9), 12, ratio=0.3)
     check(problem, small_tile(problem, design, random.Random(0)))
@@ -121,8 +121,8 @@ def test_any_scale(scale):
 
 def test_long_and_narrow_windows():
     problem = attention_cases.make(7, torch.float32, (5, 4), (24, 2), 8, ratio=0.0)
-    bounds = [windowed_attention._frozen(b) for b in (problem.row_bounds, problem.col_bounds)]
-    assert windowed_attention._spans(*bounds, 4, 4) == (24, 2), "more rows than one bit each in half a word"
+    bounds = [attention._frozen(b) for b in (problem.row_bounds, problem.col_bounds)]
+    assert attention._spans(*bounds, 4, 4) == (24, 2), "more rows than one bit each in half a word"
     check(problem, Tile("window", 4, 4, 64, 16, 4))
 
 
@@ -145,7 +145,7 @@ def test_channels_last_inputs_and_values_with_strided_channels():
     problem = attention_cases.make(10, torch.float32, (5, 6), (4, 5), 8)
     problem.value = problem.value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert problem.value.stride(-1) != 1
-    out = windowed_attention.windowed_attention_fwd(
+    out = attention.windowed_attention_fwd(
         *(x.to(DEVICE) for x in problem.tensors[:3]), *problem.tensors[3:], tile=Tile("window", 4, 4, 32, 16, 4)
     )
     assert problem.error(out) <= attention_cases.TOLERANCE[torch.float32]
@@ -173,13 +173,13 @@ BROKEN = [
 
 @pytest.mark.parametrize(("design", "old", "new"), BROKEN)
 def test_a_broken_mask_is_caught(design, old, new, tmp_path, monkeypatch):
-    source = Path(windowed_attention.__file__)
+    source = Path(attention.__file__)
     text = source.read_text(encoding="utf-8")
     assert old in text
     for name, content in (
         ("__init__.py", ""),
         ("tiling.py", (source.parent / "tiling.py").read_text(encoding="utf-8")),
-        ("windowed_attention.py", text.replace(old, new)),
+        ("attention.py", text.replace(old, new)),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
     for name, path in (("broken", "__init__.py"), ("broken.tiling", "tiling.py"), ("broken.kernel", source.name)):
@@ -221,16 +221,16 @@ def test_nothing_of_the_size_of_the_attention_is_made(design):
     tensors = [x.contiguous().to(DEVICE) for x in problem.tensors[:3]]
     tile = small_tile(problem, design, random.Random(0))
     with Sizes() as sizes:
-        windowed_attention.windowed_attention_fwd(*tensors, *problem.tensors[3:], tile=tile)
+        attention.windowed_attention_fwd(*tensors, *problem.tensors[3:], tile=tile)
     assert max(sizes.made) <= 4 * problem.key.numel() < 12 * 12 * 16 * 16, "bytes, where the interpreter copies"
 
 
 def test_bounds_are_copied_to_the_device_once():
-    windowed_attention._frozen_tables.cache_clear()
+    attention._frozen_tables.cache_clear()
     problem = attention_cases.make(15, torch.float32, (6, 6), (4, 4), 4).to(DEVICE)
     for _ in range(3):
-        windowed_attention.windowed_attention_fwd(*problem.tensors, tile=Tile("window", 4, 4, 16, 16, 4))
-    assert windowed_attention._frozen_tables.cache_info().misses == 1, "rows and columns have the same windows here"
+        attention.windowed_attention_fwd(*problem.tensors, tile=Tile("window", 4, 4, 16, 16, 4))
+    assert attention._frozen_tables.cache_info().misses == 1, "rows and columns have the same windows here"
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_offsets_beyond_two_to_the_31():
     for design in DESIGNS:
         tile = small_tile(problem, design, random.Random(0))
         there = problem.to(DEVICE)
-        out = windowed_attention.windowed_attention_fwd(there.query, there.key, value, *problem.tensors[3:], tile=tile)
+        out = attention.windowed_attention_fwd(there.query, there.key, value, *problem.tensors[3:], tile=tile)
         assert problem.error(out) <= attention_cases.TOLERANCE[torch.bfloat16]
 
 
@@ -249,12 +249,12 @@ def test_offsets_beyond_two_to_the_31():
 def test_it_can_be_captured_in_a_graph_and_waits_for_nothing():
     problem = attention_cases.make(17, torch.bfloat16, (40, 40), (12, 12), 32).to(DEVICE)
     arguments = problem.tensors
-    windowed_attention.windowed_attention_fwd(*arguments)
+    attention.windowed_attention_fwd(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = windowed_attention.windowed_attention_fwd(*arguments)
+        out = attention.windowed_attention_fwd(*arguments)
     torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert problem.error(out) <= attention_cases.TOLERANCE[torch.bfloat16]
@@ -265,6 +265,6 @@ def test_bounds_on_the_device_are_not_read_on_the_host():
     problem = attention_cases.make(18, torch.bfloat16, (40, 40), (12, 12), 32).to(DEVICE)
     bounds = [window_bounds(40, 12, 0.1).to(DEVICE) for _ in range(2)]
     torch.cuda.set_sync_debug_mode("error")
-    out = windowed_attention.windowed_attention_fwd(*problem.tensors[:3], *bounds)
+    out = attention.windowed_attention_fwd(*problem.tensors[:3], *bounds)
     torch.cuda.set_sync_debug_mode("default")
     assert problem.error(out) <= attention_cases.TOLERANCE[torch.bfloat16]

@@ -9,9 +9,9 @@ import attention_cases
 import pytest
 import torch
 from anyup_fast.kernels import attention_backward as kernels
+from anyup_fast.kernels.attention import _tile_table
 from anyup_fast.kernels.attention_backward import Blocks, Plan
 from anyup_fast.kernels.tiling import Device
-from anyup_fast.kernels.windowed_attention import _tile_table
 
 from anyup_fast.ops import neighborhood_bounds, window_bounds
 from anyup_fast.ops.attention import windowed_attention_backward_op, windowed_attention_op

@@ -133,7 +133,7 @@ def windowed_attention_op(
 ) -> Tensor:
     """`anyup_fast.ops.windowed_attention` on a named back end ("triton" or "torch"), arguments unchecked."""
     if backend == "triton":
-        from ..kernels.windowed_attention import windowed_attention_fwd as run
+        from ..kernels.attention import windowed_attention_fwd as run
     else:
         run = plain.windowed_attention
     return run(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
