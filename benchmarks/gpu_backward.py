@@ -5,7 +5,7 @@ import time
 import attention_cases
 import torch
 from anyup_fast.kernels import attention_backward as kernel
-from anyup_fast.kernels import feature_unification_backward as unification
+from anyup_fast.kernels import unification_backward as unification
 from attention import problem
 
 from anyup_fast.ops import reference, windowed_attention

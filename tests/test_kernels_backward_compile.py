@@ -83,7 +83,7 @@ def test_faults_are_seen():
 def rows(target):
     """Yield figures of the kernels of feature unification, compiled as their launcher would."""
     import compile_kernels
-    from anyup_fast.kernels import feature_unification_backward as f
+    from anyup_fast.kernels import unification_backward as f
 
     device = compile_kernels.device_of(target)
     _, _, taps, gather = f.plan(device, 384, 128, 5)

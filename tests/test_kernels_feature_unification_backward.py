@@ -3,7 +3,7 @@
 import attention_cases
 import pytest
 import torch
-from anyup_fast.kernels import feature_unification_backward as kernels
+from anyup_fast.kernels import unification_backward as kernels
 from anyup_fast.kernels.tiling import Device
 from test_kernels_feature_unification import A100, DEVICE, DTYPES, H100, MI300, Sizes, make
 

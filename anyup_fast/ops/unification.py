@@ -86,7 +86,7 @@ def feature_unification_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `feature_unification` for features (if asked for, else empty) and basis."""
     if backend == "triton":
-        from ..kernels.feature_unification_backward import feature_unification_bwd
+        from ..kernels.unification_backward import feature_unification_bwd
 
         of_features, of_basis = feature_unification_bwd(grad, features, basis)
         return of_features if for_features else features.new_empty(0), of_basis
