@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from .attention import LOG2E, _dot, _on
-from .feature_unification import _pixel, _responses, _taps
-from .feature_unification import plan as forward_plan
 from .query_projection import dot_precision
 from .tiling import Device
+from .unification import _pixel, _responses, _taps
+from .unification import plan as forward_plan
 
 # Programs that share the pixels in the second kernel, and numbers that the taps of one band of rows may take.
 PROGRAMS, MOST_TAPPED = 512, 2**26

@@ -6,9 +6,9 @@ import attention_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from anyup_fast.kernels import feature_unification
-from anyup_fast.kernels.feature_unification import plan, why_not_feature_unification
+from anyup_fast.kernels import unification
 from anyup_fast.kernels.tiling import Device
+from anyup_fast.kernels.unification import plan, why_not_feature_unification
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyup_fast.ops import reference
@@ -42,7 +42,7 @@ def error_of(out, features, basis):
     return ((out.double().cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
-def solve(features, basis, module=feature_unification, **options):
+def solve(features, basis, module=unification, **options):
     out = module.feature_unification_fwd(features, basis, **options)
     assert out.dtype == torch.float32 and out.is_contiguous()
     assert out.shape == (len(features), len(basis), *features.shape[2:])
@@ -203,7 +203,7 @@ BROKEN = [
 def test_a_broken_mask_is_caught(old, new, channels, filters, broken):
     arguments = make(channels, filters, 3, (1, 3, 4))
     check(*arguments)
-    out = solve(*arguments, broken(feature_unification, old, new))
+    out = solve(*arguments, broken(unification, old, new))
     assert not error_of(out, *arguments) <= 100 * TOLERANCE
 
 

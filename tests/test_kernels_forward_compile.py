@@ -22,15 +22,15 @@ UNIFIED = {"grouped": (384, 5), "gathered": (100, 5)}
 
 def problems(device):
     """Yield (kernel, dtype, device function, constants and options, pointers to other than the queries' dtype)."""
-    from anyup_fast.kernels import feature_unification, query_projection
+    from anyup_fast.kernels import query_projection, unification
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         constants = query_projection.plan(device, dtype, 128)
         yield "query_projection", dtype, query_projection._query_projection_kernel, constants, ("norm_ptr", "bias_ptr")
     for name, (channels, size) in UNIFIED.items():
-        grouped, constants = feature_unification.plan(device, channels, 128, size)
+        grouped, constants = unification.plan(device, channels, 128, size)
         assert grouped == (name == "grouped")
-        yield name, torch.float32, getattr(feature_unification, f"_{name}_kernel"), constants, ()
+        yield name, torch.float32, getattr(unification, f"_{name}_kernel"), constants, ()
 
 
 def rows(target):

@@ -45,7 +45,7 @@ def _why_not(name, features, basis):
         return None
     if reason := why_no_triton(features.device, features.dtype):
         return reason
-    from ..kernels.feature_unification import why_not_feature_unification
+    from ..kernels.unification import why_not_feature_unification
 
     return why_not_feature_unification(features.shape[1], len(basis), basis.shape[-1], features.dtype)
 
@@ -68,7 +68,7 @@ def _(features):
 def feature_unification_op(features: Tensor, basis: Tensor, backend: str) -> Tensor:
     """`anyup_fast.ops.feature_unification` on a named back end, arguments unchecked."""
     if backend == "triton":
-        from ..kernels.feature_unification import feature_unification_fwd as run
+        from ..kernels.unification import feature_unification_fwd as run
     else:
         run = plain.feature_unification
     return run(features, basis)
