@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .attention import LOG2E, _dot, _on
-from .query_projection import DTYPES, dot_precision
+from .queries import DTYPES, dot_precision
 from .tiling import Device
 
 MOST_FILTERS = 256

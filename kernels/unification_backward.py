@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .attention import LOG2E, _dot, _on
-from .query_projection import dot_precision
+from .queries import dot_precision
 from .tiling import Device
 from .unification import _pixel, _responses, _taps
 from .unification import plan as forward_plan

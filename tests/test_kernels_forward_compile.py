@@ -22,11 +22,11 @@ UNIFIED = {"grouped": (384, 5), "gathered": (100, 5)}
 
 def problems(device):
     """Yield (kernel, dtype, device function, constants and options, pointers to other than the queries' dtype)."""
-    from anyup_fast.kernels import query_projection, unification
+    from anyup_fast.kernels import queries, unification
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        constants = query_projection.plan(device, dtype, 128)
-        yield "query_projection", dtype, query_projection._query_projection_kernel, constants, ("norm_ptr", "bias_ptr")
+        constants = queries.plan(device, dtype, 128)
+        yield "query_projection", dtype, queries._query_projection_kernel, constants, ("norm_ptr", "bias_ptr")
     for name, (channels, size) in UNIFIED.items():
         grouped, constants = unification.plan(device, channels, 128, size)
         assert grouped == (name == "grouped")

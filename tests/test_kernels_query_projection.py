@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from anyup_fast.kernels import query_projection
-from anyup_fast.kernels.query_projection import plan, why_not_query_projection
+from anyup_fast.kernels import queries
+from anyup_fast.kernels.queries import plan, why_not_query_projection
 from anyup_fast.kernels.tiling import Device
 
 from anyup_fast.layers import RMS_EPS, RMSNorm
@@ -57,7 +57,7 @@ def error_of(out, arguments):
     return ((out.double().cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
-def solve(arguments, module=query_projection, **options):
+def solve(arguments, module=queries, **options):
     out = module.project_queries_fwd(*arguments, eps=RMS_EPS, **options)
     assert out.dtype == arguments[0].dtype and out.shape == arguments[0].shape and out.is_contiguous()
     return out
@@ -125,7 +125,7 @@ def test_the_epsilon_counts():
     query, *weights = make(8, torch.float32, (1, 4, 4), 32)
     query *= 1e-3
     check((query, *weights))
-    loose = query_projection.project_queries_fwd(query, *weights, eps=1e-5)
+    loose = queries.project_queries_fwd(query, *weights, eps=1e-5)
     assert error_of(loose, (query, *weights)) > 0.1
 
 
@@ -171,7 +171,7 @@ BROKEN = [
 def test_a_broken_mask_is_caught(old, new, broken):
     arguments = make(11, torch.float32, (1, 7, 9), 16)
     check(arguments)
-    out = solve(arguments, broken(query_projection, old, new))
+    out = solve(arguments, broken(queries, old, new))
     assert not error_of(out, arguments) <= 100 * TOLERANCE[torch.float32]
 
 

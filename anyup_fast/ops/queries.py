@@ -49,7 +49,7 @@ def _why_not_projection(name, query, recorded):
         return reason
     if recorded:
         return "records no gradients, which are asked for"
-    from ..kernels.query_projection import why_not_query_projection
+    from ..kernels.queries import why_not_query_projection
 
     return why_not_query_projection(query.shape[-1], query.dtype)
 
@@ -60,7 +60,7 @@ def project_queries_op(
 ) -> Tensor:
     """`anyup_fast.ops.project_queries` on a named back end, arguments unchecked."""
     if backend == "triton":
-        from ..kernels.query_projection import project_queries_fwd
+        from ..kernels.queries import project_queries_fwd
 
         return project_queries_fwd(query, conv, norm, weight, bias, eps=eps, precision=triton_precision())
     return plain.project_queries(query, conv, norm, weight, bias, eps=eps)
