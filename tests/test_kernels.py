@@ -101,7 +101,7 @@ def test_head_modes(design, head_mode):
 @pytest.mark.parametrize("design", ["two_pass", "heads"])
 def test_fixed_offset_and_running_maximum_agree(design, safe, monkeypatch):
     offsets = dict.fromkeys(attention.SAFE_OFFSET, 12.0 if safe else -1.0)
-    monkeypatch.setattr(windowed_attention, "SAFE_OFFSET", offsets)
+    monkeypatch.setattr(attention, "SAFE_OFFSET", offsets)
     problem = attention_cases.make(4, torch.float32, (6, 7), (8, 9), 12, ratio=0.3)
     check(problem, small_tile(problem, design, random.Random(0)))
 

@@ -282,7 +282,7 @@ def test_a_broken_kernel_is_caught(old, new, tmp_path, monkeypatch):
     for name in ("tiling.py", "windowed_attention.py"):
         (tmp_path / name).write_text((source.parent / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / source.name).write_text(text.replace(old, new), encoding="utf-8")
-    modules = {"broken": "__init__.py", "broken.tiling": "tiling.py", "broken.windowed_attention": None}
+    modules = {"broken": "__init__.py", "broken.tiling": "tiling.py", "broken.attention": None}
     for name, path in (*modules.items(), ("broken.guidance", source.name)):
         path = tmp_path / (path or name.rpartition(".")[2] + ".py")
         folder = [str(tmp_path)] if name == "broken" else None
