@@ -115,7 +115,7 @@ def prepare(image, features, weights="embedded", *, device=None):
         weights, device: see `upsample_features_with_anyup`.
 
     Returns:
-        `anyup_fast.upsampling.Prepared`; answers always carry the batch dimension.
+        `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as `upsample_features_with_anyup`.

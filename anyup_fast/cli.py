@@ -265,7 +265,7 @@ def _upsample(arguments):
     from .checkpoints import locate_checkpoint
     from .encoders import load_encoder
     from .model import AnyUp
-    from .upsampling import load_head
+    from .prepared import load_head
     from .visualize import FIGURE_SUFFIXES
 
     for option, path, suffixes in (

@@ -372,13 +372,13 @@ class AnyUp(nn.Module):
             state: of `Prepared.state`, of the same model, image and features: saves the passes over the image.
 
         Returns:
-            anyup_fast.upsampling.Prepared. What depends on the whole image is computed with the first answer.
+            anyup_fast.prepared.Prepared. What depends on the whole image is computed with the first answer.
 
         Raises:
             ValueError: as `forward`; a configuration that only the plain layers cover (see `why_not_fused`).
         """
         from .image import rows_of
-        from .upsampling import Prepared
+        from .prepared import Prepared
 
         read = None
         if not isinstance(image, torch.Tensor):
@@ -455,7 +455,7 @@ class AnyUp(nn.Module):
 
     def _frugal(self, image, features, value, output_size, max_memory):
         """The output by the plan that needs the least memory."""
-        from .upsampling import Prepared
+        from .prepared import Prepared
 
         out = value.numel() // value[0, 0].numel() * output_size[0] * output_size[1] * value.element_size()
         wide = torch.promote_types(self.rope.freqs.dtype, torch.float32)

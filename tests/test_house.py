@@ -14,7 +14,7 @@ from tree import ROOT, project_files
 LEVELS = [
     {"cli"},
     {"api", "batch", "distributed", "training", "optimization", "data", "evaluation"},
-    {"image", "encoders", "checkpoints", "model", "upsampling", "stores", "visualize", "acceleration", "export"},
+    {"image", "encoders", "checkpoints", "model", "prepared", "stores", "visualize", "acceleration", "export"},
     {"layers", "ops"},
     {"plain"},
     {"cpu"},

@@ -279,7 +279,7 @@ def test_a_broken_kernel_is_caught(old, new, tmp_path, monkeypatch):
     text = source.read_text(encoding="utf-8")
     assert text.count(old) == 1
     (tmp_path / "__init__.py").write_text("", encoding="utf-8")
-    for name in ("tiling.py", "windowed_attention.py"):
+    for name in ("tiling.py", "attention.py"):
         (tmp_path / name).write_text((source.parent / name).read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / source.name).write_text(text.replace(old, new), encoding="utf-8")
     modules = {"broken": "__init__.py", "broken.tiling": "tiling.py", "broken.attention": None}

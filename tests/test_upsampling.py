@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import anyup_fast
-from anyup_fast import AnyUp, upsampling
+from anyup_fast import AnyUp
 from anyup_fast.image import normalize
 from anyup_fast.plain import guidance as plain_guidance
+from anyup_fast.prepared import Prepared, linear_head
 from anyup_fast.stores import Store
-from anyup_fast.upsampling import Prepared
 
 SIZES = [((40, 53), (4, 6)), ((31, 31), (9, 5)), ((64, 48), (1, 1)), ((20, 90), (3, 7))]
 
@@ -107,7 +107,7 @@ def test_a_head_on_the_low_res_features_is_the_head_on_the_output(model, make):
     head = make()
     image, features = inputs()
     full, prepared = model(image, features), model.prepare(image, features)
-    weight, bias = upsampling.linear_head(head, 7)
+    weight, bias = linear_head(head, 7)
     expected = torch.einsum("kc,bchw->bkhw", weight, full)
     expected = expected if bias is None else expected + bias[:, None, None]
     headed = prepared.head(head)

@@ -10,7 +10,7 @@ import torch
 from ..api import checked_device
 from ..checkpoints import locate_checkpoint
 from ..model import AnyUp
-from ..upsampling import checked_box, checked_points
+from ..prepared import checked_box, checked_points
 from . import outputs
 from .manifest import NAME, Manifest
 from .settings import Settings
@@ -28,7 +28,7 @@ def open_archive(output, *, weights=None, device="cpu"):
         device: where answers are computed.
 
     Returns:
-        Archive: name of a source -> `Answers`, or `anyup_fast.upsampling.Prepared` of a run with kind "lowres".
+        Archive: name of a source -> `Answers`, or `anyup_fast.prepared.Prepared` of a run with kind "lowres".
 
     Raises:
         FileNotFoundError: no manifest there. ValueError: a damaged one.

@@ -9,7 +9,7 @@ import torch
 from ..encoders import load_encoder
 from ..image import denormalize, normalize
 from ..model import AnyUp
-from ..upsampling import load_head
+from ..prepared import load_head
 from . import outputs
 from .colours import Colours
 from .settings import output_size_of
