@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from .checks import checked_device
 from .image import load_image
 from .visualize import visualize_feature_comparison
 
@@ -147,21 +148,6 @@ def _upsampler(image, features, weights, device):
     image, features = _finite("image", image.to(device)), _finite("features", features.to(device))
     model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
     return image, features, model, single_image and single_features
-
-
-def checked_device(device, tensor=None):
-    """`device` as a torch.device; None means that of `tensor`.
-
-    Raises:
-        ValueError: no tensor can be made there.
-    """
-    if device is None:
-        return tensor.device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"device: {str(device)!r} cannot be used here ({reason}); 'cpu' always can") from error
 
 
 def _model(weights, device):

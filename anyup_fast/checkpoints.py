@@ -31,7 +31,7 @@ def cache_folder():
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def load_checkpoint(weights):
+def load_checkpoint(weights, architecture=None):
     """Load a checkpoint of AnyUp.
 
     Args:
@@ -39,6 +39,8 @@ def load_checkpoint(weights):
             authors under CC-BY-4.0, downloaded once to `cache_folder()`), or a path or http(s)/file URL of a
             .safetensors file or of a pickled state dict. Pickles are loaded with `weights_only=True`: code in them
             is refused, not run.
+        architecture: class (or function) that makes the module of the checkpoint's config, to whose names and shapes
+            the state dict is held strictly; None leaves that to the caller.
 
     Returns:
         (state_dict, config): float tensors by name, and keyword arguments for `AnyUp`. A safetensors file may carry
@@ -52,7 +54,9 @@ def load_checkpoint(weights):
     """
     path = locate_checkpoint(weights)
     state_dict, config = _read(path)
-    _check(state_dict, config, path)
+    if architecture is not None:
+        _check_names(state_dict, config, path, architecture)
+    _check_values(state_dict, path)
     return state_dict, config
 
 
@@ -188,15 +192,14 @@ def _damaged(path, error):
     return f"weights: {path} is damaged or no checkpoint ({reason}); remove it and fetch it again"
 
 
-def _check(state_dict, config, path):
-    from .model import AnyUp
-
-    unknown = set(config) - inspect.signature(AnyUp).parameters.keys() if isinstance(config, dict) else {repr(config)}
+def _check_names(state_dict, config, path, architecture):
+    known = inspect.signature(architecture).parameters.keys()
+    unknown = set(config) - known if isinstance(config, dict) else {repr(config)}
     if unknown:
         raise ValueError(f"weights: the config in {path} has arguments that AnyUp does not know: {sorted(unknown)}")
     try:
         with torch.device("meta"):
-            expected = {name: tensor.shape for name, tensor in AnyUp(**config).state_dict().items()}
+            expected = {name: tensor.shape for name, tensor in architecture(**config).state_dict().items()}
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ValueError(f"weights: no AnyUp can be made from the config {config} in {path}: {error}") from error
     missing, extra = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
@@ -211,6 +214,10 @@ def _check(state_dict, config, path):
                 f"weights: {name} in {path} has shape {tuple(tensor.shape)}, AnyUp needs {tuple(expected[name])}; "
                 "other widths need their config beside them (see save_checkpoint)"
             )
+
+
+def _check_values(state_dict, path):
+    for name, tensor in state_dict.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise ValueError(
                 f"weights: {name} in {path} is not a finite floating-point tensor; fetch or train it again"

@@ -228,7 +228,7 @@ def _size(text):
 def _device(name):
     import torch
 
-    from .api import checked_device
+    from .checks import checked_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,8 +264,8 @@ def _upsample(arguments):
     from .api import extract_features, load_image, prepare, visualize_feature_comparison
     from .checkpoints import locate_checkpoint
     from .encoders import load_encoder
+    from .heads import load_head
     from .model import AnyUp
-    from .prepared import load_head
     from .visualize import FIGURE_SUFFIXES
 
     for option, path, suffixes in (

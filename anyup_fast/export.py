@@ -5,9 +5,9 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from .checks import checked_output_size
 from .files import written_aside
 from .layers import unit_channels
-from .model import checked_output_size
 from .ops import reference, window_bounds
 
 PACKAGES = "onnx", "onnxscript"

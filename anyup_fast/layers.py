@@ -172,3 +172,17 @@ def unit_channels(features):
     if torch.compiler.is_compiling() or features.requires_grad and torch.is_grad_enabled():
         return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)
     return unit_channels_op(features)
+
+
+def cell_colours(features):
+    """Colours (B, 3, h, w) of the low-res cells, by their place: red is the row, green the column."""
+    batch, _, h, w = features.shape
+    rows = torch.linspace(0, 1, h, device=features.device).view(1, 1, h, 1).expand(batch, 1, h, w)
+    cols = torch.linspace(0, 1, w, device=features.device).view(1, 1, 1, w).expand(batch, 1, h, w)
+    return torch.cat((rows, cols, 1 - torch.maximum(rows, cols)), 1)
+
+
+def broadcast(*tensors):
+    """The tensors with the batch size of the longest; a single element is repeated as a view."""
+    batch = max(tensor.shape[0] for tensor in tensors)  # `len` would fix it in graphs with dynamic shapes
+    return [tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors]

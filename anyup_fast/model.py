@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cpu.crew import crew_size
-from .cpu.pages import kept, nothing_kept
+from .checks import checked_inputs, checked_output_size, is_count
+from .decoder import CrossAttention, CrossDecode
 from .layers import (
     FeatureUnification,
     ReflectConv2d,
-    RMSNorm,
     RotaryEmbedding,
+    broadcast,
+    cell_colours,
     encoder,
     reflected,
     rms_norm,
@@ -24,98 +25,17 @@ from .ops import (
     KeyWeights,
     branches,
     guidance,
-    neighborhood_bounds,
     pooled,
     pooled_block,
     project_keys,
     project_pixels,
     project_queries,
     res_block,
-    window_bounds,
-    windowed_attention,
 )
+from .plain.memory import forward_memory, low_res_memory, nothing_kept
+from .prepared import Prepared
 
-SMALL_BUFFERS, FOR_WORKER = 24 << 20, 15 << 20  # bytes that pieces in work take, and each further worker's
-_INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
-
-
-WINDOW_RULES = {"ratio": window_bounds, "neighborhood": neighborhood_bounds}
-
-
-class CrossAttention(nn.Module):
-    """Windowed cross-attention whose values are the raw features: no value projection, no output projection.
-
-    `attention` only holds `in_proj_*` (its first two thirds are used) and `out_proj` (unused) under the names of
-    the published state dict.
-    """
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.norm_q = RMSNorm(dim)
-        self.norm_k = RMSNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-
-    def project(self, query, key):
-        """Normalise and project (B, ..., dim) queries and keys to (B, ..., heads, head_dim)."""
-        q = F.linear(self.norm_q(query), *self.in_projection(0))
-        k = F.linear(self.norm_k(key), *self.in_projection(1))
-        return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1))
-
-    @property
-    def heads(self):
-        """Number of attention heads."""
-        return self.attention.num_heads
-
-    def in_projection(self, part):
-        """Weight (dim, dim) and bias (dim,) of the projection of queries (part 0) or keys (part 1)."""
-        return (tensor.chunk(3)[part] for tensor in (self.attention.in_proj_weight, self.attention.in_proj_bias))
-
-
-class CrossDecode(nn.Module):
-    """3x3 convolution of the queries (zero padding), then windowed cross-attention to the low-res features."""
-
-    def __init__(self, dim, num_heads, window_ratio, window_rule="ratio", head_mode="mean"):
-        super().__init__()
-        if window_rule not in WINDOW_RULES:
-            known = ", ".join(map(repr, WINDOW_RULES))
-            raise ValueError(f"window_rule: there is no rule {window_rule!r}; use one of {known}")
-        if head_mode not in ("mean", "split"):
-            raise ValueError(f"head_mode: need 'mean' or 'split', got {head_mode!r}")
-        self.window_ratio, self.window_rule, self.head_mode = window_ratio, window_rule, head_mode
-        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
-        self.cross_attn = CrossAttention(dim, num_heads)
-
-    def forward(self, query, key, value, q_chunk_size=None):
-        """query (B, dim, H', W'), key (B, dim, h, w), value (B, C, h, w) -> (B, C, H', W')."""
-        return self.attend(*self.projected(query, key), value, q_chunk_size)
-
-    def projected(self, query, key):
-        """query (B, dim, H', W'), key (B, dim, h, w) -> (B, H', W', heads, d) and (B, h, w, heads, d)."""
-        query = self.conv2d(query).permute(0, 2, 3, 1)
-        return self.cross_attn.project(query, key.permute(0, 2, 3, 1))
-
-    def projection(self, part):
-        """(norm, weight, bias) of the projection of queries (part 0) or keys (part 1)."""
-        attention = self.cross_attn
-        return (attention.norm_q, attention.norm_k)[part].weight, *attention.in_projection(part)
-
-    def attend(self, query, key, value, q_chunk_size=None, head_mode=None):
-        """Projected query (B, H', W', heads, d), key (B, h, w, heads, d), value (B, C, h, w) -> (B, C, H', W')."""
-        value = value.permute(0, 2, 3, 1)
-        row_bounds, col_bounds = self.bounds(query.shape[1:3], key.shape[1:3])
-        mode = head_mode or self.head_mode
-        if q_chunk_size is None:
-            return windowed_attention(query, key, value, row_bounds, col_bounds, head_mode=mode).permute(0, 3, 1, 2)
-        bands = [
-            windowed_attention(band, key, value, bounds, col_bounds, head_mode=mode)
-            for band, bounds in zip(query.split(q_chunk_size, 1), row_bounds.split(q_chunk_size), strict=True)
-        ]
-        return torch.cat(bands, 1).permute(0, 3, 1, 2)
-
-    def bounds(self, output_size, key_size):
-        """Windows of the rows and of the columns, by the rule of this model (see `anyup_fast.ops.windows`)."""
-        rule = WINDOW_RULES[self.window_rule]
-        return tuple(rule(n, m, self.window_ratio) for n, m in zip(output_size, key_size, strict=True))
+__all__ = ["AnyUp", "CrossAttention", "CrossDecode"]  # the names under which pickles find them
 
 
 class AnyUp(nn.Module):
@@ -184,7 +104,7 @@ class AnyUp(nn.Module):
         """
         from .checkpoints import load_checkpoint
 
-        state_dict, config = load_checkpoint(weights)
+        state_dict, config = load_checkpoint(weights, AnyUp)
         if window_rule is not None:
             config = {**config, "window_rule": window_rule}
         model = cls(**config)
@@ -241,7 +161,7 @@ class AnyUp(nn.Module):
         from_features = from_features.to(dtype)
         for block in blocks:
             from_features = block(from_features)
-        return self.aggregation(torch.cat(_broadcast(from_image, from_features), 1))
+        return self.aggregation(torch.cat(broadcast(from_image, from_features), 1))
 
     def forward(self, image, features, output_size=None, q_chunk_size=None, vis_attn=False, max_memory=None):
         """Upsample `features` to the resolution of `image`, or to `output_size`.
@@ -265,7 +185,7 @@ class AnyUp(nn.Module):
             ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which. A `max_memory` that no
                 plan can keep; the message gives the smallest that suffices.
         """
-        output_size = self._check(image, features, output_size, q_chunk_size)
+        output_size = checked_inputs(image, features, output_size, q_chunk_size, *self._takes())
         reason = self.why_not_fused()
         recorded = self._records_gradients(image, features)
         if max_memory is not None:
@@ -287,7 +207,7 @@ class AnyUp(nn.Module):
                 query = pooled(query, output_size)
         query = self.projected_queries(query)
         key = key.to(query.dtype)
-        query, key, maps = _broadcast(query, key, maps)
+        query, key, maps = broadcast(query, key, maps)
         out = self.cross_decode.attend(query, key, maps, q_chunk_size)
         if vis_attn and self.head_mode == "split":
             colours = cell_colours(maps).to(maps.dtype)
@@ -320,7 +240,7 @@ class AnyUp(nn.Module):
             from_image = pooled_block(from_image, weights.key[-1], features.shape[-2:])
             from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
             from_features = _through(from_features, keys.features)
-            both = torch.cat(_broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
+            both = torch.cat(broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
             key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
             key = rms_norm(_through(key, keys.blocks), keys.norm.to(wide))
             key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
@@ -347,7 +267,7 @@ class AnyUp(nn.Module):
         return [tensor for module in self.modules() for tensor in module._former_parameters.values()]
 
     def _check_max_memory(self, max_memory, recorded):
-        if not _is_count(max_memory):
+        if not is_count(max_memory):
             raise ValueError(f"max_memory: need a positive number of bytes or None, got {max_memory!r}")
         reason = self._why_not_prepared()
         if recorded:
@@ -378,7 +298,6 @@ class AnyUp(nn.Module):
             ValueError: as `forward`; a configuration that only the plain layers cover (see `why_not_fused`).
         """
         from .image import rows_of
-        from .prepared import Prepared
 
         read = None
         if not isinstance(image, torch.Tensor):
@@ -386,11 +305,12 @@ class AnyUp(nn.Module):
             image = torch.empty(shape, device="meta")
             if len(features) != 1:
                 raise ValueError(f"features: a picture that is read needs one feature map, got {len(features)}")
-        self._check(image if read is None else features.new_empty(1, self.input_dim, 1, 1), features, None, None)
+        like = image if read is None else features.new_empty(1, self.input_dim, 1, 1)
+        checked_inputs(like, features, None, None, *self._takes())
         if reason := self._why_not_prepared():
             raise ValueError(f"this model cannot be prepared: {reason}")
         if read is None:
-            image, features = _broadcast(image, features)
+            image, features = broadcast(image, features)
         return Prepared(self, image, features, read, state)
 
     def why_not_fused(self):
@@ -422,46 +342,25 @@ class AnyUp(nn.Module):
             ValueError: shapes or sizes that do not fit.
         """
         for name, shape in (("image_shape", image_shape), ("features_shape", features_shape)):
-            if len(shape) != 4 or not all(_is_count(n) for n in shape):
+            if len(shape) != 4 or not all(is_count(n) for n in shape):
                 raise ValueError(f"{name}: need four positive whole numbers (B, C, H, W), got {tuple(shape)}")
         batch = max(image_shape[0], features_shape[0])
         if not {image_shape[0], features_shape[0]} <= {1, batch}:
             raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")
-        height, width = checked_output_size(output_size, image_shape[2:])
-        channels, h, w = features_shape[1:]
+        output_size = checked_output_size(output_size, image_shape[2:])
         dim = self.rope.freqs.shape[1]
-        compute = dtype if torch.device(device).type in ("cuda", "xpu") else torch.promote_types(dtype, torch.float32)
-        pixels = image_shape[2] * image_shape[3]
-        image, query = (n * dim * compute.itemsize for n in (pixels, batch * height * width))
-        keys = batch * h * w * dim * max(4, compute.itemsize)
-        encoders = (2 if height * width == pixels else 3) * image + pixels * self.input_dim * (16 + compute.itemsize)
-        output = batch * height * width * channels * dtype.itemsize
-        same_size = height * width == pixels
-        later = max(query, output) + keys + kept(image, 2 if same_size else 3, torch.device(device))
-        beside_query = max(encoders, self._low_res_memory(features_shape, compute), later)
-        workers = crew_size(torch.device(device))
-        return query + beside_query + SMALL_BUFFERS + (workers - 1) * FOR_WORKER
-
-    def _low_res_memory(self, features_shape, dtype):
-        """Bytes at the peak of what is computed on the low-res grid: the unified features, then the keys."""
-        batch, channels, h, w = features_shape
-        wide = max(4, dtype.itemsize)
-        keys = batch * h * w * self.rope.freqs.shape[1] * wide
-        unit = batch * h * w * channels * wide
-        return keys + max(unit + unit // batch, keys + 9 * keys // batch)
+        return forward_memory(image_shape, features_shape, output_size, dim, dtype, torch.device(device))
 
     def _memory(self, image, value, output_size):
         return self.estimate_memory(image.shape, value.shape, output_size, value.dtype, image.device)
 
     def _frugal(self, image, features, value, output_size, max_memory):
         """The output by the plan that needs the least memory."""
-        from .prepared import Prepared
-
         out = value.numel() // value[0, 0].numel() * output_size[0] * output_size[1] * value.element_size()
         wide = torch.promote_types(self.rope.freqs.dtype, torch.float32)
-        low_res = self._low_res_memory((1, *features.shape[1:]), wide)
+        low_res = low_res_memory((1, *features.shape[1:]), self.rope.freqs.shape[1], wide)
         filled = None
-        image, features, value = _broadcast(image, features, value)
+        image, features, value = broadcast(image, features, value)
         for b in range(len(image)):
             rows = image[b].permute(1, 2, 0)
             prepared = Prepared(
@@ -490,51 +389,19 @@ class AnyUp(nn.Module):
     def projected_keys(self, from_image, features):
         """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w)."""
         from_features = self.unified(features)
-        from_image, from_features = _broadcast(from_image, from_features)
+        from_image, from_features = broadcast(from_image, from_features)
         return self._split_heads(project_keys(from_image, from_features, self.key_weights()))
 
     def projected_queries(self, query):
         """Projected queries (B, H', W', heads, d) from those of `guided`, through the 3x3 convolution."""
         return self._split_heads(project_queries(query, *self.query_projection()))
 
+    def _takes(self):
+        """Channels of the image and the device, for `checked_inputs`."""
+        return self.input_dim, self.image_encoder[0].weight.device
+
     def _split_heads(self, x):
         return x.unflatten(-1, (self.cross_decode.cross_attn.heads, -1))
-
-    def _check(self, image, features, output_size, q_chunk_size):
-        weight = self.image_encoder[0].weight
-        for name, tensor in (("image", image), ("features", features)):
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-                kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                raise ValueError(f"{name}: need a floating-point tensor, got {kind}")
-            if tensor.ndim != 4:
-                raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}")
-            if 0 in tensor.shape:
-                raise ValueError(f"{name}: no dimension may be 0, got shape {tuple(tensor.shape)}")
-            if tensor.device != weight.device:
-                raise ValueError(
-                    f"{name} is on {tensor.device}, the model on {weight.device}: move one of them with .to(...)"
-                )
-        if image.shape[1] != self.input_dim:
-            raise ValueError(f"image: need {self.input_dim} channels, got shape {tuple(image.shape)}")
-        if image.shape[0] != features.shape[0] and 1 not in (image.shape[0], features.shape[0]):
-            raise ValueError(
-                "image and features differ in batch size, and neither is single: "
-                f"{tuple(image.shape)} and {tuple(features.shape)}"
-            )
-        if q_chunk_size is not None and not _is_count(q_chunk_size):
-            raise ValueError(f"q_chunk_size: need a positive number of rows or None, got {q_chunk_size!r}")
-        return checked_output_size(output_size, image.shape[-2:])
-
-
-def checked_output_size(output_size, default):
-    """`output_size` as a pair of positive ints, `default` where it is None; ValueError for anything else."""
-    if output_size is None:
-        return tuple(default)
-    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
-        raise ValueError(f"output_size: need (height, width) or None, got {output_size!r}")
-    if not all(_is_count(n) for n in output_size):
-        raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
-    return tuple(n if isinstance(n, _INTEGERS) else int(n) for n in output_size)
 
 
 def _through(x, blocks):
@@ -547,18 +414,6 @@ def _through(x, blocks):
 def _pooled_picture(x, size):
     """`adaptive_avg_pool2d` of (B, D, H, W)."""
     return pooled(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
-
-
-def _broadcast(*tensors):
-    """The tensors with the batch size of the longest; a single element is repeated as a view."""
-    batch = max(tensor.shape[0] for tensor in tensors)  # `len` would fix it in graphs with dynamic shapes
-    return [tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors]
-
-
-def _is_count(n):
-    if isinstance(n, _INTEGERS):
-        return not isinstance(n, bool) and n > 0
-    return hasattr(n, "__index__") and int(n) > 0
 
 
 def _matrices(encoder):
@@ -583,11 +438,3 @@ def _wide_block(block, x):
     wide = {name: parameter.float() for name, parameter in block.named_parameters()}
     with torch.autocast(x.device.type, enabled=False):
         return torch.func.functional_call(block, wide, (x,))
-
-
-def cell_colours(features):
-    """Colours (B, 3, h, w) of the low-res cells, by their place: red is the row, green the column."""
-    batch, _, h, w = features.shape
-    rows = torch.linspace(0, 1, h, device=features.device).view(1, 1, h, 1).expand(batch, 1, h, w)
-    cols = torch.linspace(0, 1, w, device=features.device).view(1, 1, 1, w).expand(batch, 1, h, w)
-    return torch.cat((rows, cols, 1 - torch.maximum(rows, cols)), 1)

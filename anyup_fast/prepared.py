@@ -9,25 +9,25 @@ import copy
 import functools
 import hashlib
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from .cpu.crew import crew_size
-from .cpu.pages import new_empty, nothing_kept
-from .model import FOR_WORKER, cell_colours, checked_output_size
+from .checks import checked_box, checked_output_size, checked_points, checked_state, checked_tile
+from .heads import linear_head
+from .layers import cell_colours
 from .ops import windowed_attention
 from .plain import guidance as plain_guidance
+from .plain.memory import new_empty, nothing_kept, tile_memory
 from .plain.norms import RMS_EPS
+from .plain.points import most_under, neighbours, weighted, weights_at
 from .plain.pooling import Bins, Pool
 from .plain.walks import PIXELS, pieces
 from .plain.weights import cast
-from .stores import Store
+from .stores import Store, on_host
 
 BAND = 1 << 16  # output pixels of a piece of work
 GATHERED = 1 << 24  # numbers gathered at once for points
-SMALL_BUFFERS = 96 << 20  # bytes of a tile's pieces in work, whatever its size
 
 
 def _exactly(method):
@@ -54,7 +54,7 @@ class Prepared:
         self.model, self._features = model, features
         self._image, self._read = (image, None) if read is None else (None, read)
         self._image_shape = tuple(image.shape)
-        self._shared = {} if state is None else self._checked_state(state)
+        self._shared = {} if state is None else checked_state(state, features)
         self._value = features.permute(0, 2, 3, 1)
         self._argmax = False
 
@@ -155,7 +155,7 @@ class Prepared:
             keys = windows[0].diff(dim=1).max() * windows[1].diff(dim=1).max()
             step = max(1, GATHERED // (int(keys) * max(key[0, 0, 0].numel(), self.channels)))
             parts = zip(query[b].split(step), *(bounds.split(step) for bounds in windows), strict=True)
-            answers.append(torch.cat([_weighted(*_weights_at(q, key[b], r, c), value) for q, r, c in parts]))
+            answers.append(torch.cat([weighted(*weights_at(q, key[b], r, c), value) for q, r, c in parts]))
         answers = torch.stack(answers)
         return answers.argmax(-1) if self._argmax else answers
 
@@ -181,7 +181,7 @@ class Prepared:
         key = self._shared["key"]
         maps = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
         for b in range(len(maps)):
-            weights, rows, cols = _weights_at(query[b], key[b], row_bounds[[row]], col_bounds[[col]])
+            weights, rows, cols = weights_at(query[b], key[b], row_bounds[[row]], col_bounds[[col]])
             maps[b][rows[0, :, None], cols[0]] = weights[0].view(rows.shape[1], -1).float()
         return maps
 
@@ -267,44 +267,23 @@ class Prepared:
         shape = (len(self._features), *(() if self._argmax else (self.channels,)), *size)
         if isinstance(out, (str, os.PathLike)):
             store = Store(out, shape, self._stored_dtype(), tile, {"content": self._digest()}, resume)
-            for box, part in self._on_host((box for box in boxes if box not in store.done), size, compute):
+            missing = (box for box in boxes if box not in store.done)
+            for box, part in on_host(((box, compute(*box, size)) for box in missing), self._shared):
                 store.write(box, self._stored(part))
             return store.finish()
         if tuple(out.shape) != shape:
             raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
         elsewhere = isinstance(out, torch.Tensor) and out.device.type != "cpu"
-        parts = ((box, compute(*box, size)) for box in boxes) if elsewhere else self._on_host(boxes, size, compute)
+        parts = ((box, compute(*box, size)) for box in boxes)
+        parts = parts if elsewhere else on_host(parts, self._shared)
         for (top, left, height, width), part in parts:
             part = part if isinstance(out, torch.Tensor) else self._stored(part)
             out[..., top : top + height, left : left + width] = part
         return out
 
-    def _on_host(self, boxes, size, compute):
-        """Iterate over (box, tile on the CPU); from a CUDA GPU a tile is copied while the next one is computed."""
-        pending = None
-        for box in boxes:
-            part = compute(*box, size)
-            if part.device.type != "cuda":
-                yield box, part.cpu()
-                continue
-            copier = self._shared.setdefault("copier", torch.cuda.Stream(part.device))
-            copier.wait_stream(torch.cuda.current_stream(part.device))
-            with torch.cuda.stream(copier):
-                host = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-                part.record_stream(copier)
-                copied = copier.record_event()
-            if pending is not None:
-                yield _awaited(*pending)
-            pending = box, host, copied
-        if pending is not None:
-            yield _awaited(*pending)
-
     def _tile(self, tile, max_memory):
         if tile is not None:
-            pair = tile if isinstance(tile, (tuple, list)) else (tile, tile)
-            if len(pair) != 2 or not all(hasattr(n, "__index__") and int(n) > 0 for n in pair):
-                raise ValueError(f"tile: need a positive number of pixels or (height, width), got {tile!r}")
-            pair = tuple(int(n) for n in pair)
+            pair = checked_tile(tile)
             if max_memory is not None and self.tile_memory(pair) > max_memory:
                 raise ValueError(f"max_memory: tiles of {pair} take {self.tile_memory(pair)} bytes, got {max_memory}")
             return pair
@@ -317,13 +296,9 @@ class Prepared:
 
     def tile_memory(self, tile):
         """Bytes that a tile (height, width) takes while it is computed, itself included; statistics and keys not."""
-        pixels, batch = (tile[0] + 2) * (tile[1] + 2), len(self._features)
-        width = self.model.rope.freqs.shape[1]
-        wide = max(4, self._value.element_size())
-        piece = min(pixels, BAND) * wide
-        answers = piece * self.channels + (8 * pixels if self._argmax else pixels * self.channels * wide)
-        workers = crew_size(self._value.device)
-        return SMALL_BUFFERS + (workers - 1) * FOR_WORKER + batch * (2 * piece * width + answers)
+        dim, element = self.model.rope.freqs.shape[1], self._value.element_size()
+        batch, device = len(self._features), self._value.device
+        return tile_memory(tile, BAND, batch, dim, self.channels, element, self._argmax, device)
 
     def _stored_dtype(self):
         if self._argmax:
@@ -345,18 +320,6 @@ class Prepared:
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def _checked_state(self, state):
-        missing = {"key", "norms"} - set(state)
-        if missing:
-            raise ValueError(f"state: need key and norms, as Prepared.state gives them; {sorted(missing)} missing")
-        grid = len(self._features), *self._features.shape[-2:]
-        if tuple(state["key"].shape[:3]) != grid or len(state["norms"]) != grid[0]:
-            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            raise ValueError(
-                f"state: was made of other features, these are {tuple(self._features.shape)}; got {shapes}"
-            )
-        return {name: state[name].to(self._features.device) for name in ("key", "norms")}
 
     def _prepare(self):
         """Statistics of the normalisations and keys, once for everything that shares them."""
@@ -431,7 +394,7 @@ class Prepared:
     @_exactly
     def _queries_at(self, points, size):
         """Projected queries (B, N, heads, d) of output pixels (B, N, 2)."""
-        if points.shape[1] * _patch(self.output_size, size) > 2 * self.output_size[0] * self.output_size[1]:
+        if points.shape[1] * most_under(self.output_size, size) > 2 * self.output_size[0] * self.output_size[1]:
             query = self.model.projected_queries(self._queries(slice(0, size[0]), slice(0, size[1]), size))
             return torch.stack([q[p[:, 0], p[:, 1]] for q, p in zip(query, points, strict=True)])
         guide = self._guide()
@@ -440,9 +403,9 @@ class Prepared:
         queries = []
         for b, norms in enumerate(self._shared["norms"]):
             found = []
-            for some in points[b].split(max(1, PIXELS // _patch(self.output_size, size))):
+            for some in points[b].split(max(1, PIXELS // most_under(self.output_size, size))):
                 (rows, row_share), (cols, col_share) = (
-                    _neighbours(some[:, axis].tolist(), self.output_size[axis], size[axis], norms) for axis in (0, 1)
+                    neighbours(some[:, axis].tolist(), self.output_size[axis], size[axis], norms) for axis in (0, 1)
                 )
                 rgb = self._gathered(b, rows, cols)
                 x = guide.queries(guide.guide(rgb, rows[:, :, None], cols[:, None], norms), norms)
@@ -478,139 +441,3 @@ class Prepared:
             logits = windowed_attention(query[:, rows, cols], key, value, row_bounds[rows], col_bounds[cols])
             labels[:, rows, cols] = logits.argmax(-1)
         return labels
-
-
-def _awaited(box, host, copied):
-    copied.synchronize()
-    return box, host
-
-
-def _patch(image_size, output_size):
-    """Most image pixels that an output pixel and its neighbours are pooled from."""
-    rows, cols = (-(-3 * n // m) + 1 if n != m else 3 for n, m in zip(image_size, output_size, strict=True))
-    return rows * cols
-
-
-def _neighbours(places, length, pooled, like):
-    """The pixels of an axis under output places and their neighbours on either side.
-
-    Returns:
-        indices (N, p), int64, and the share of each pixel in each of the three (N, 3, p), none outside the output.
-    """
-    ranges = [
-        [(i * length // pooled, -(-(i + 1) * length // pooled)) for i in (place - 1, place, place + 1)]
-        for place in places
-    ]
-    firsts = [max(three[0][0], 0) for three in ranges]
-    most = max(min(three[2][1], length) - first for three, first in zip(ranges, firsts, strict=True))
-    indices = (torch.tensor(firsts)[:, None] + torch.arange(most)).clamp(max=length - 1)
-    starts, ends = torch.tensor(ranges).unbind(-1)
-    positions = torch.tensor(firsts)[:, None, None] + torch.arange(most)
-    inside = (positions >= starts[..., None]) & (positions < ends[..., None])
-    outside = torch.tensor([[not 0 <= i < pooled for i in (p - 1, p, p + 1)] for p in places])
-    share = (inside & ~outside[..., None]).to(like) / (ends - starts)[..., None].to(like)
-    return indices.to(like.device), share
-
-
-def _weights_at(query, key, rows, cols):
-    """Weights of queries (n, heads, d) over their windows (n, 2): (n, K), and the rows (n, p) and columns (n, q)."""
-    (row_at, row_seen), (col_at, col_seen) = (_window(bounds, query.device) for bounds in (rows, cols))
-    wide = torch.promote_types(query.dtype, torch.float32)
-    near = key[row_at[:, :, None], col_at[:, None]].flatten(1, 2).to(wide)
-    seen = (row_seen[:, :, None] & col_seen[:, None]).flatten(1)
-    logits = torch.einsum("nhd,nkhd->nhk", query.to(wide), near) * query.shape[-1] ** -0.5
-    return logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1), row_at, col_at
-
-
-def _window(bounds, device):
-    """Indices (n, p) of windows (n, 2), p the longest of them, and which belong to the window."""
-    bounds = bounds.to(device, torch.int64)
-    at = bounds[:, :1] + torch.arange(int(bounds.diff(dim=1).max()), device=device)
-    return at.minimum(bounds[:, 1:] - 1), at < bounds[:, 1:]
-
-
-def _weighted(weights, rows, cols, value):
-    """Weighted sums (n, C) of `value` (h, w, C)."""
-    near = value[rows[:, :, None], cols[:, None]].flatten(1, 2).to(weights.dtype)
-    return torch.einsum("nk,nkc->nc", weights, near).to(value.dtype)
-
-
-def linear_head(linear, channels=None):
-    """(weight (K, C), bias (K,) or None) of what `Prepared.head` takes; C is checked when `channels` are given."""
-    if isinstance(linear, torch.nn.Linear):
-        weight, bias = linear.weight, linear.bias
-    elif isinstance(linear, torch.nn.Conv2d):
-        if linear.kernel_size != (1, 1) or linear.groups != 1 or linear.stride != (1, 1) or linear.padding != (0, 0):
-            raise ValueError(f"linear: a convolution has to be 1x1, ungrouped, without stride or padding, got {linear}")
-        weight, bias = linear.weight.flatten(1), linear.bias
-    elif isinstance(linear, torch.Tensor):
-        weight, bias = linear, None
-    elif isinstance(linear, (tuple, list)) and len(linear) == 2:
-        weight, bias = linear
-    else:
-        kind = type(linear).__name__
-        raise ValueError(f"linear: need nn.Linear, a 1x1 nn.Conv2d, a weight (K, C) or (weight, bias), got {kind}")
-    fits = isinstance(weight, torch.Tensor) and weight.ndim == 2 and 0 not in weight.shape
-    if not fits or channels not in (None, weight.shape[1]):
-        got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
-        wanted = "C" if channels is None else channels
-        raise ValueError(f"linear: the weight has to be (K, {wanted}) for these features, got {got}")
-    if bias is not None and tuple(bias.shape) != (len(weight),):
-        raise ValueError(f"linear: the bias has to be ({len(weight)},), got {tuple(bias.shape)}")
-    return weight, bias
-
-
-def load_head(path):
-    """(weight (K, C), bias (K,) or None) of a .safetensors file that holds tensors of these names.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: something else is in it.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"head: there is no file {str(path)!r}; check the path")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"head: {path} is no .safetensors file ({error})") from error
-    if "weight" not in tensors or set(tensors) - {"weight", "bias"}:
-        raise ValueError(f"head: {path} must hold weight (K, C) and, if there is one, bias (K,); got {sorted(tensors)}")
-    return linear_head((tensors["weight"], tensors.get("bias")))
-
-
-def checked_box(box, size):
-    """(top, left, height, width) as ints, or a ValueError where they are none or leave an output of `size`."""
-    if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in box):
-        raise ValueError(f"top, left, height, width: need whole numbers, got {box}")
-    top, left, height, width = map(int, box)
-    if height < 1 or width < 1 or top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"top, left, height, width: {box} is empty or leaves the output of {size[0]}x{size[1]} pixels")
-    return top, left, height, width
-
-
-def checked_points(points, batch, size, align):
-    """Points of `Prepared.at` as pixels (batch, N, 2), int64, or a ValueError that names the one that lies outside."""
-    if align not in ("pixel", "normalized"):
-        raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
-    points = torch.as_tensor(points)
-    if points.ndim == 2:
-        points = points.expand(batch, *points.shape)
-    if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2 or points.shape[1] < 1:
-        raise ValueError(f"points: need ({batch}, N, 2) or (N, 2), rows first, got {tuple(points.shape)}")
-    points, limits = points.cpu(), torch.tensor(size)
-    if align == "pixel":
-        if points.is_floating_point() or points.dtype == torch.bool:
-            raise ValueError(f"points: pixels are whole numbers, got {points.dtype}; for [0, 1] say align='normalized'")
-        outside = (points < 0) | (points >= limits)
-    else:
-        if not points.is_floating_point():
-            raise ValueError(f"points: normalized points are floats in [0, 1], got {points.dtype}")
-        outside = ~((points >= 0) & (points <= 1))
-    if outside.any():
-        b, n = outside.any(-1).nonzero()[0].tolist()
-        raise ValueError(f"points: {points[b, n].tolist()} (number {n} of image {b}) lies outside {tuple(size)}")
-    if align == "normalized":
-        points = (points.double() * limits).long().minimum(limits - 1)
-    return points.long()

@@ -1,10 +1,14 @@
-"""Arrays on disk that are filled tile by tile: recognisable while they are incomplete, and resumable."""
+"""Arrays on disk that are filled tile by tile: recognisable while they are incomplete, and resumable.
+
+And the way of tiles from a GPU to the host.
+"""
 
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 SUFFIXES = (".npy", ".zarr")
 
@@ -102,3 +106,33 @@ def open_zarr():
     except ModuleNotFoundError as error:
         raise RuntimeError("out: .zarr needs the package zarr: pip install 'anyup-fast[stream]'") from error
     return zarr
+
+
+def on_host(parts, kept):
+    """Iterate over (box, tile on the CPU); from a CUDA GPU a tile is copied while the next one is computed.
+
+    Args:
+        parts: pairs (box, tensor), computed as they are asked for.
+        kept: dict in which the stream that copies stays for the next time.
+    """
+    pending = None
+    for box, part in parts:
+        if part.device.type != "cuda":
+            yield box, part.cpu()
+            continue
+        copier = kept.setdefault("copier", torch.cuda.Stream(part.device))
+        copier.wait_stream(torch.cuda.current_stream(part.device))
+        with torch.cuda.stream(copier):
+            host = torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+            part.record_stream(copier)
+            copied = copier.record_event()
+        if pending is not None:
+            yield _awaited(*pending)
+        pending = box, host, copied
+    if pending is not None:
+        yield _awaited(*pending)
+
+
+def _awaited(box, host, copied):
+    copied.synchronize()
+    return box, host

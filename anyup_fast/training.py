@@ -742,7 +742,7 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
     record = output / "config.json"
     if record.exists() and json.loads(record.read_text()) != settings:
         raise ValueError(f"output: {output} holds a run with other settings; choose another folder or remove it")
-    initial = None if config.init is None else load_checkpoint(config.init)[0]
+    initial = None if config.init is None else load_checkpoint(config.init, AnyUp)[0]
     targets = TargetCache(cache or output / "targets", config)
     targets.fill(progress)
     with written_aside(record) as aside:

@@ -108,7 +108,7 @@ def test_weights_may_be_a_model_a_path_or_a_url(weights):
 def test_weights_are_read_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
     path, loads = tmp_path / "model.safetensors", []
     real = checkpoints.load_checkpoint
-    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda weights: loads.append(weights) or real(weights))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *given: loads.append(given[0]) or real(*given))
     image, features = images(3, 20, 24), images(5, 3, 4)
     tiny.checkpoint(path, seed=0)
     first, again = (upsample_features_with_anyup(image, features, weights=path) for _ in range(2))

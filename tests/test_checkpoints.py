@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 
 from anyup_fast import AnyUp, checkpoints
-from anyup_fast.checkpoints import load_checkpoint, save_checkpoint
+from anyup_fast.checkpoints import save_checkpoint
+
+load_checkpoint = partial(checkpoints.load_checkpoint, architecture=AnyUp)
 
 
 class Server(BaseHTTPRequestHandler):

@@ -13,12 +13,16 @@ from tree import ROOT, project_files
 # A part may import its own level and the levels below; files and weights serve everybody and need nobody.
 LEVELS = [
     {"cli"},
-    {"api", "batch", "distributed", "training", "optimization", "data", "evaluation"},
-    {"image", "encoders", "checkpoints", "model", "prepared", "stores", "visualize", "acceleration", "export"},
-    {"layers", "ops"},
+    {"api", "batch", "training", "optimization", "data"},
+    {"acceleration", "export"},
+    {"recognition"},
+    {"model"},
+    {"prepared", "upsampling"},
+    {"decoder", "heads", "image", "encoders", "checkpoints", "stores", "visualize"},
+    {"layers"},
+    {"checks", "ops"},
     {"plain"},
-    {"cpu"},
-    {"kernels"},
+    {"cpu", "kernels"},
     {"files", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

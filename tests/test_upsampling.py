@@ -11,9 +11,10 @@ from torch import nn
 
 import anyup_fast
 from anyup_fast import AnyUp
+from anyup_fast.heads import linear_head
 from anyup_fast.image import normalize
 from anyup_fast.plain import guidance as plain_guidance
-from anyup_fast.prepared import Prepared, linear_head
+from anyup_fast.prepared import Prepared
 from anyup_fast.stores import Store
 
 SIZES = [((40, 53), (4, 6)), ((31, 31), (9, 5)), ((64, 48), (1, 1)), ((20, 90), (3, 7))]

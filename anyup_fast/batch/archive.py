@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..api import checked_device
 from ..checkpoints import locate_checkpoint
+from ..checks import checked_box, checked_device, checked_points
 from ..model import AnyUp
-from ..prepared import checked_box, checked_points
 from . import outputs
 from .manifest import NAME, Manifest
 from .settings import Settings

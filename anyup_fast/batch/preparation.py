@@ -9,7 +9,7 @@ import numpy as np
 
 from ..checkpoints import locate_checkpoint
 from ..files import written_aside
-from ..prepared import linear_head, load_head
+from ..heads import linear_head, load_head
 from .colours import Colours
 from .sources import file_digest
 from .stages import HEAD, PCA, Reader, Upsampler

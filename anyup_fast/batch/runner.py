@@ -204,7 +204,7 @@ def _make_engine(engine, *arguments):
 def _device(name):
     import torch
 
-    from ..api import checked_device
+    from ..checks import checked_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from ..encoders import load_encoder
+from ..heads import load_head
 from ..image import denormalize, normalize
 from ..model import AnyUp
-from ..prepared import load_head
 from . import outputs
 from .colours import Colours
 from .settings import output_size_of

@@ -1,0 +1,125 @@
+"""Checks of what callers hand over, each with the error that names the argument, the value and the remedy."""
+
+import torch
+
+INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
+
+
+def checked_output_size(output_size, default):
+    """`output_size` as a pair of positive ints, `default` where it is None; ValueError for anything else."""
+    if output_size is None:
+        return tuple(default)
+    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
+        raise ValueError(f"output_size: need (height, width) or None, got {output_size!r}")
+    if not all(is_count(n) for n in output_size):
+        raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
+    return tuple(n if isinstance(n, INTEGERS) else int(n) for n in output_size)
+
+
+def is_count(n):
+    """Whether `n` is a positive whole number, or a symbol for one."""
+    if isinstance(n, INTEGERS):
+        return not isinstance(n, bool) and n > 0
+    return hasattr(n, "__index__") and int(n) > 0
+
+
+def checked_box(box, size):
+    """(top, left, height, width) as ints, or a ValueError where they are none or leave an output of `size`."""
+    if not all(hasattr(n, "__index__") and not isinstance(n, bool) for n in box):
+        raise ValueError(f"top, left, height, width: need whole numbers, got {box}")
+    top, left, height, width = map(int, box)
+    if height < 1 or width < 1 or top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"top, left, height, width: {box} is empty or leaves the output of {size[0]}x{size[1]} pixels")
+    return top, left, height, width
+
+
+def checked_points(points, batch, size, align):
+    """Points of `Prepared.at` as pixels (batch, N, 2), int64, or a ValueError that names the one that lies outside."""
+    if align not in ("pixel", "normalized"):
+        raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
+    points = torch.as_tensor(points)
+    if points.ndim == 2:
+        points = points.expand(batch, *points.shape)
+    if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2 or points.shape[1] < 1:
+        raise ValueError(f"points: need ({batch}, N, 2) or (N, 2), rows first, got {tuple(points.shape)}")
+    points, limits = points.cpu(), torch.tensor(size)
+    if align == "pixel":
+        if points.is_floating_point() or points.dtype == torch.bool:
+            raise ValueError(f"points: pixels are whole numbers, got {points.dtype}; for [0, 1] say align='normalized'")
+        outside = (points < 0) | (points >= limits)
+    else:
+        if not points.is_floating_point():
+            raise ValueError(f"points: normalized points are floats in [0, 1], got {points.dtype}")
+        outside = ~((points >= 0) & (points <= 1))
+    if outside.any():
+        b, n = outside.any(-1).nonzero()[0].tolist()
+        raise ValueError(f"points: {points[b, n].tolist()} (number {n} of image {b}) lies outside {tuple(size)}")
+    if align == "normalized":
+        points = (points.double() * limits).long().minimum(limits - 1)
+    return points.long()
+
+
+def checked_device(device, tensor=None):
+    """`device` as a torch.device; None means that of `tensor`.
+
+    Raises:
+        ValueError: no tensor can be made there.
+    """
+    if device is None:
+        return tensor.device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device: {str(device)!r} cannot be used here ({reason}); 'cpu' always can") from error
+
+
+def checked_inputs(image, features, output_size, q_chunk_size, channels, device):
+    """What `AnyUp.forward` is given, for a model on `device` whose images have so many channels.
+
+    Returns:
+        output_size as (H', W').
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    for name, tensor in (("image", image), ("features", features)):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: need a floating-point tensor, got {kind}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name}: no dimension may be 0, got shape {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one of them with .to(...)")
+    if image.shape[1] != channels:
+        raise ValueError(f"image: need {channels} channels, got shape {tuple(image.shape)}")
+    if image.shape[0] != features.shape[0] and 1 not in (image.shape[0], features.shape[0]):
+        raise ValueError(
+            "image and features differ in batch size, and neither is single: "
+            f"{tuple(image.shape)} and {tuple(features.shape)}"
+        )
+    if q_chunk_size is not None and not is_count(q_chunk_size):
+        raise ValueError(f"q_chunk_size: need a positive number of rows or None, got {q_chunk_size!r}")
+    return checked_output_size(output_size, image.shape[-2:])
+
+
+def checked_tile(tile):
+    """`tile`, a number of pixels or (height, width), as a pair of positive ints."""
+    pair = tile if isinstance(tile, (tuple, list)) else (tile, tile)
+    if len(pair) != 2 or not all(hasattr(n, "__index__") and int(n) > 0 for n in pair):
+        raise ValueError(f"tile: need a positive number of pixels or (height, width), got {tile!r}")
+    return tuple(int(n) for n in pair)
+
+
+def checked_state(state, features):
+    """What `Prepared.state` gave, on the device of the features (B, C, h, w) that it was made of."""
+    missing = {"key", "norms"} - set(state)
+    if missing:
+        raise ValueError(f"state: need key and norms, as Prepared.state gives them; {sorted(missing)} missing")
+    grid = len(features), *features.shape[-2:]
+    if tuple(state["key"].shape[:3]) != grid or len(state["norms"]) != grid[0]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        raise ValueError(f"state: was made of other features, these are {tuple(features.shape)}; got {shapes}")
+    return {name: state[name].to(features.device) for name in ("key", "norms")}

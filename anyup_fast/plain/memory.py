@@ -1,0 +1,61 @@
+"""What the plain path takes in memory, and the door to large buffers for who does not compute: see `cpu.pages`."""
+
+import torch
+
+from ..cpu.crew import crew_size
+from ..cpu.pages import kept, new_empty, nothing_kept, release
+
+__all__ = ["forward_memory", "kept", "low_res_memory", "new_empty", "nothing_kept", "release", "tile_memory"]
+
+FORWARD_BUFFERS = 24 << 20  # bytes that the pieces in work take during a forward
+TILE_BUFFERS = 96 << 20  # the same for a tile of a prepared image, whatever its size
+FOR_WORKER = 15 << 20  # bytes of each further worker
+
+
+def forward_memory(image_shape, features_shape, output_size, dim, dtype, device):
+    """Bytes at the peak of a forward without gradients beyond its inputs, its output included.
+
+    Args:
+        image_shape: (B, channels, H, W). features_shape: (B, C, h, w). output_size: (H', W').
+        dim: width of queries and keys. dtype: of model, image and features. device: a torch.device.
+    """
+    batch = max(image_shape[0], features_shape[0])
+    height, width = output_size
+    channels, h, w = features_shape[1:]
+    compute = dtype if device.type in ("cuda", "xpu") else torch.promote_types(dtype, torch.float32)
+    pixels = image_shape[2] * image_shape[3]
+    same_size = height * width == pixels
+    image, query = (n * dim * compute.itemsize for n in (pixels, batch * height * width))
+    keys = batch * h * w * dim * max(4, compute.itemsize)
+    encoders = (2 if same_size else 3) * image + pixels * image_shape[1] * (16 + compute.itemsize)
+    output = batch * height * width * channels * dtype.itemsize
+    later = max(query, output) + keys + kept(image, 2 if same_size else 3, device)
+    beside_query = max(encoders, low_res_memory(features_shape, dim, compute), later)
+    return query + beside_query + FORWARD_BUFFERS + _further_workers(device)
+
+
+def low_res_memory(features_shape, dim, dtype):
+    """Bytes at the peak of what is computed on the low-res grid: the unified features, then the keys."""
+    batch, channels, h, w = features_shape
+    wide = max(4, dtype.itemsize)
+    keys = batch * h * w * dim * wide
+    unit = batch * h * w * channels * wide
+    return keys + max(unit + unit // batch, keys + 9 * keys // batch)
+
+
+def tile_memory(tile, most, batch, dim, channels, element, labels, device):
+    """Bytes that a tile (height, width) of a prepared image takes while it is computed, itself included.
+
+    Args:
+        most: pixels of a piece of work. batch: images. dim: width of queries. channels: of the answers.
+        element: bytes of one of their numbers. labels: whether the answer is an index in place of the channels.
+    """
+    pixels = (tile[0] + 2) * (tile[1] + 2)
+    wide = max(4, element)
+    piece = min(pixels, most) * wide
+    answers = piece * channels + (8 * pixels if labels else pixels * channels * wide)
+    return TILE_BUFFERS + _further_workers(device) + batch * (2 * piece * dim + answers)
+
+
+def _further_workers(device):
+    return (crew_size(device) - 1) * FOR_WORKER
