@@ -26,6 +26,8 @@ LEVELS = [
     {"files", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+ONLY = {"kernels": "ops", "cpu": "plain"}  # parts that a single other part may import
+MAX_LINES = 450  # of a file of the package
 LEAVES = LEVELS[-1]
 HEAVY = {
     "PIL",
@@ -158,10 +160,51 @@ def import_faults(sources):
                 faults.append(f"{where}: {name} is no part of the package")
             elif own in LEAVES:
                 faults.append(f"{where}: {own} serves everybody and may not import {part}")
-            elif part == "kernels" and own != "ops":
-                faults.append(f"{where}: only ops may import kernels")
+            elif own != ONLY.get(part, own):
+                faults.append(f"{where}: only {ONLY[part]} may import {part}")
             elif LEVEL[part] < LEVEL[own]:
                 faults.append(f"{where}: {own} lies below {part} and may not import it")
+    return faults
+
+
+def module_of(name, sources):
+    """Path in `sources` of the module that the dotted name "anyup_fast.x.y" names or lies in; None for others."""
+    if not name.startswith("anyup_fast."):
+        return None
+    parts = name.split(".")[1:]
+    parts = parts if parts[0] == "kernels" else ["anyup_fast", *parts]
+    for depth in range(len(parts), 0, -1):
+        for path in ("/".join(parts[:depth]) + ".py", "/".join([*parts[:depth], "__init__.py"])):
+            if path in sources and path != "anyup_fast/__init__.py":
+                return path
+    return None
+
+
+def circles(sources):
+    """Sentences that name modules which import each other in a circle, those imported inside functions included.
+
+    A package's `__init__.py` hands on what its modules define, so a module of it that imports a sibling through the
+    package is a circle as well.
+    """
+    wanted = {
+        path: {module_of(name, sources) for name, *_ in imports_of(path, source)} - {None, path}
+        for path, source in sources.items()
+    }
+    faults, done = [], set()
+
+    def follow(path, trail):
+        if path in trail:
+            circle = trail[trail.index(path) :]
+            faults.append(" -> ".join([*circle, path]))
+            return
+        if path in done:
+            return
+        for other in sorted(wanted.get(path, ())):
+            follow(other, [*trail, path])
+        done.add(path)
+
+    for path in sorted(wanted):
+        follow(path, [])
     return faults
 
 
@@ -211,6 +254,27 @@ def test_imports_follow_the_order_of_the_house():
     sources = python_sources("anyup_fast", "kernels")
     assert len(sources) > 5 and "anyup_fast/ops/__init__.py" in sources and "kernels/__init__.py" in sources
     assert import_faults(sources) == []
+    assert circles(sources) == []
+
+
+def test_files_are_short():
+    lengths = {path: source.count("\n") for path, source in python_sources("anyup_fast").items()}
+    assert len(lengths) > 50
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_an_operator_has_one_name_in_every_place():
+    """Whoever knows one file of an operator finds the others."""
+    sources = python_sources("anyup_fast", "kernels")
+
+    def names(folder, but):
+        found = {path.rsplit("/", 1)[1].removesuffix(".py") for path in sources if path.rsplit("/", 1)[0] == folder}
+        return {name.removesuffix("_backward") for name in found} - {"__init__", *but}
+
+    operators = names("anyup_fast/ops", {"choice", "windows", "pages"})
+    assert operators == {"attention", "guidance", "unification", "keys", "queries", "blocks"}
+    assert operators <= names("anyup_fast/plain", ())
+    assert names("kernels", {"tiling"}) <= operators
 
 
 GOOD = {
@@ -223,7 +287,7 @@ GOOD = {
         "import torch\nfrom .layers import ResBlock\nfrom .files import written_aside\n"
         "def load():\n    from safetensors.torch import load_file\n    from .checkpoints import read\n"
     ),
-    "anyup_fast/ops/library.py": "def launch():\n    from ..kernels import attention\n",
+    "anyup_fast/ops/attention.py": "def launch():\n    from ..kernels import attention\n",
     "anyup_fast/encoders/hf.py": "from .base import Encoder\nfrom ..image import load\nimport transformers\n",
     "kernels/attention.py": "import math\nimport torch\nimport triton.language as tl\nfrom . import tiles\n",
 }
@@ -252,18 +316,19 @@ def test_made_up_sources_in_order_pass():
             "model lies below api",
         ),
         ("anyup_fast/api.py", "from .cli import main", "api lies below cli"),
-        ("anyup_fast/ops/reference.py", "from ..model import AnyUp", "ops lies below model"),
+        ("anyup_fast/ops/guidance.py", "from ..model import AnyUp", "ops lies below model"),
         (
             "anyup_fast/model.py",
             "def f():\n    from .kernels import attention",
             "only ops may import kernels",
         ),
+        ("anyup_fast/ops/attention.py", "from ..cpu import crew", "only plain may import cpu"),
         ("anyup_fast/cli.py", "def f():\n    optional_import('anyup_fast.kernels.attention')", "only ops"),
-        ("anyup_fast/ops/library.py", "from kernels import attention", "top-level name 'kernels'"),
+        ("anyup_fast/ops/attention.py", "from kernels import attention", "top-level name 'kernels'"),
         ("anyup_fast/files.py", "from .image import load_image", "files serves everybody"),
         ("anyup_fast/model.py", "from .nowhere import thing", "no part of the package"),
         ("anyup_fast/helpers.py", "import math", "has no level"),
-        ("anyup_fast/ops/library.py", "import triton", "triton has to be imported where it is used"),
+        ("anyup_fast/ops/attention.py", "import triton", "triton has to be imported where it is used"),
         ("anyup_fast/visualize.py", "from matplotlib import pyplot", "matplotlib has to be imported where"),
         (
             "anyup_fast/__init__.py",
@@ -279,6 +344,28 @@ def test_made_up_sources_in_order_pass():
 def test_made_up_offences_are_caught(path, source, complaint):
     faults = import_faults({**GOOD, path: source})
     assert len(faults) == 1 and complaint in faults[0], faults
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"anyup_fast/checkpoints.py": "def check():\n    from .model import AnyUp\n"}, ["checkpoints.py", "model.py"]),
+        ({"anyup_fast/encoders/base.py": "from . import hf\n"}, ["encoders/base.py", "encoders/hf.py"]),
+        (
+            {
+                "anyup_fast/encoders/__init__.py": "from .hf import load\n",
+                "anyup_fast/encoders/hf.py": "from . import x",
+            },
+            ["encoders/__init__.py", "encoders/hf.py"],
+        ),
+        ({"kernels/tiles.py": "from .attention import launch\n"}, ["kernels/attention.py", "kernels/tiles.py"]),
+    ],
+)
+def test_circles_are_caught(changed, expected):
+    base = {"anyup_fast/encoders/base.py": "", "anyup_fast/checkpoints.py": "", "kernels/tiles.py": ""}
+    assert circles({**GOOD, **base}) == []
+    faults = circles({**GOOD, **base, **changed})
+    assert len(faults) == 1 and all(path in faults[0] for path in expected), faults
 
 
 def test_heavy_import_reached_through_others_is_caught():
