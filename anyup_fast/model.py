@@ -336,7 +336,7 @@ class AnyUp(nn.Module):
         Returns:
             int. From about a tenth of a gibibyte up within 15 % of what is measured; below, small buffers count. On
             CPUs under Linux up to 192 MiB of it stay with the process for the next call, for the system to take if it
-            runs short (`anyup_fast.ops.pages`).
+            runs short (`anyup_fast.cpu.pages`).
 
         Raises:
             ValueError: shapes or sizes that do not fit.

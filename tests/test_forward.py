@@ -17,6 +17,7 @@ from anyup_fast.ops.keys import project_keys_op
 from anyup_fast.ops.queries import project_queries_op
 from anyup_fast.ops.unification import feature_unification_op
 from anyup_fast.plain import guidance as plain_guidance
+from anyup_fast.plain import unification as plain_unification
 from anyup_fast.plain import walks
 
 CHANNELS = [1, 3, 21, 100, 384, 768, 1024, 4096]
@@ -98,8 +99,8 @@ def test_any_configuration(config):
 def test_pieces_of_any_size(pixels, monkeypatch):
     model, given = peaky(), inputs()
     expected = plain(model, *given)
-    for name in ("PIXELS", "RESPONSES"):
-        monkeypatch.setattr(walks, name, pixels)
+    monkeypatch.setattr(walks, "PIXELS", pixels)
+    monkeypatch.setattr(plain_unification, "RESPONSES", pixels)
     assert distance(model(*given), expected) < 1e-12
 
 
@@ -198,8 +199,8 @@ class Largest(TorchDispatchMode):
 def test_unification_never_forms_every_response():
     features, basis = torch.randn(1, 384, 24, 24), torch.randn(128, 1, 5, 5)
     with Largest() as seen:
-        walks.feature_unification(features, basis)
-    assert seen.elements <= max(walks.RESPONSES, 2 * features.numel())
+        plain_unification.feature_unification(features, basis)
+    assert seen.elements <= max(plain_unification.RESPONSES, 2 * features.numel())
     with Largest() as seen:
         reference.feature_unification(features, basis)
     assert seen.elements >= 128 * features.numel()

@@ -203,7 +203,7 @@ def test_unification_gradients_in_pieces(monkeypatch):
     features = torch.randn(2, 12, 7, 9, dtype=torch.float64, requires_grad=True)
     basis = torch.randn(8, 1, 5, 5, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(reference.feature_unification(features, basis).square().sum(), (features, basis))
-    monkeypatch.setattr("anyup_fast.plain.blocks.RESPONSES", 8 * 12 * 4)
+    monkeypatch.setattr("anyup_fast.plain.unification.RESPONSES", 8 * 12 * 4)
     actual = torch.autograd.grad(ops.feature_unification(features, basis).square().sum(), (features, basis))
     assert max(distance(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-12
 

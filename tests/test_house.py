@@ -4,6 +4,8 @@ Imports are read from the syntax trees, those inside functions too, so nothing h
 """
 
 import ast
+import fnmatch
+import importlib.util
 import re
 import sys
 
@@ -399,6 +401,47 @@ def test_nobody_else_imports_the_folder_kernels_by_its_bare_name():
 @pytest.mark.parametrize("name", ["anyup_fast/kernels", "conftest.py", "tests/__init__.py"])
 def test_what_would_hide_the_installed_kernels_is_absent(name):
     assert not (ROOT / name).exists()
+
+
+NAMED_FILE = re.compile(r"`((?:[\w.]+/)*[\w.*]+\.py)`")
+
+
+def missing_files(text, files):
+    """Files that a page names in backticks and that are not in `files`, as they are named or below anyup_fast/.
+
+    One that is named without its folder may lie anywhere.
+    """
+
+    def there(name):
+        places = ("", "anyup_fast/") if "/" in name else ("*/",)
+        return any(fnmatch.filter(files, place + name) for place in places)
+
+    return [name for name in NAMED_FILE.findall(text) if not there(name)]
+
+
+def test_files_that_the_design_names_exist():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    files = [name.as_posix() for name in project_files()]
+    assert len(NAMED_FILE.findall(page)) > 80
+    assert missing_files(page, files) == []
+
+
+def test_the_drawing_of_the_trip_names_what_the_design_names():
+    spec = importlib.util.spec_from_file_location("trip", ROOT / "docs" / "trip.py")
+    trip = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trip)
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    files = [file for *_, file in trip.BOXES.values()] + [trip.CHOICE]
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    steps = page[page.index("## The trip of a tensor") : page.index("## The house")]
+    assert [file for file in files if f"`{file.removeprefix('anyup_fast/')}`" not in steps] == []
+    assert all((ROOT / folder).is_dir() for folder, _ in trip.ROOMS)
+    assert {name for pair in trip.ARROWS for name in pair[:2]} == set(trip.BOXES)
+
+
+@pytest.mark.parametrize("text", ["`ops/library.py`", "see `anyup_fast/upsampler.py` there", "`kernels/old_*.py`"])
+def test_a_file_that_is_not_there_is_caught(text):
+    assert len(missing_files(text, ["anyup_fast/ops/attention.py", "kernels/attention.py"])) == 1
 
 
 def test_public_names_have_docstrings():
