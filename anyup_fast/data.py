@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+from .image import SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import SUFFIXES
-from ..image import load_image
+from ..image import SUFFIXES, load_image
 
 logger = logging.getLogger("anyup_fast")
 
