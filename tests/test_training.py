@@ -10,8 +10,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from anyup_fast import AnyUp, training
-from anyup_fast.training import TargetCache, TrainConfig, train
+from anyup_fast import AnyUp
+from anyup_fast.training import TargetCache, TrainConfig, objectives, train
 
 pytest.importorskip("transformers")
 
@@ -95,14 +95,14 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(config, cache, tmp_path
 def test_a_step_without_a_loss_resumes_like_any_other(config, tmp_path, monkeypatch):
     """Without cut-outs a step that maps a grid to itself has no loss, but weight decay and momentum go on."""
     config = replace(config, stamps=None, steps=4)
-    real = training.training_loss
+    real = objectives.training_loss
 
     def no_loss_at_step_2(model, sample, rng, settings):
         loss, terms = real(model, sample, rng, settings)
         step = len(losses(tmp_path / run)) - 1
         return (torch.zeros((), requires_grad=True), {}) if step == 2 else (loss, terms)
 
-    monkeypatch.setattr(training, "training_loss", no_loss_at_step_2)
+    monkeypatch.setattr(objectives, "training_loss", no_loss_at_step_2)
     run = "whole"
     whole = train(config, tmp_path / run, cache=tmp_path / "cache")
     run = "broken"
@@ -152,13 +152,13 @@ def test_training_fits_one_picture(config, tmp_path):
     targets = TargetCache(tmp_path / "cache", config)
     targets.fill()
     trained = AnyUp.from_pretrained(train(config, tmp_path / "run", cache=tmp_path / "cache"))
-    samples = [training.draw_sample(targets, np.random.default_rng(seed)) for seed in range(100, 112)]
+    samples = [objectives.draw_sample(targets, np.random.default_rng(seed)) for seed in range(100, 112)]
 
     @torch.no_grad()
     def loss_of(model):
         return np.mean(
             [
-                training.training_loss(model, sample, np.random.default_rng(seed), config)[0].item()
+                objectives.training_loss(model, sample, np.random.default_rng(seed), config)[0].item()
                 for seed, sample in enumerate(samples)
             ]
         )
@@ -189,15 +189,15 @@ def test_native_steps_have_no_finer_target(config, cache, share):
     targets = TargetCache(cache, config)
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        sample = training.draw_sample(targets, rng)
+        sample = objectives.draw_sample(targets, rng)
         assert (sample.target.shape == sample.features.shape) == bool(share)
-        terms = training.training_loss(tiny.model(), sample, rng, config)[1]
+        terms = objectives.training_loss(tiny.model(), sample, rng, config)[1]
         assert ("native" in terms, "main" in terms) == (bool(share), not share)
 
 
 def test_native_losses_see_whole_cells():
     for start, stop, expected in ((0, 48, (0, 42)), (5, 53, (0, 42)), (7, 55, (7, 49)), (15, 19, (14, 21))):
-        assert training._whole_cells(slice(start, stop), 7) == slice(*expected)
+        assert objectives._whole_cells(slice(start, stop), 7) == slice(*expected)
 
 
 def test_folders_may_be_paths(config, cache, tmp_path):
@@ -301,7 +301,7 @@ def test_samples_are_aligned_crops(config, cache, monkeypatch):
     monkeypatch.setattr(TargetCache, "__getitem__", lambda self, index: whole)
     shapes = set()
     for seed in range(20):
-        sample = training.draw_sample(targets, np.random.default_rng(seed))
+        sample = objectives.draw_sample(targets, np.random.default_rng(seed))
         shapes.add((sample.features.shape[-1], sample.target.shape[-1]))
         for tensor in (sample.guide, sample.target):
             pooled = F.adaptive_avg_pool2d(tensor[:, :2], sample.features.shape[-2:])
@@ -311,13 +311,13 @@ def test_samples_are_aligned_crops(config, cache, monkeypatch):
 
 def test_loss_is_zero_for_equal_and_known_for_simple_features():
     target = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
-    assert training.feature_loss(target, target).item() == pytest.approx(0, abs=1e-6)
+    assert objectives.feature_loss(target, target).item() == pytest.approx(0, abs=1e-6)
     # (2, 1) against (1, 3): cosine 5 / sqrt(5 * 10); differences 1 and -2 over a range of 2: (0.25 + 1) / 2.
     output = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1)
     expected = 1 - 5 / 50**0.5 + 0.625
-    assert training.feature_loss(output, target).item() == pytest.approx(expected, rel=1e-5)
+    assert objectives.feature_loss(output, target).item() == pytest.approx(expected, rel=1e-5)
     pair, weight = torch.cat((output, target), 3), torch.tensor([[[1.0, 0.0]]])
-    assert training.feature_loss(pair, target.expand_as(pair), weight).item() == pytest.approx(expected, rel=1e-5)
+    assert objectives.feature_loss(pair, target.expand_as(pair), weight).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_instance_targets_do_not_mix_instances():
@@ -327,7 +327,7 @@ def test_instance_targets_do_not_mix_instances():
     features[:, 0, :, 0] = 1
     features[:, 1, :, 1:] = 1
     features[:, :, :, 1] = torch.tensor([5 / 8, 3 / 8])[:, None]
-    target, weight = training.instance_target(features, instances)
+    target, weight = objectives.instance_target(features, instances)
     inside = weight[0] > 0
     assert inside[:, 4:20].any() and not inside[:, -2:].any()
     left, right = target[0, :, 5, 12], target[0, :, 5, 13]
@@ -344,13 +344,13 @@ def test_regions_equal_the_whole():
     query, key = model.encoded(image, features)
     whole = model(image, features)
     for rows, cols in ((slice(0, 20), slice(0, 24)), (slice(0, 3), slice(20, 24)), (slice(7, 12), slice(5, 6))):
-        part = training.decode_region(model, query, key, features, rows, cols)
+        part = objectives.decode_region(model, query, key, features, rows, cols)
         torch.testing.assert_close(part, whole[..., rows, cols], rtol=1e-5, atol=1e-5)
 
 
 def test_photometric_changes_stay_in_range_and_are_changes():
     image = torch.rand(3, 3, 9, 8, generator=torch.Generator().manual_seed(0))
-    changed = training.photometric(image, np.random.default_rng(0))
+    changed = objectives.photometric(image, np.random.default_rng(0))
     assert changed.shape == image.shape
     assert 0 <= changed.min() and changed.max() <= 1
     assert (changed - image).abs().mean() > 0.02
@@ -367,11 +367,11 @@ def test_recolouring_gives_every_instance_colours_of_its_own():
     image = torch.tensor([0.7, 0.4, 0.2])[:, None, None].expand(3, 32, 32)
     apart = []
     for seed in range(20):
-        changed = training.recoloured(image, instances, np.random.default_rng(seed))
+        changed = objectives.recoloured(image, instances, np.random.default_rng(seed))
         for half in (changed[..., :12], changed[..., 20:]):
             # no edges inside an instance
             torch.testing.assert_close(half, half[:, :1, :1].expand_as(half), rtol=0, atol=1e-5)
-        assert torch.equal(changed, training.recoloured(image, instances, np.random.default_rng(seed)))
+        assert torch.equal(changed, objectives.recoloured(image, instances, np.random.default_rng(seed)))
         apart.append((changed[:, 0, 0] - changed[:, 0, -1]).abs().max())
     assert sum(distance > 0.05 for distance in apart) > 10
 
@@ -381,8 +381,8 @@ def test_some_instances_come_near_the_colours_around_them(monkeypatch):
     image[:, :, 16:] = 1
     distances = {}
     for share in (0.0, 1.0):
-        monkeypatch.setattr(training, "FAINT_SHARE", share)
-        found = [training.recoloured(image, halves(), np.random.default_rng(seed)) for seed in range(20)]
+        monkeypatch.setattr(objectives, "FAINT_SHARE", share)
+        found = [objectives.recoloured(image, halves(), np.random.default_rng(seed)) for seed in range(20)]
         distances[share] = torch.stack([(f[:, 0, 0] - f[:, 0, -1]).abs().max() for f in found])
     assert (distances[1.0] < 0.41 * distances[0.0] + 1e-4).all(), "at least six tenths of the way"
     assert (distances[1.0] > 0.02).any(), "seldom all of it"
@@ -396,7 +396,7 @@ def test_recoloured_outlines_are_drawn_anew():
     image[:, :, 15:17] = 0.4  # the antialiased edge
     widths = set()
     for seed in range(20):
-        changed = training.recoloured(image, halves(), np.random.default_rng(seed))
+        changed = objectives.recoloured(image, halves(), np.random.default_rng(seed))
         ends = torch.stack((changed[..., :1], changed[..., -1:]))
         low, high = ends.amin(0), ends.amax(0)
         assert (changed >= low - 1e-5).all() and (changed <= high + 1e-5).all()
@@ -412,7 +412,7 @@ def test_thin_instances_keep_their_pixels():
     instances = torch.zeros(24, 24, dtype=torch.uint8)
     image[:, :, 12], instances[:, 12] = 0.9, 1
     for seed in range(10):
-        changed = training.recoloured(image, instances, np.random.default_rng(seed))
+        changed = objectives.recoloured(image, instances, np.random.default_rng(seed))
         assert torch.isfinite(changed).all()
         assert (changed[..., 12] - changed[..., 2]).abs().max() > 1e-3
 
@@ -424,7 +424,7 @@ def test_a_covered_instance_goes_on_under_what_covers_it():
     instances[:, 26:] = 2
     image = torch.stack([instances / 2] * 3)
     for seed in range(20):
-        changed = training.recoloured(image, instances, np.random.default_rng(seed))
+        changed = objectives.recoloured(image, instances, np.random.default_rng(seed))
         plain = [changed[:, 0, column] for column in (2, 20, 37)]
         for left, right, columns in ((0, 1, slice(6, 20)), (1, 2, slice(20, 34))):
             ends = torch.stack((plain[left], plain[right]))
@@ -439,8 +439,8 @@ def test_spots_are_few_small_and_of_one_colour():
     seen = 0
     for seed in range(20):
         rng = np.random.default_rng
-        assert torch.equal(training.recoloured(image, instances, rng(seed), 0.0).std((1, 2)), torch.zeros(3))
-        changed = training.recoloured(image, instances, rng(seed), 1.0).flatten(1)
+        assert torch.equal(objectives.recoloured(image, instances, rng(seed), 0.0).std((1, 2)), torch.zeros(3))
+        changed = objectives.recoloured(image, instances, rng(seed), 1.0).flatten(1)
         most = changed.median(1).values[:, None]
         away = (changed - most).norm(dim=0)
         spotted = away > 0.02
@@ -452,7 +452,7 @@ def test_spots_are_few_small_and_of_one_colour():
             torch.testing.assert_close(changed - most, share * farthest, rtol=0, atol=1e-4)
             assert -1e-4 < share.min() and share.max() < 1 + 1e-4
     assert seen > 15, "but for colours that happen to be near, spots are seen"
-    apart = [(training._spots((96, 96), rng(seed)) > 0.5).float() for seed in range(20)]
+    apart = [(objectives._spots((96, 96), rng(seed)) > 0.5).float() for seed in range(20)]
     assert all(0.005 < spots.mean() < 0.15 for spots in apart)
     inner = [-F.max_pool2d(-spots[None], 15, 1) for spots in apart]
     assert max(part.mean() for part in inner) < 0.01, "none covers 15 pixels each way"
@@ -460,11 +460,11 @@ def test_spots_are_few_small_and_of_one_colour():
 
 def test_spots_have_colours_of_other_instances_or_new_ones(monkeypatch):
     """Of greys only the new colour, here green, can make others; the lowest instance knows no other's colours."""
-    monkeypatch.setattr(training, "_random_colour", lambda rng: torch.tensor([0.0, 1.0, 0.0])[:, None, None])
+    monkeypatch.setattr(objectives, "_random_colour", lambda rng: torch.tensor([0.0, 1.0, 0.0])[:, None, None])
     image = torch.stack([0.2 + halves(64) / 5] * 3)
     green = {0: [], 3: []}
     for seed in range(30):
-        changed = training.recoloured(image, halves(64), np.random.default_rng(seed), 1.0)
+        changed = objectives.recoloured(image, halves(64), np.random.default_rng(seed), 1.0)
         for number, part in ((0, changed[..., :24]), (3, changed[..., 40:])):
             green[number].append((part[1] - part[0]).max().item() > 0.05)
     assert all(green[0]) and 8 < sum(green[3]) < 22
@@ -477,14 +477,14 @@ def test_recolouring_keeps_greys_grey_and_the_range():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         instances = torch.arange(64, dtype=torch.uint8).view(8, 8) // 24
-        found = training.recoloured(grey, instances, rng)
+        found = objectives.recoloured(grey, instances, rng)
         torch.testing.assert_close(found, found[:1].expand(3, 8, 8), rtol=0, atol=1e-5)
-        vivid = training.recoloured(bright, instances, rng)
+        vivid = objectives.recoloured(bright, instances, rng)
         assert vivid.min() >= 0 and vivid.max() <= 1 and not torch.equal(vivid, bright)
 
 
 def test_a_third_of_a_turn_about_grey_swaps_the_primaries():
-    turn = training._turn_about_grey(2 * np.pi / 3)
+    turn = objectives._turn_about_grey(2 * np.pi / 3)
     np.testing.assert_allclose(turn, [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-12)
 
 
@@ -497,9 +497,9 @@ def test_guides_are_recoloured_as_often_as_asked(config, cache, monkeypatch, sha
         calls.append(1)
         return torch.full_like(image, 0.25)
 
-    monkeypatch.setattr(training, "recoloured", recoloured)
+    monkeypatch.setattr(objectives, "recoloured", recoloured)
     asked = replace(config, recolour_share=share, spot_share=0.3)
-    sample = training.draw_sample(TargetCache(cache, asked), np.random.default_rng(0))
+    sample = objectives.draw_sample(TargetCache(cache, asked), np.random.default_rng(0))
     assert len(calls) == (len(sample.guide) if share else 0)
     assert torch.allclose(sample.guide, torch.tensor(0.25)) == bool(share)
 
@@ -509,18 +509,18 @@ def test_degraded_pictures_stay_in_range_and_lose_detail():
     image = torch.rand(2, 3, 24, 24)
     kinds = set()
     for seed in range(20):
-        changed = training.degraded(image, np.random.default_rng(seed))
+        changed = objectives.degraded(image, np.random.default_rng(seed))
         assert changed.shape == image.shape and changed.min() >= 0 and changed.max() <= 1
         assert (changed - image).abs().max() > 1e-3
         kinds.add((changed.diff().std() < image.diff().std()).item())
-        assert torch.equal(changed, training.degraded(image, np.random.default_rng(seed)))
+        assert torch.equal(changed, objectives.degraded(image, np.random.default_rng(seed)))
     assert kinds == {True, False}, "some are blurred, some are not"
 
 
 def test_blur_keeps_flat_pictures():
     flat = torch.full((1, 3, 16, 16), 0.4)
     seed = next(seed for seed in range(100) if _only_blurs(seed))
-    torch.testing.assert_close(training.degraded(flat, np.random.default_rng(seed)), flat)
+    torch.testing.assert_close(objectives.degraded(flat, np.random.default_rng(seed)), flat)
 
 
 def _only_blurs(seed):
@@ -532,7 +532,7 @@ def _only_blurs(seed):
 
 def test_noise_is_as_large_as_the_features_at_most():
     features = torch.randn(2, 8, 16, 16) * torch.linspace(0.1, 10, 8)[:, None, None]
-    added = training.noisy(features, np.random.default_rng(3)) - features
+    added = objectives.noisy(features, np.random.default_rng(3)) - features
     relative = added.std((2, 3)) / features.std((2, 3))
     assert relative.max() < 1.2 and relative.min() > 0.8 * relative.max()
     assert added.mean().abs() < 0.1
@@ -543,20 +543,20 @@ def test_smoothness_blames_bends_on_flat_ground_and_not_at_edges():
     output[..., 6:] = 1
     flat, edge = torch.full((1, 3, 12, 12), 0.5), torch.zeros(1, 3, 12, 12)
     edge[..., 6:] = 1
-    blamed = training.edge_aware_smoothness(output, flat)
+    blamed = objectives.edge_aware_smoothness(output, flat)
     # Two of the ten second differences along a row are +-1 in both channels, the variance is 1/4 in both.
     torch.testing.assert_close(blamed, torch.tensor(2 * 2 / 10 / (2 * 0.25)), rtol=0.02, atol=0)
-    assert training.edge_aware_smoothness(output, edge) < 1e-6
+    assert objectives.edge_aware_smoothness(output, edge) < 1e-6
     ramp = torch.linspace(0, 1, 12).expand(1, 2, 12, 12)
-    assert training.edge_aware_smoothness(ramp, flat) < 1e-6
-    assert training.edge_aware_smoothness(output[..., :2, :2], flat[..., :2, :2]) == 0
+    assert objectives.edge_aware_smoothness(ramp, flat) < 1e-6
+    assert objectives.edge_aware_smoothness(output[..., :2, :2], flat[..., :2, :2]) == 0
 
 
 def test_cells_belong_to_instances_by_their_share():
     instances = torch.zeros(1, 4, 8, dtype=torch.uint8)
     instances[:, :, 6:] = 2
     instances[:, 0, 0] = 1
-    shares = training.instance_shares(instances, (1, 2))
+    shares = objectives.instance_shares(instances, (1, 2))
     expected = [[15 / 16, 0.5], [1 / 16, 0], [0, 0.5]]
     torch.testing.assert_close(shares[0, :, 0], torch.tensor(expected))
 
@@ -564,7 +564,7 @@ def test_cells_belong_to_instances_by_their_share():
 def test_the_mask_term_falls_when_attention_stays_within_the_instance(config, cache):
     targets = TargetCache(cache, config)
     targets.fill()
-    sample = training.draw_sample(targets, np.random.default_rng(3))
+    sample = objectives.draw_sample(targets, np.random.default_rng(3))
     half = sample.guide.shape[-1] // 2
     sample.instances[:] = 0
     sample.instances[..., half:] = 1
@@ -575,15 +575,15 @@ def test_the_mask_term_falls_when_attention_stays_within_the_instance(config, ca
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     found = []
     for _ in range(30):
-        _, terms = training.training_loss(model, sample, np.random.default_rng(0), asked)
+        _, terms = objectives.training_loss(model, sample, np.random.default_rng(0), asked)
         found.append(terms["mask"])
-        total, _ = training.training_loss(model, sample, np.random.default_rng(0), replace(asked, mask_weight=100.0))
+        total, _ = objectives.training_loss(model, sample, np.random.default_rng(0), replace(asked, mask_weight=100.0))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
     assert found[0] > 0 and found[-1] < 0.8 * found[0]
     sample.instances[:] = 0
-    assert "mask" not in training.training_loss(model, sample, np.random.default_rng(0), asked)[1]
+    assert "mask" not in objectives.training_loss(model, sample, np.random.default_rng(0), asked)[1]
 
 
 def pictured_halves():
@@ -592,7 +592,7 @@ def pictured_halves():
     instances[..., 4:] = 1
     similarities = torch.full((1, 3, 8, 8), -1.0)
     similarities[:, 0, :, :4] = similarities[:, 1, :, 4:] = 1.0
-    return similarities, instances, training.boundary_band(instances, 2)
+    return similarities, instances, objectives.boundary_band(instances, 2)
 
 
 def test_bands_reach_as_far_as_asked():
@@ -603,22 +603,22 @@ def test_bands_reach_as_far_as_asked():
 def test_the_segment_loss_knows_right_from_wrong():
     similarities, instances, band = pictured_halves()
     present = torch.tensor([[True, True, False]])
-    right = training.segment_loss(similarities, instances, present, band)
-    wrong = training.segment_loss(similarities.flip(-1), instances, present, band)
+    right = objectives.segment_loss(similarities, instances, present, band)
+    wrong = objectives.segment_loss(similarities.flip(-1), instances, present, band)
     assert right < 1e-3 and wrong > 5
     # a certain mistake over the band alone costs that half of the loss: its pixels are 1 in 2 of the whole
     at_band = torch.where(band[:, None], similarities.flip(-1), similarities)
-    assert right < training.segment_loss(at_band, instances, present, band) < wrong
+    assert right < objectives.segment_loss(at_band, instances, present, band) < wrong
     # the one that is absent cannot win, whatever it scores
     similarities[:, 2] = 9.0
-    torch.testing.assert_close(training.segment_loss(similarities, instances, present, band), right)
+    torch.testing.assert_close(objectives.segment_loss(similarities, instances, present, band), right)
 
 
 def test_the_segment_loss_needs_two_instances():
     similarities, instances, band = pictured_halves()
     similarities.requires_grad_()
     alone = torch.tensor([[True, False, False]])
-    loss = training.segment_loss(similarities, instances, alone, band)
+    loss = objectives.segment_loss(similarities, instances, alone, band)
     assert loss == 0
 
 
@@ -627,8 +627,8 @@ def test_prototype_similarities_do_not_see_scale_nor_slivers():
     features = torch.randn(2, 6, 4, 4)
     shares = torch.zeros(2, 3, 4, 4)
     shares[:, 0, :, :2], shares[:, 1, :, 2:] = 1.0, 1.0
-    found = training.prototype_similarities(features, features, shares)
-    torch.testing.assert_close(training.prototype_similarities(7 * features, 7 * features, shares), found)
+    found = objectives.prototype_similarities(features, features, shares)
+    torch.testing.assert_close(objectives.prototype_similarities(7 * features, 7 * features, shares), found)
     assert (found[:, 2] == 0).all() and (found[:, :2].sum(1).abs() < 1e-5).all()
     own = (found * shares).sum((1, 2, 3)) / 16
     assert (own > 0.2).all()
@@ -638,7 +638,7 @@ def test_prototype_similarities_do_not_see_scale_nor_slivers():
 def test_the_segment_term_falls_when_it_is_trained(config, cache):
     targets = TargetCache(cache, config)
     targets.fill()
-    sample = training.draw_sample(targets, np.random.default_rng(3))
+    sample = objectives.draw_sample(targets, np.random.default_rng(3))
     half = sample.guide.shape[-1] // 2
     sample.instances[:] = 0
     sample.instances[..., half:] = 1
@@ -649,7 +649,7 @@ def test_the_segment_term_falls_when_it_is_trained(config, cache):
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     found = []
     for _ in range(30):
-        total, terms = training.training_loss(model, sample, np.random.default_rng(0), asked)
+        total, terms = objectives.training_loss(model, sample, np.random.default_rng(0), asked)
         found.append(terms["segment"])
         optimizer.zero_grad()
         total.backward()
@@ -660,7 +660,7 @@ def test_the_segment_term_falls_when_it_is_trained(config, cache):
 def test_some_steps_show_a_quarter_of_the_pictures_in_more_pixels(config, cache):
     targets = TargetCache(cache, replace(config, batch=4, large_share=0.5))
     targets.fill()
-    drawn = [training.draw_sample(targets, np.random.default_rng(seed)).guide for seed in range(12)]
+    drawn = [objectives.draw_sample(targets, np.random.default_rng(seed)).guide for seed in range(12)]
     few, many = ([guide for guide in drawn if len(guide) == count] for count in (1, 4))
     assert len(few) + len(many) == 12 and few and many
     assert max(guide[0, 0].numel() for guide in many) <= config.guide_pixels
@@ -674,7 +674,7 @@ def test_features_of_another_encoder_keep_what_they_tell(seed):
     torch.manual_seed(seed)
     low = torch.randn(2, 100, 6, 5)
     high = torch.nn.functional.interpolate(low, scale_factor=2)
-    features, target = training._as_of_another_encoder(rng, low, high)
+    features, target = objectives._as_of_another_encoder(rng, low, high)
     channels = features.shape[1]
     assert 48 <= channels <= 768 and target.shape == (2, channels, 12, 10)
     torch.testing.assert_close(target[..., ::2, ::2], features)  # each place is changed as its twin is
@@ -686,7 +686,7 @@ def test_features_of_another_encoder_keep_what_they_tell(seed):
 
 def test_some_of_the_other_encoders_rectify():
     low = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = [training._as_of_another_encoder(np.random.default_rng(seed), low, low)[0] for seed in range(20)]
+    found = [objectives._as_of_another_encoder(np.random.default_rng(seed), low, low)[0] for seed in range(20)]
     rectified = [(features >= 0).all().item() for features in found]
     assert 0 < sum(rectified) < 20
     zeros = [(features == 0).float().mean().item() for features, hit in zip(found, rectified, strict=True) if hit]
@@ -733,7 +733,7 @@ def test_pictures_of_other_crops_and_shapes_have_a_cache_of_their_own(config, tm
 
 def test_learning_rate_warms_up_and_falls():
     config = TrainConfig(scenes="x", steps=100, warmup=10, lr=1e-2)
-    rates = [training.learning_rate(config, step) for step in range(100)]
+    rates = [objectives.learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-2)
     assert rates[-1] < 2e-4 and rates[10:] == sorted(rates[10:], reverse=True)
 
@@ -775,13 +775,13 @@ def test_more_bad_arguments_are_named(config, tmp_path):
 
 
 def test_a_layer_can_be_chosen_with_the_encoder():
-    assert training.name_and_layer("dinov2_vits14") == ("dinov2_vits14", -1)
-    assert training.name_and_layer("dinov2_vits14:9") == ("dinov2_vits14", 9)
-    assert training.name_and_layer("hf:folder/model:-2") == ("hf:folder/model", -2)
+    assert objectives.name_and_layer("dinov2_vits14") == ("dinov2_vits14", -1)
+    assert objectives.name_and_layer("dinov2_vits14:9") == ("dinov2_vits14", 9)
+    assert objectives.name_and_layer("hf:folder/model:-2") == ("hf:folder/model", -2)
 
 
 def test_an_exploding_loss_stops_the_run(config, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "feature_loss", lambda output, *rest: output.mean() * torch.nan)
+    monkeypatch.setattr(objectives, "feature_loss", lambda output, *rest: output.mean() * torch.nan)
     with pytest.raises(RuntimeError, match="step 0: the gradient is nan; lower lr"):
         train(config, tmp_path, cache=cache)
 
@@ -789,7 +789,7 @@ def test_an_exploding_loss_stops_the_run(config, cache, tmp_path, monkeypatch):
 def test_square_distance_of_a_look_at_one_cell():
     """Attention on the cell (2, 4) alone, seen from every pixel of a region."""
     features, rows, cols = torch.zeros(1, 5, 4, 6), slice(3, 9), slice(10, 20)
-    places, square_distance = training._places(features, (16, 24), rows, cols)
+    places, square_distance = objectives._places(features, (16, 24), rows, cols)
     seen = places[:, :, 2, 4][:, :, None, None].expand(1, 3, 6, 10)
     pixel_rows, pixel_cols = (torch.arange(3, 9) + 0.5) / 4, (torch.arange(10, 20) + 0.5) / 4
     expected = (2.5 - pixel_rows[:, None]) ** 2 + (4.5 - pixel_cols) ** 2

@@ -40,13 +40,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .checkpoints import load_checkpoint, save_checkpoint
-from .data import composite, find_pictures
-from .files import written_aside
-from .image import normalize
-from .model import AnyUp
-from .ops import pooled, windowed_attention
-from .optimization import OPTIMIZERS, Optimizer
+from ..checkpoints import load_checkpoint, save_checkpoint
+from ..data import composite, find_pictures
+from ..files import written_aside
+from ..image import normalize
+from ..model import AnyUp
+from ..ops import pooled, windowed_attention
+from ..optimization import OPTIMIZERS, Optimizer
 
 logger = logging.getLogger("anyup_fast")
 
@@ -202,7 +202,7 @@ class TargetCache:
         missing = [index for index in range(len(self)) if not self.path(index).exists()]
         if not missing:
             return
-        from .encoders import load_encoder
+        from ..encoders import load_encoder
 
         names = dict.fromkeys(name_and_layer(spec)[0] for spec in self.config.encoders)
         loaded = {name: load_encoder(name) for name in names}

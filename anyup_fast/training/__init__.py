@@ -1,0 +1,17 @@
+"""Training of weights, by the recipe of the paper (arXiv 2510.12764) with terms of our own."""
+
+from importlib import import_module
+
+_HOME_OF = {
+    "TargetCache": "objectives",
+    "TrainConfig": "objectives",
+    "train": "objectives",
+}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'anyup_fast.training' has no attribute {name!r}")
+    return getattr(import_module(f"anyup_fast.training.{_HOME_OF[name]}"), name)
