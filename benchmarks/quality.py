@@ -45,11 +45,11 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import __version__
-from anyup_fast.data import composite, find_pictures
 from anyup_fast.encoders import load_encoder as load_registered
 from anyup_fast.files import written_aside
 from anyup_fast.image import denormalize, load_image, normalize
 from anyup_fast.model import AnyUp
+from anyup_fast.training.composites import composite, find_pictures
 
 BAND = 4
 MIN_PIXELS = 60

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from anyup_fast.data import Pictures, composite, find_pictures, is_held_out
+from anyup_fast.training.composites import Pictures, composite, find_pictures, is_held_out
 
 HELD_OUT = ["grave", "tree"]
 

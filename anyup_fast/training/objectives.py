@@ -41,12 +41,12 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..data import composite, find_pictures
 from ..files import written_aside
 from ..image import normalize
 from ..model import AnyUp
 from ..ops import pooled, windowed_attention
 from ..optimization import OPTIMIZERS, Optimizer
+from .composites import composite, find_pictures
 
 logger = logging.getLogger("anyup_fast")
 

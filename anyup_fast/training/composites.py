@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .image import SUFFIXES
+from ..image import SUFFIXES
 
 
 @dataclass(frozen=True)
