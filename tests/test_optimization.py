@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from anyup_fast.optimization import Muon, Optimizer, orthogonal
+from anyup_fast.training.optimizers import Muon, Optimizer, orthogonal
 
 
 def gradients(model, seed):

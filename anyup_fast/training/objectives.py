@@ -45,8 +45,8 @@ from ..files import written_aside
 from ..image import normalize
 from ..model import AnyUp
 from ..ops import pooled, windowed_attention
-from ..optimization import OPTIMIZERS, Optimizer
 from .composites import composite, find_pictures
+from .optimizers import OPTIMIZERS, Optimizer
 
 logger = logging.getLogger("anyup_fast")
 
