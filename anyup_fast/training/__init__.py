@@ -4,7 +4,7 @@ from importlib import import_module
 
 _HOME_OF = {
     "TargetCache": "objectives",
-    "TrainConfig": "objectives",
+    "TrainConfig": "config",
     "train": "objectives",
 }
 

@@ -2,7 +2,6 @@
 
 import torch
 
-OPTIMIZERS = ("adamw", "muon")
 MATRIX_SIDE = 32  # inputs and outputs from which on a weight counts as a matrix
 
 
@@ -54,7 +53,7 @@ class Optimizer:
     projections of queries and of keys apart. The rate comes with each step; weight decay is AdamW's alone.
 
     Args:
-        model: `AnyUp`. kind: one of `OPTIMIZERS`. weight_decay: at least 0.
+        model: `AnyUp`. kind: one of `config.OPTIMIZERS`. weight_decay: at least 0.
     """
 
     def __init__(self, model, kind, weight_decay):
