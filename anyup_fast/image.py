@@ -119,8 +119,15 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
     if target != picture.shape[1:]:
         name = f"size={size!r}, patch_multiple={patch_multiple!r}: the resized picture"
         _refuse_enormous(*target, max_pixels, name)
-        picture = F.interpolate(picture[None], target, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        picture = resized(picture[None], target)[0]
     return normalize(picture).contiguous()
+
+
+def resized(images, size):
+    """Images (B, 3, H, W) with values in [0, 1] at `size`, (height, width): bicubic, antialiased, clamped to [0, 1]."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 def rows_of(picture, like):

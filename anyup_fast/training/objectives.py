@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..files import written_aside
-from ..image import normalize
+from ..image import normalize, resized
 from ..model import AnyUp
 from ..ops import pooled, windowed_attention
 from .composites import composite, find_pictures
@@ -147,7 +147,7 @@ class TargetCache:
         image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
         tensors = {"image": image, "instances": torch.from_numpy(instances)}
         for shrink in SHRINKS:
-            small = normalize(_resize(image[None] / 255, (config.size // shrink,) * 2))
+            small = normalize(resized(image[None] / 255, (config.size // shrink,) * 2))
             for encoder in dict.fromkeys(encoders.values()):
                 specs = [spec for spec in encoders if encoders[spec] is encoder]
                 features = encoder.of_layers(small, [name_and_layer(spec)[1] for spec in specs])
@@ -195,7 +195,7 @@ def draw_sample(cache, rng):
         mask = tensors["instances"][window[0], window[1]]
         if colours_change:
             guide = recoloured(guide, mask, rng, config.spot_share)
-        guide = _resize(guide[None], shape)[0]
+        guide = resized(guide[None], shape)[0]
         mask = mask[None, None].float()
         mask = F.interpolate(mask, shape, mode="nearest-exact")[0, 0]
         crop = [guide, mask, tensors[f"{spec}/{low}"][:, rows, cols], tensors[f"{spec}/{high}"][:, fine[0], fine[1]]]
@@ -738,9 +738,3 @@ def _cut_metrics(path, steps):
             rows = [row for row in csv.reader(file) if len(row) == len(METRICS) and row != list(METRICS)]
     with written_aside(path) as aside, open(aside, "w", newline="") as file:
         csv.writer(file).writerows([METRICS, *(row for row in rows if int(row[0]) < steps)])
-
-
-def _resize(image, size):
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
