@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from anyup_fast import AnyUp
 from anyup_fast.training import TargetCache, TrainConfig, objectives, train
+from anyup_fast.training.targets import name_and_layer
 
 pytest.importorskip("transformers")
 
@@ -775,9 +776,9 @@ def test_more_bad_arguments_are_named(config, tmp_path):
 
 
 def test_a_layer_can_be_chosen_with_the_encoder():
-    assert objectives.name_and_layer("dinov2_vits14") == ("dinov2_vits14", -1)
-    assert objectives.name_and_layer("dinov2_vits14:9") == ("dinov2_vits14", 9)
-    assert objectives.name_and_layer("hf:folder/model:-2") == ("hf:folder/model", -2)
+    assert name_and_layer("dinov2_vits14") == ("dinov2_vits14", -1)
+    assert name_and_layer("dinov2_vits14:9") == ("dinov2_vits14", 9)
+    assert name_and_layer("hf:folder/model:-2") == ("hf:folder/model", -2)
 
 
 def test_an_exploding_loss_stops_the_run(config, cache, tmp_path, monkeypatch):

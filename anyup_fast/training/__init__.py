@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _HOME_OF = {
-    "TargetCache": "objectives",
+    "TargetCache": "targets",
     "TrainConfig": "config",
     "train": "objectives",
 }
