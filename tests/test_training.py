@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp
-from anyup_fast.training import TargetCache, TrainConfig, objectives, train
+from anyup_fast.training import TargetCache, TrainConfig, augmentations, objectives, train
 from anyup_fast.training.targets import name_and_layer
 
 pytest.importorskip("transformers")
@@ -351,7 +351,7 @@ def test_regions_equal_the_whole():
 
 def test_photometric_changes_stay_in_range_and_are_changes():
     image = torch.rand(3, 3, 9, 8, generator=torch.Generator().manual_seed(0))
-    changed = objectives.photometric(image, np.random.default_rng(0))
+    changed = augmentations.photometric(image, np.random.default_rng(0))
     assert changed.shape == image.shape
     assert 0 <= changed.min() and changed.max() <= 1
     assert (changed - image).abs().mean() > 0.02
@@ -368,11 +368,11 @@ def test_recolouring_gives_every_instance_colours_of_its_own():
     image = torch.tensor([0.7, 0.4, 0.2])[:, None, None].expand(3, 32, 32)
     apart = []
     for seed in range(20):
-        changed = objectives.recoloured(image, instances, np.random.default_rng(seed))
+        changed = augmentations.recoloured(image, instances, np.random.default_rng(seed))
         for half in (changed[..., :12], changed[..., 20:]):
             # no edges inside an instance
             torch.testing.assert_close(half, half[:, :1, :1].expand_as(half), rtol=0, atol=1e-5)
-        assert torch.equal(changed, objectives.recoloured(image, instances, np.random.default_rng(seed)))
+        assert torch.equal(changed, augmentations.recoloured(image, instances, np.random.default_rng(seed)))
         apart.append((changed[:, 0, 0] - changed[:, 0, -1]).abs().max())
     assert sum(distance > 0.05 for distance in apart) > 10
 
@@ -382,8 +382,8 @@ def test_some_instances_come_near_the_colours_around_them(monkeypatch):
     image[:, :, 16:] = 1
     distances = {}
     for share in (0.0, 1.0):
-        monkeypatch.setattr(objectives, "FAINT_SHARE", share)
-        found = [objectives.recoloured(image, halves(), np.random.default_rng(seed)) for seed in range(20)]
+        monkeypatch.setattr(augmentations, "FAINT_SHARE", share)
+        found = [augmentations.recoloured(image, halves(), np.random.default_rng(seed)) for seed in range(20)]
         distances[share] = torch.stack([(f[:, 0, 0] - f[:, 0, -1]).abs().max() for f in found])
     assert (distances[1.0] < 0.41 * distances[0.0] + 1e-4).all(), "at least six tenths of the way"
     assert (distances[1.0] > 0.02).any(), "seldom all of it"
@@ -397,7 +397,7 @@ def test_recoloured_outlines_are_drawn_anew():
     image[:, :, 15:17] = 0.4  # the antialiased edge
     widths = set()
     for seed in range(20):
-        changed = objectives.recoloured(image, halves(), np.random.default_rng(seed))
+        changed = augmentations.recoloured(image, halves(), np.random.default_rng(seed))
         ends = torch.stack((changed[..., :1], changed[..., -1:]))
         low, high = ends.amin(0), ends.amax(0)
         assert (changed >= low - 1e-5).all() and (changed <= high + 1e-5).all()
@@ -413,7 +413,7 @@ def test_thin_instances_keep_their_pixels():
     instances = torch.zeros(24, 24, dtype=torch.uint8)
     image[:, :, 12], instances[:, 12] = 0.9, 1
     for seed in range(10):
-        changed = objectives.recoloured(image, instances, np.random.default_rng(seed))
+        changed = augmentations.recoloured(image, instances, np.random.default_rng(seed))
         assert torch.isfinite(changed).all()
         assert (changed[..., 12] - changed[..., 2]).abs().max() > 1e-3
 
@@ -425,7 +425,7 @@ def test_a_covered_instance_goes_on_under_what_covers_it():
     instances[:, 26:] = 2
     image = torch.stack([instances / 2] * 3)
     for seed in range(20):
-        changed = objectives.recoloured(image, instances, np.random.default_rng(seed))
+        changed = augmentations.recoloured(image, instances, np.random.default_rng(seed))
         plain = [changed[:, 0, column] for column in (2, 20, 37)]
         for left, right, columns in ((0, 1, slice(6, 20)), (1, 2, slice(20, 34))):
             ends = torch.stack((plain[left], plain[right]))
@@ -440,8 +440,8 @@ def test_spots_are_few_small_and_of_one_colour():
     seen = 0
     for seed in range(20):
         rng = np.random.default_rng
-        assert torch.equal(objectives.recoloured(image, instances, rng(seed), 0.0).std((1, 2)), torch.zeros(3))
-        changed = objectives.recoloured(image, instances, rng(seed), 1.0).flatten(1)
+        assert torch.equal(augmentations.recoloured(image, instances, rng(seed), 0.0).std((1, 2)), torch.zeros(3))
+        changed = augmentations.recoloured(image, instances, rng(seed), 1.0).flatten(1)
         most = changed.median(1).values[:, None]
         away = (changed - most).norm(dim=0)
         spotted = away > 0.02
@@ -453,7 +453,7 @@ def test_spots_are_few_small_and_of_one_colour():
             torch.testing.assert_close(changed - most, share * farthest, rtol=0, atol=1e-4)
             assert -1e-4 < share.min() and share.max() < 1 + 1e-4
     assert seen > 15, "but for colours that happen to be near, spots are seen"
-    apart = [(objectives._spots((96, 96), rng(seed)) > 0.5).float() for seed in range(20)]
+    apart = [(augmentations._spots((96, 96), rng(seed)) > 0.5).float() for seed in range(20)]
     assert all(0.005 < spots.mean() < 0.15 for spots in apart)
     inner = [-F.max_pool2d(-spots[None], 15, 1) for spots in apart]
     assert max(part.mean() for part in inner) < 0.01, "none covers 15 pixels each way"
@@ -461,11 +461,11 @@ def test_spots_are_few_small_and_of_one_colour():
 
 def test_spots_have_colours_of_other_instances_or_new_ones(monkeypatch):
     """Of greys only the new colour, here green, can make others; the lowest instance knows no other's colours."""
-    monkeypatch.setattr(objectives, "_random_colour", lambda rng: torch.tensor([0.0, 1.0, 0.0])[:, None, None])
+    monkeypatch.setattr(augmentations, "_random_colour", lambda rng: torch.tensor([0.0, 1.0, 0.0])[:, None, None])
     image = torch.stack([0.2 + halves(64) / 5] * 3)
     green = {0: [], 3: []}
     for seed in range(30):
-        changed = objectives.recoloured(image, halves(64), np.random.default_rng(seed), 1.0)
+        changed = augmentations.recoloured(image, halves(64), np.random.default_rng(seed), 1.0)
         for number, part in ((0, changed[..., :24]), (3, changed[..., 40:])):
             green[number].append((part[1] - part[0]).max().item() > 0.05)
     assert all(green[0]) and 8 < sum(green[3]) < 22
@@ -478,14 +478,14 @@ def test_recolouring_keeps_greys_grey_and_the_range():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         instances = torch.arange(64, dtype=torch.uint8).view(8, 8) // 24
-        found = objectives.recoloured(grey, instances, rng)
+        found = augmentations.recoloured(grey, instances, rng)
         torch.testing.assert_close(found, found[:1].expand(3, 8, 8), rtol=0, atol=1e-5)
-        vivid = objectives.recoloured(bright, instances, rng)
+        vivid = augmentations.recoloured(bright, instances, rng)
         assert vivid.min() >= 0 and vivid.max() <= 1 and not torch.equal(vivid, bright)
 
 
 def test_a_third_of_a_turn_about_grey_swaps_the_primaries():
-    turn = objectives._turn_about_grey(2 * np.pi / 3)
+    turn = augmentations._turn_about_grey(2 * np.pi / 3)
     np.testing.assert_allclose(turn, [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-12)
 
 
@@ -510,18 +510,18 @@ def test_degraded_pictures_stay_in_range_and_lose_detail():
     image = torch.rand(2, 3, 24, 24)
     kinds = set()
     for seed in range(20):
-        changed = objectives.degraded(image, np.random.default_rng(seed))
+        changed = augmentations.degraded(image, np.random.default_rng(seed))
         assert changed.shape == image.shape and changed.min() >= 0 and changed.max() <= 1
         assert (changed - image).abs().max() > 1e-3
         kinds.add((changed.diff().std() < image.diff().std()).item())
-        assert torch.equal(changed, objectives.degraded(image, np.random.default_rng(seed)))
+        assert torch.equal(changed, augmentations.degraded(image, np.random.default_rng(seed)))
     assert kinds == {True, False}, "some are blurred, some are not"
 
 
 def test_blur_keeps_flat_pictures():
     flat = torch.full((1, 3, 16, 16), 0.4)
     seed = next(seed for seed in range(100) if _only_blurs(seed))
-    torch.testing.assert_close(objectives.degraded(flat, np.random.default_rng(seed)), flat)
+    torch.testing.assert_close(augmentations.degraded(flat, np.random.default_rng(seed)), flat)
 
 
 def _only_blurs(seed):
@@ -533,7 +533,7 @@ def _only_blurs(seed):
 
 def test_noise_is_as_large_as_the_features_at_most():
     features = torch.randn(2, 8, 16, 16) * torch.linspace(0.1, 10, 8)[:, None, None]
-    added = objectives.noisy(features, np.random.default_rng(3)) - features
+    added = augmentations.noisy(features, np.random.default_rng(3)) - features
     relative = added.std((2, 3)) / features.std((2, 3))
     assert relative.max() < 1.2 and relative.min() > 0.8 * relative.max()
     assert added.mean().abs() < 0.1
