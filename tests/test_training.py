@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp
-from anyup_fast.training import TargetCache, TrainConfig, augmentations, objectives, train
+from anyup_fast.training import TargetCache, TrainConfig, augmentations, objectives, samples, train
 from anyup_fast.training.targets import name_and_layer
 
 pytest.importorskip("transformers")
@@ -153,14 +153,14 @@ def test_training_fits_one_picture(config, tmp_path):
     targets = TargetCache(tmp_path / "cache", config)
     targets.fill()
     trained = AnyUp.from_pretrained(train(config, tmp_path / "run", cache=tmp_path / "cache"))
-    samples = [objectives.draw_sample(targets, np.random.default_rng(seed)) for seed in range(100, 112)]
+    batches = [samples.draw_sample(targets, np.random.default_rng(seed)) for seed in range(100, 112)]
 
     @torch.no_grad()
     def loss_of(model):
         return np.mean(
             [
                 objectives.training_loss(model, sample, np.random.default_rng(seed), config)[0].item()
-                for seed, sample in enumerate(samples)
+                for seed, sample in enumerate(batches)
             ]
         )
 
@@ -190,7 +190,7 @@ def test_native_steps_have_no_finer_target(config, cache, share):
     targets = TargetCache(cache, config)
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        sample = objectives.draw_sample(targets, rng)
+        sample = samples.draw_sample(targets, rng)
         assert (sample.target.shape == sample.features.shape) == bool(share)
         terms = objectives.training_loss(tiny.model(), sample, rng, config)[1]
         assert ("native" in terms, "main" in terms) == (bool(share), not share)
@@ -302,7 +302,7 @@ def test_samples_are_aligned_crops(config, cache, monkeypatch):
     monkeypatch.setattr(TargetCache, "__getitem__", lambda self, index: whole)
     shapes = set()
     for seed in range(20):
-        sample = objectives.draw_sample(targets, np.random.default_rng(seed))
+        sample = samples.draw_sample(targets, np.random.default_rng(seed))
         shapes.add((sample.features.shape[-1], sample.target.shape[-1]))
         for tensor in (sample.guide, sample.target):
             pooled = F.adaptive_avg_pool2d(tensor[:, :2], sample.features.shape[-2:])
@@ -498,9 +498,9 @@ def test_guides_are_recoloured_as_often_as_asked(config, cache, monkeypatch, sha
         calls.append(1)
         return torch.full_like(image, 0.25)
 
-    monkeypatch.setattr(objectives, "recoloured", recoloured)
+    monkeypatch.setattr(samples, "recoloured", recoloured)
     asked = replace(config, recolour_share=share, spot_share=0.3)
-    sample = objectives.draw_sample(TargetCache(cache, asked), np.random.default_rng(0))
+    sample = samples.draw_sample(TargetCache(cache, asked), np.random.default_rng(0))
     assert len(calls) == (len(sample.guide) if share else 0)
     assert torch.allclose(sample.guide, torch.tensor(0.25)) == bool(share)
 
@@ -565,7 +565,7 @@ def test_cells_belong_to_instances_by_their_share():
 def test_the_mask_term_falls_when_attention_stays_within_the_instance(config, cache):
     targets = TargetCache(cache, config)
     targets.fill()
-    sample = objectives.draw_sample(targets, np.random.default_rng(3))
+    sample = samples.draw_sample(targets, np.random.default_rng(3))
     half = sample.guide.shape[-1] // 2
     sample.instances[:] = 0
     sample.instances[..., half:] = 1
@@ -639,7 +639,7 @@ def test_prototype_similarities_do_not_see_scale_nor_slivers():
 def test_the_segment_term_falls_when_it_is_trained(config, cache):
     targets = TargetCache(cache, config)
     targets.fill()
-    sample = objectives.draw_sample(targets, np.random.default_rng(3))
+    sample = samples.draw_sample(targets, np.random.default_rng(3))
     half = sample.guide.shape[-1] // 2
     sample.instances[:] = 0
     sample.instances[..., half:] = 1
@@ -661,7 +661,7 @@ def test_the_segment_term_falls_when_it_is_trained(config, cache):
 def test_some_steps_show_a_quarter_of_the_pictures_in_more_pixels(config, cache):
     targets = TargetCache(cache, replace(config, batch=4, large_share=0.5))
     targets.fill()
-    drawn = [objectives.draw_sample(targets, np.random.default_rng(seed)).guide for seed in range(12)]
+    drawn = [samples.draw_sample(targets, np.random.default_rng(seed)).guide for seed in range(12)]
     few, many = ([guide for guide in drawn if len(guide) == count] for count in (1, 4))
     assert len(few) + len(many) == 12 and few and many
     assert max(guide[0, 0].numel() for guide in many) <= config.guide_pixels
@@ -675,7 +675,7 @@ def test_features_of_another_encoder_keep_what_they_tell(seed):
     torch.manual_seed(seed)
     low = torch.randn(2, 100, 6, 5)
     high = torch.nn.functional.interpolate(low, scale_factor=2)
-    features, target = objectives._as_of_another_encoder(rng, low, high)
+    features, target = samples._as_of_another_encoder(rng, low, high)
     channels = features.shape[1]
     assert 48 <= channels <= 768 and target.shape == (2, channels, 12, 10)
     torch.testing.assert_close(target[..., ::2, ::2], features)  # each place is changed as its twin is
@@ -687,7 +687,7 @@ def test_features_of_another_encoder_keep_what_they_tell(seed):
 
 def test_some_of_the_other_encoders_rectify():
     low = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = [objectives._as_of_another_encoder(np.random.default_rng(seed), low, low)[0] for seed in range(20)]
+    found = [samples._as_of_another_encoder(np.random.default_rng(seed), low, low)[0] for seed in range(20)]
     rectified = [(features >= 0).all().item() for features in found]
     assert 0 < sum(rectified) < 20
     zeros = [(features == 0).float().mean().item() for features, hit in zip(found, rectified, strict=True) if hit]
