@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp
-from anyup_fast.training import TargetCache, TrainConfig, augmentations, objectives, samples, train
+from anyup_fast.training import TargetCache, TrainConfig, augmentations, loop, objectives, samples, train
 from anyup_fast.training.targets import name_and_layer
 
 pytest.importorskip("transformers")
@@ -103,7 +103,7 @@ def test_a_step_without_a_loss_resumes_like_any_other(config, tmp_path, monkeypa
         step = len(losses(tmp_path / run)) - 1
         return (torch.zeros((), requires_grad=True), {}) if step == 2 else (loss, terms)
 
-    monkeypatch.setattr(objectives, "training_loss", no_loss_at_step_2)
+    monkeypatch.setattr(loop, "training_loss", no_loss_at_step_2)
     run = "whole"
     whole = train(config, tmp_path / run, cache=tmp_path / "cache")
     run = "broken"
@@ -734,7 +734,7 @@ def test_pictures_of_other_crops_and_shapes_have_a_cache_of_their_own(config, tm
 
 def test_learning_rate_warms_up_and_falls():
     config = TrainConfig(scenes="x", steps=100, warmup=10, lr=1e-2)
-    rates = [objectives.learning_rate(config, step) for step in range(100)]
+    rates = [loop.learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(1e-3) and max(rates) == pytest.approx(1e-2)
     assert rates[-1] < 2e-4 and rates[10:] == sorted(rates[10:], reverse=True)
 

@@ -5,7 +5,7 @@ from importlib import import_module
 _HOME_OF = {
     "TargetCache": "targets",
     "TrainConfig": "config",
-    "train": "objectives",
+    "train": "loop",
 }
 
 __all__ = sorted(_HOME_OF)
