@@ -9,6 +9,8 @@ import numpy as np
 
 from ..image import SUFFIXES
 
+STAMP_SIDE = 0.25, 0.7  # least and greatest longer side of a cut-out, as a share of the picture's
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -60,7 +62,7 @@ def is_held_out(path):
     return hashlib.sha256(family.encode()).digest()[0] % 5 == 0
 
 
-def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 1.0), shapes=0.0, camouflage=0.0):
+def composite(pictures, rng, size, stamps=(1, 4), crop=(0.4, 1.0), shapes=0.0, camouflage=0.0):
     """Paste random cut-outs on a random crop of a random photograph.
 
     Args:
@@ -68,7 +70,6 @@ def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 
         rng: numpy Generator; the same state gives the same picture.
         size: side of the square result in pixels.
         stamps: least and greatest number of cut-outs.
-        scale: least and greatest longer side of a cut-out, as a share of `size`.
         crop: least and greatest side of the crop, as a share of the photograph's shorter side.
         shapes: share of the cut-outs that are drawn, not taken from `pictures.stamps`: smooth outlines and thin
             strokes, filled with a crop of another photograph.
@@ -93,7 +94,7 @@ def composite(pictures, rng, size, stamps=(1, 4), scale=(0.25, 0.7), crop=(0.4, 
         if shapes and (not pictures.stamps or rng.random() < shapes):
             stamp = _shape(pictures, rng, size, crop)
         else:
-            stamp = _place(_open_stamp(pictures.stamps[rng.integers(len(pictures.stamps))]), rng, size, scale)
+            stamp = _place(_open_stamp(pictures.stamps[rng.integers(len(pictures.stamps))]), rng, size)
         if camouflage and rng.random() < camouflage:
             stamp = _camouflaged(stamp, scene, rng)
         scene = Image.alpha_composite(scene.convert("RGBA"), stamp).convert("RGB")
@@ -139,14 +140,14 @@ def _shape(pictures, rng, size, crop):
     return canvas
 
 
-def _place(stamp, rng, size, scale):
+def _place(stamp, rng, size):
     from PIL import Image
 
     stamp = stamp.crop(stamp.getchannel("A").getbbox())
     if rng.random() < 0.5:
         stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     stamp = stamp.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
-    factor = rng.uniform(*scale) * size / max(stamp.size)
+    factor = rng.uniform(*STAMP_SIDE) * size / max(stamp.size)
     # Premultiplied, or the colour hidden under full transparency bleeds into the edge.
     stamp = stamp.convert("RGBa").resize(
         [max(1, round(side * factor)) for side in stamp.size], Image.Resampling.LANCZOS

@@ -35,6 +35,7 @@ OWN_TERMS = ("dense", "mask", "segment", "native", "spread", "smooth")  # ours, 
 REGION_CHANNELS = 96  # of the features, which "dense" and others of these terms see
 LEAST_WEIGHT = 1e-3  # on the pixel's own instance: below, "mask" does not grow further
 SMOOTH_CELL = 14  # pixels per cell at which "smooth" counts in full; where cells are smaller, bends are steep by nature
+FLAT_STEP = 0.02  # of a guide in [0, 1] from pixel to pixel: at greater ones "smooth" soon leaves the edge alone
 SHARPNESS = 5.0  # of the softmax of "segment", over the similarities' standard deviation among the instances
 SEGMENT_BAND = 0.29  # cells on either side of a boundary that count as near it in "segment"
 LEAST_SHARE = 0.3  # cells that an instance covers in all, below which "segment" leaves it out
@@ -48,8 +49,8 @@ def feature_loss(output, target, weight=None):
     return loss.mean() if weight is None else (loss * weight).sum() / weight.sum().clamp_min(1.0)
 
 
-def edge_aware_smoothness(output, guide, flat=0.02):
-    """Mean square second difference of (B,C,H,W) over its variance, each pixel weighed by exp(-step / flat).
+def edge_aware_smoothness(output, guide):
+    """Mean square second difference of (B,C,H,W) over its variance, each pixel weighed by exp(-step / FLAT_STEP).
 
     `step` is the guide's (B,3,H,W) greatest difference to the two neighbours, mean over the colours. 0 where H and W
     are below 3.
@@ -62,7 +63,7 @@ def edge_aware_smoothness(output, guide, flat=0.02):
         bend = output.diff(n=2, dim=axis).square().sum(1)
         step = guide.diff(dim=axis).abs().mean(1)
         step = torch.maximum(step.narrow(axis - 1, 0, count), step.narrow(axis - 1, 1, count))
-        weight = torch.exp(-step / flat)
+        weight = torch.exp(-step / FLAT_STEP)
         found.append((bend * weight).sum() / weight.sum().clamp_min(1e-3))
     spread = output.detach().var((2, 3)).sum(1).mean().clamp_min(1e-12)
     return sum(found, output.new_zeros(())) / spread

@@ -33,14 +33,14 @@ class Muon(torch.optim.Optimizer):
                 matrix.sub_(step, alpha=0.2 * group["lr"] * max(matrix.shape) ** 0.5)
 
 
-def orthogonal(matrix, rounds=5):
+def orthogonal(matrix):
     """About U V' of the singular value decomposition U S V', singular values between 0.7 and 1.2; 0 stays 0.
 
-    By the Newton-Schulz polynomial of Jordan et al. (2024).
+    By five rounds of the Newton-Schulz polynomial of Jordan et al. (2024).
     """
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = x / x.norm().clamp_min(1e-20)
-    for _ in range(rounds):
+    for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
     return x.T if len(matrix) > matrix.shape[1] else x

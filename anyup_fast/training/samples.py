@@ -59,13 +59,12 @@ def draw_sample(cache, rng):
             crop = [t.flip(-1) for t in crop]
         for parts, part in zip((guides, masks, features, targets), crop, strict=True):
             parts.append(part.float())
-    return Sample(
-        *_mix_channels(rng, config.variety_share, *(torch.stack(parts) for parts in (guides, masks, features, targets)))
-    )
+    guide, instances, features, target = (torch.stack(parts) for parts in (guides, masks, features, targets))
+    return Sample(guide, instances, *_mixed_channels(rng, config.variety_share, features, target))
 
 
-def _mix_channels(rng, variety, guide, mask, features, target):
-    """Sometimes show the features as another encoder might have made them, target and all.
+def _mixed_channels(rng, variety, features, target):
+    """Features and target, sometimes as another encoder might have made them.
 
     In a share `variety` of the steps that is `_as_of_another_encoder`; in half of the others a random rotation, cut
     to a random number of channels.
@@ -76,7 +75,7 @@ def _mix_channels(rng, variety, guide, mask, features, target):
     elif channels >= 64 and rng.random() < 0.5:
         rotation = _rotation(rng, channels, int(rng.integers(channels // 4, channels + 1)))
         features, target = (torch.einsum("bchw,ck->bkhw", t, rotation) for t in (features, target))
-    return guide, mask, features, target
+    return features, target
 
 
 def _as_of_another_encoder(rng, features, target):
