@@ -11,9 +11,9 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from . import __version__
-from .batch.settings import DTYPES as BATCH_DTYPES
-from .batch.settings import FORMATS, KINDS
+from .. import __version__
+from ..batch.settings import DTYPES as BATCH_DTYPES
+from ..batch.settings import FORMATS, KINDS
 
 logger = logging.getLogger("anyup_fast")
 
@@ -228,7 +228,7 @@ def _size(text):
 def _device(name):
     import torch
 
-    from .checks import checked_device
+    from ..api import checked_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -261,12 +261,12 @@ def _demo(arguments):
 def _upsample(arguments):
     import torch
 
-    from .api import extract_features, load_image, prepare, visualize_feature_comparison
-    from .checkpoints import locate_checkpoint
-    from .encoders import load_encoder
-    from .heads import load_head
-    from .model import AnyUp
-    from .visualize import FIGURE_SUFFIXES
+    from ..api import extract_features, load_image, prepare, visualize_feature_comparison
+    from ..checkpoints import locate_checkpoint
+    from ..encoders import load_encoder
+    from ..model import AnyUp
+    from ..upsampling import load_head
+    from ..visualize import FIGURE_SUFFIXES
 
     for option, path, suffixes in (
         ("--out", arguments.out, (".safetensors",)),
@@ -339,7 +339,7 @@ def _save_features(path, tensors, dtype, arguments):
     import torch
     from safetensors.torch import save_file
 
-    from .files import written_aside
+    from ..files import written_aside
 
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
@@ -355,7 +355,7 @@ def _save_features(path, tensors, dtype, arguments):
 def _train(arguments):
     import torch
 
-    from .training import TrainConfig, train
+    from ..training import TrainConfig, train
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -409,7 +409,7 @@ def _train(arguments):
 
 
 def _batch(arguments):
-    from .batch import make_film, run
+    from ..batch import make_film, run
 
     if arguments.film and arguments.kind != "pca":
         raise ValueError(f"--film: needs --kind pca, got {arguments.kind}")
@@ -443,8 +443,8 @@ def _progress_bar(disable, extra):
 def _info(arguments):
     import torch
 
-    from . import checkpoints, ops
-    from .encoders import list_encoders
+    from .. import checkpoints, ops
+    from ..encoders import list_encoders
 
     print(f"anyup-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (
@@ -479,7 +479,3 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
