@@ -5,20 +5,18 @@ import logging
 import os
 import platform
 import sys
-import time
 from contextlib import contextmanager
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
 from ..batch.settings import DTYPES as BATCH_DTYPES
 from ..batch.settings import FORMATS, KINDS
+from . import options, progress
 
 logger = logging.getLogger("anyup_fast")
 
 DEMO_PHOTO = "astronaut"
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main(argv=None):
@@ -75,7 +73,7 @@ def _parser():
     upsample.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
     upsample.add_argument(
         "--output-size",
-        type=_size,
+        type=options.size,
         metavar="N|HxW",
         help="shorter side of the output, or both sides (default: those of the resized photo)",
     )
@@ -172,7 +170,7 @@ def _parser():
     batch.add_argument("--film", metavar="FILE", help="with --kind pca: also make this .mp4, .mkv or .mov")
     batch.add_argument("--rate", type=float, metavar="FPS", help="of the film (default: the video's, else 25)")
     batch.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
-    batch.add_argument("--output-size", type=_size, metavar="N|HxW", help="of the output (default: every pixel)")
+    batch.add_argument("--output-size", type=options.size, metavar="N|HxW", help="of the output (default: every pixel)")
     batch.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, 8 on GPUs)")
     batch.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs)")
     batch.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
@@ -182,27 +180,9 @@ def _parser():
     batch.set_defaults(run=_batch)
 
     for command in (demo, upsample, batch):
-        command.add_argument(
-            "--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)"
-        )
-        command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
-        command.add_argument(
-            "--size",
-            type=_size,
-            default=448,
-            metavar="N|HxW",
-            help="shorter side, or both sides (default: 448)",
-        )
-        command.add_argument(
-            "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
-        )
+        options.add_inputs(command)
     for command in (demo, upsample):
-        command.add_argument(
-            "--mode", choices=("mean", "pca"), default="pca", help="colours of the figure (default: pca)"
-        )
-        command.add_argument(
-            "--dtype", choices=DTYPES, default="float16", help="of the written features (default: float16)"
-        )
+        options.add_outputs(command)
 
     info = commands.add_parser("info", help="versions, back ends, encoders and weights, and why one is not available")
     info.set_defaults(run=_info)
@@ -211,18 +191,6 @@ def _parser():
 
 def _told(choices):
     return "; ".join(f"{name} = {text}" for name, text in choices.items())
-
-
-def _size(text):
-    """ "448" -> 448, "448x672" -> (448, 672)."""
-    parts = text.lower().split("x")
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
-        raise argparse.ArgumentTypeError(f"need a positive number of pixels or HEIGHTxWIDTH, got {text!r}")
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 def _device(name):
@@ -238,18 +206,6 @@ def _device(name):
         described = f", {torch.cuda.get_device_name(device)}"
     logger.info("device: %s%s", device, described)
     return device
-
-
-class _Steps:
-    """Reports each step with the time it took."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-
-    def done(self, text):
-        now = time.perf_counter()
-        logger.info("%7.2f s  %s", now - self.start, text)
-        self.start = now
 
 
 def _demo(arguments):
@@ -283,7 +239,7 @@ def _upsample(arguments):
         if given and not present:
             raise ValueError(f"{option}: needs {other}")
     head = load_head(arguments.head) if arguments.head else None
-    steps = _Steps()
+    steps = progress.Steps()
     device = _device(arguments.device)
     model = AnyUp.from_pretrained(arguments.weights, device=device)
     steps.done(f"AnyUp weights: {arguments.weights} ({locate_checkpoint(arguments.weights).name})")
@@ -403,7 +359,7 @@ def _train(arguments):
         bf16=not arguments.float32,
         **{name: getattr(arguments, name) for name in names},
     )
-    bar = _progress_bar(disable=arguments.quiet, extra="train")
+    bar = progress.bar(disable=arguments.quiet, extra="train")
     path = train(config, arguments.out, cache=arguments.cache, save_every=arguments.save_every, progress=bar)
     logger.info("-> %s", path)
 
@@ -417,7 +373,7 @@ def _batch(arguments):
         "kind", "format", "dtype", "encoder", "layer", "weights", "size", "output_size", "head", "pca", "batch_size",
         "workers", "device", "engine", "ray_address", "overwrite", "verify",
     )  # fmt: skip
-    bar = _progress_bar(disable=arguments.quiet, extra="batch")
+    bar = progress.bar(disable=arguments.quiet, extra="batch")
     summary = run(
         arguments.input,
         arguments.output,
@@ -430,14 +386,6 @@ def _batch(arguments):
         count = make_film(arguments.input, arguments.output, arguments.film, arguments.rate)
         logger.info("-> %s, %d frames", arguments.film, count)
     return 3 if summary.failed else 0
-
-
-def _progress_bar(disable, extra):
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"the progress bar needs tqdm: pip install 'anyup-fast[{extra}]'") from error
-    return partial(tqdm, disable=disable, dynamic_ncols=True)
 
 
 def _info(arguments):

@@ -1,0 +1,37 @@
+"""Options that several commands take, and how a size is read."""
+
+import argparse
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def add_inputs(command):
+    """Options of every command that upsamples: encoder, weights, size of the pictures, device."""
+    command.add_argument("--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)")
+    command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
+    command.add_argument(
+        "--size", type=size, default=448, metavar="N|HxW", help="shorter side, or both sides (default: 448)"
+    )
+    command.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
+    )
+
+
+def add_outputs(command):
+    """Options of the commands that draw and write the features of one photograph."""
+    command.add_argument("--mode", choices=("mean", "pca"), default="pca", help="colours of the figure (default: pca)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="of the written features (default: float16)"
+    )
+
+
+def size(text):
+    """ "448" -> 448, "448x672" -> (448, 672)."""
+    parts = text.lower().split("x")
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
+        raise argparse.ArgumentTypeError(f"need a positive number of pixels or HEIGHTxWIDTH, got {text!r}")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
