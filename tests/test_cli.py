@@ -263,7 +263,7 @@ def test_features_that_leave_the_range_of_the_dtype_are_refused(tmp_path):
         dtype, encoder, weights = "float16", "e", "w"
 
     with pytest.raises(ValueError, match="--dtype: the features leave the range of float16; use bfloat16 or float32"):
-        cli._save_features(tmp_path / "f.safetensors", {"x": torch.full((1,), 1e5)}, torch.float16, Arguments)
+        cli.upsample._save_features(tmp_path / "f.safetensors", {"x": torch.full((1,), 1e5)}, torch.float16, Arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,7 +288,7 @@ def test_an_interrupt_is_130(upsample, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_photo", interrupt)
+    monkeypatch.setattr(cli.upsample, "_photo", interrupt)
     code, _, err = upsample()
     assert code == 130 and err.endswith("anyup-fast: interrupted\n")
 

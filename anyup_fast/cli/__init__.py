@@ -7,16 +7,13 @@ import platform
 import sys
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 
 from .. import __version__
 from ..batch.settings import DTYPES as BATCH_DTYPES
 from ..batch.settings import FORMATS, KINDS
-from . import options, progress
+from . import demo, options, progress, upsample
 
 logger = logging.getLogger("anyup_fast")
-
-DEMO_PHOTO = "astronaut"
 
 
 def main(argv=None):
@@ -62,40 +59,8 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"anyup-fast {__version__}")
     parser.add_argument("--quiet", action="store_true", help="(before the command) print warnings and errors only")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="upsample the features of a photograph and draw the comparison")
-    demo.add_argument("photo", nargs="?", help="a picture file (default: the astronaut that scikit-image ships)")
-    demo.add_argument("--out", default="demo", metavar="FOLDER", help="where figure and features go (default: demo)")
-    demo.set_defaults(run=_demo, output_size=None, layer=-1, region=None, head=None, labels=False, stream=None)
-
-    upsample = commands.add_parser("upsample", help="upsample the features of a photograph")
-    upsample.add_argument("photo", help="a picture file")
-    upsample.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
-    upsample.add_argument(
-        "--output-size",
-        type=options.size,
-        metavar="N|HxW",
-        help="shorter side of the output, or both sides (default: those of the resized photo)",
-    )
-    upsample.add_argument("--out", metavar="FILE", help="write lr_features and hr_features to this .safetensors file")
-    upsample.add_argument("--figure", metavar="FILE", help="draw the comparison to this .png, .jpg or .pdf file")
-    upsample.add_argument(
-        "--region",
-        type=int,
-        nargs=4,
-        metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"),
-        help="only this rectangle of the output",
-    )
-    upsample.add_argument(
-        "--head",
-        metavar="FILE",
-        help="a linear head in place of the features: .safetensors with weight (K, C) and bias",
-    )
-    upsample.add_argument("--labels", action="store_true", help="with --head: the index of the greatest output")
-    upsample.add_argument("--stream", metavar="PATH", help="write the output tile by tile to this .npy or .zarr")
-    upsample.add_argument("--tile", type=int, default=256, help="with --stream: side of the tiles (default: 256)")
-    upsample.add_argument("--resume", action="store_true", help="with --stream: finish what was interrupted")
-    upsample.set_defaults(run=_upsample)
+    demo.add(commands)
+    upsample.add(commands)
 
     train = commands.add_parser("train", help="train weights of your own, by the recipe of the paper")
     train.add_argument("--scenes", required=True, metavar="FOLDER", help="photographs")
@@ -179,10 +144,7 @@ def _parser():
     batch.add_argument("--verify", action="store_true", help="compare what is done with its digests first")
     batch.set_defaults(run=_batch)
 
-    for command in (demo, upsample, batch):
-        options.add_inputs(command)
-    for command in (demo, upsample):
-        options.add_outputs(command)
+    options.add_inputs(batch)
 
     info = commands.add_parser("info", help="versions, back ends, encoders and weights, and why one is not available")
     info.set_defaults(run=_info)
@@ -191,121 +153,6 @@ def _parser():
 
 def _told(choices):
     return "; ".join(f"{name} = {text}" for name, text in choices.items())
-
-
-def _device(name):
-    import torch
-
-    from ..api import checked_device
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = checked_device(name)
-    described = {"cpu": f", {torch.get_num_threads()} threads"}.get(device.type, "")
-    if device.type == "cuda":
-        described = f", {torch.cuda.get_device_name(device)}"
-    logger.info("device: %s%s", device, described)
-    return device
-
-
-def _demo(arguments):
-    out = Path(arguments.out)
-    arguments.figure, arguments.out = out / "comparison.png", out / "features.safetensors"
-    _upsample(arguments)
-
-
-def _upsample(arguments):
-    import torch
-
-    from ..api import extract_features, load_image, prepare, visualize_feature_comparison
-    from ..checkpoints import locate_checkpoint
-    from ..encoders import load_encoder
-    from ..model import AnyUp
-    from ..upsampling import load_head
-    from ..visualize import FIGURE_SUFFIXES
-
-    for option, path, suffixes in (
-        ("--out", arguments.out, (".safetensors",)),
-        ("--figure", arguments.figure, FIGURE_SUFFIXES),
-    ):
-        if path and Path(path).suffix.lower() not in suffixes:
-            raise ValueError(f"{option}: the file must end in {' or '.join(suffixes)}, got {str(path)!r}")
-    for option, given, other, present in (
-        ("--labels", arguments.labels, "--head", arguments.head),
-        ("--figure", arguments.figure, "no --region, --head or --stream", not (
-            arguments.region or arguments.head or arguments.stream)),
-        ("--stream", arguments.stream, "no --region", not arguments.region),
-    ):  # fmt: skip
-        if given and not present:
-            raise ValueError(f"{option}: needs {other}")
-    head = load_head(arguments.head) if arguments.head else None
-    steps = progress.Steps()
-    device = _device(arguments.device)
-    model = AnyUp.from_pretrained(arguments.weights, device=device)
-    steps.done(f"AnyUp weights: {arguments.weights} ({locate_checkpoint(arguments.weights).name})")
-    encoder = load_encoder(arguments.encoder, device=device)
-    steps.done("encoder loaded")
-    image = load_image(_photo(arguments.photo), arguments.size, patch_multiple=encoder.patch_size).to(device)
-    steps.done(f"photograph {arguments.photo or DEMO_PHOTO}: {_shape(image)}")
-    lr_features = extract_features(image, encoder, layer=arguments.layer)
-    steps.done(f"low-res features: {_shape(lr_features)}")
-    size = arguments.output_size
-    if isinstance(size, int):
-        size = tuple(round(n * size / min(image.shape[1:])) for n in image.shape[1:])
-    prepared, written = prepare(image, lr_features, model), []
-    if head is not None:
-        prepared = prepared.head(head, argmax=arguments.labels)
-        steps.done(f"head: {prepared.channels} outputs in place of {len(lr_features)} channels")
-    if arguments.stream:
-        written.append(prepared.stream(arguments.tile, size, out=arguments.stream, resume=arguments.resume))
-        steps.done("output streamed")
-    if not arguments.stream or arguments.out or arguments.figure:
-        hr_features = (prepared.region(*arguments.region, size) if arguments.region else prepared.full(size))[0]
-        steps.done(f"high-res {'labels' if arguments.labels else 'features'}: {_shape(hr_features)}")
-    if arguments.figure:
-        visualize_feature_comparison(image, lr_features, hr_features, arguments.mode, arguments.figure)
-        steps.done("figure drawn")
-        written.append(arguments.figure)
-    if arguments.out:
-        tensors = {"lr_features": lr_features, "hr_features": hr_features}
-        _save_features(arguments.out, tensors, getattr(torch, arguments.dtype), arguments)
-        steps.done(f"features written as {arguments.dtype}")
-        written.append(arguments.out)
-    for path in written:
-        logger.info("-> %s", path)
-    if not written:
-        logger.warning("nothing written: name a file with --out, --figure or --stream")
-
-
-def _photo(name):
-    if name is not None:
-        return name
-    try:
-        from skimage import data
-    except ModuleNotFoundError as error:
-        raise RuntimeError("the demo's photograph comes from scikit-image: install it, or name a picture") from error
-    return getattr(data, DEMO_PHOTO)()
-
-
-def _shape(tensor):
-    return "x".join(str(n) for n in tensor.shape)
-
-
-def _save_features(path, tensors, dtype, arguments):
-    import torch
-    from safetensors.torch import save_file
-
-    from ..files import written_aside
-
-    tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in tensors.items()
-    }
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ValueError(f"--dtype: the features leave the range of {arguments.dtype}; use bfloat16 or float32")
-    about = {"encoder": arguments.encoder, "weights": arguments.weights, "anyup_fast": __version__}
-    with written_aside(path) as aside:
-        save_file(tensors, aside, {name: str(value) for name, value in about.items()})
 
 
 def _train(arguments):

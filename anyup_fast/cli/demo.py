@@ -1,0 +1,23 @@
+"""`anyup-fast demo`: `upsample` at its defaults, for a first look; features and figure go to a folder."""
+
+from pathlib import Path
+
+from . import upsample
+from .options import add_inputs, add_outputs
+
+
+def add(commands):
+    """Add the command to the parser's."""
+    command = commands.add_parser("demo", help="upsample the features of a photograph and draw the comparison")
+    command.add_argument("photo", nargs="?", help="a picture file (default: the astronaut that scikit-image ships)")
+    command.add_argument("--out", default="demo", metavar="FOLDER", help="where figure and features go (default: demo)")
+    add_inputs(command)
+    add_outputs(command)
+    command.set_defaults(run=run, output_size=None, layer=-1, region=None, head=None, labels=False, stream=None)
+
+
+def run(arguments):
+    """Upsample, write and draw."""
+    out = Path(arguments.out)
+    arguments.figure, arguments.out = out / "comparison.png", out / "features.safetensors"
+    upsample.run(arguments)
