@@ -11,7 +11,7 @@ from importlib import metadata
 from .. import __version__
 from ..batch.settings import DTYPES as BATCH_DTYPES
 from ..batch.settings import FORMATS, KINDS
-from . import demo, options, progress, upsample
+from . import demo, options, progress, train, upsample
 
 logger = logging.getLogger("anyup_fast")
 
@@ -61,68 +61,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo.add(commands)
     upsample.add(commands)
-
-    train = commands.add_parser("train", help="train weights of your own, by the recipe of the paper")
-    train.add_argument("--scenes", required=True, metavar="FOLDER", help="photographs")
-    train.add_argument("--stamps", metavar="FOLDER", help="cut-outs with transparency, pasted on the photographs")
-    train.add_argument("--out", required=True, metavar="FOLDER", help="folder of the run; an unfinished run is resumed")
-    train.add_argument("--cache", metavar="FOLDER", help="folder of the cached targets (default: inside --out)")
-    train.add_argument(
-        "--encoders",
-        nargs="+",
-        default=["dinov2_vits14"],
-        metavar="NAME",
-        help="NAME or NAME:LAYER; one per step is drawn, one named twice twice as often (default: dinov2_vits14)",
-    )
-    train.add_argument("--all", action="store_true", help="train on every picture; else a fifth is kept for evaluation")
-    for name, kind, default, text in (
-        ("pictures", int, 600, "training pictures to make"),
-        ("size", int, 448, "side of the training pictures in pixels"),
-        ("steps", int, 4000, "steps"),
-        ("batch", int, 4, "pictures per step"),
-        ("guide-pixels", int, 12544, "pixels of a guide, at most"),
-        ("optimizer", str, "adamw", "adamw, or muon, which fits in fewer steps"),
-        ("lr", float, 6e-4, "learning rate at its highest"),
-        ("warmup", int, 100, "steps of warm-up"),
-        ("ema", float, 0.998, "decay of the averaged weights, which are the result"),
-        ("main-weight", float, 1.0, "weight of the paper's loss at higher resolution"),
-        ("dense-weight", float, 0.5, "weight of the loss at mask boundaries; 0 = the paper's loss alone"),
-        ("mask-weight", float, 0.0, "weight of the attention's weight on the pixel's own instance"),
-        ("segment-weight", float, 0.0, "weight of telling instances apart by the upsampled features, at every pixel"),
-        ("large-share", float, 0.0, "share of steps with four times the guide's pixels and a quarter of the pictures"),
-        ("region", int, 48, "pixels along each axis of the part of a guide that is decoded at its own resolution"),
-        ("native-share", float, 0.3, "share of steps on features of the full picture"),
-        ("native-weight", float, 0.0, "weight of giving each cell's features back in those steps"),
-        ("spread-weight", float, 0.0, "weight of the attention's mean square distance, in cells"),
-        ("smooth-weight", float, 0.0, "weight of second differences where the guide is flat"),
-        ("degraded-share", float, 0.0, "share of steps whose guide is blurred, noisy or compressed"),
-        ("noise-share", float, 0.0, "share of steps whose low-res features are noisy"),
-        ("variety-share", float, 0.0, "share of steps with features as another encoder might have made them"),
-        ("recolour-share", float, 0.0, "share of steps whose guides show every instance in random colours of its own"),
-        ("spot-share", float, 0.0, "share of those instances with spots of another colour"),
-        ("plain-share", float, 0.2, "share of training pictures without cut-outs"),
-        ("shapes-share", float, 0.0, "share of the cut-outs that are drawn shapes and strokes"),
-        ("camouflage-share", float, 0.0, "share of the cut-outs with colours near those of the ground"),
-        ("consistency-weight", float, 0.1, "weight of giving the same under changed colours"),
-        ("consistency-share", float, 0.1, "share of steps that compute it"),
-        ("max-cells", int, 24, "low-res cells of a crop along one axis, at most"),
-        ("seed", int, 0, "seed of everything random"),
-        ("draws", int, 0, "another number: other draws over the pictures of the same seed"),
-        ("save-every", int, 200, "steps between two states on disk"),
-    ):
-        train.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
-    train.add_argument(
-        "--crop",
-        type=float,
-        nargs=2,
-        default=(0.4, 1.0),
-        metavar=("LEAST", "GREATEST"),
-        help="side of a picture's crop, as a share of the photograph's shorter side (default: 0.4 1.0)",
-    )
-    train.add_argument("--threads", type=int, help="threads of the CPU (default: PyTorch's choice)")
-    train.add_argument("--init", metavar="WEIGHTS", help="weights to go on from: a name, path or URL")
-    train.add_argument("--float32", action="store_true", help="no bfloat16")
-    train.set_defaults(run=_train)
+    train.add(commands)
 
     batch = commands.add_parser("batch", help="a folder, list or video into files; run again, it goes on")
     batch.add_argument("input", help="folder, glob (quoted), .txt or .lst list of paths, video, or picture")
@@ -153,62 +92,6 @@ def _parser():
 
 def _told(choices):
     return "; ".join(f"{name} = {text}" for name, text in choices.items())
-
-
-def _train(arguments):
-    import torch
-
-    from ..training import TrainConfig, train
-
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    names = (
-        "scenes",
-        "stamps",
-        "pictures",
-        "size",
-        "steps",
-        "batch",
-        "guide_pixels",
-        "optimizer",
-        "lr",
-        "warmup",
-        "ema",
-        "main_weight",
-        "dense_weight",
-        "mask_weight",
-        "segment_weight",
-        "large_share",
-        "region",
-        "native_share",
-        "native_weight",
-        "spread_weight",
-        "smooth_weight",
-        "degraded_share",
-        "noise_share",
-        "variety_share",
-        "recolour_share",
-        "spot_share",
-        "plain_share",
-        "shapes_share",
-        "camouflage_share",
-        "consistency_weight",
-        "consistency_share",
-        "max_cells",
-        "init",
-        "seed",
-        "draws",
-    )
-    config = TrainConfig(
-        encoders=tuple(arguments.encoders),
-        held_out=not arguments.all,
-        crop=tuple(arguments.crop),
-        bf16=not arguments.float32,
-        **{name: getattr(arguments, name) for name in names},
-    )
-    bar = progress.bar(disable=arguments.quiet, extra="train")
-    path = train(config, arguments.out, cache=arguments.cache, save_every=arguments.save_every, progress=bar)
-    logger.info("-> %s", path)
 
 
 def _batch(arguments):
