@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from importlib import metadata
 
 from .. import __version__
-from ..batch.settings import DTYPES as BATCH_DTYPES
-from ..batch.settings import FORMATS, KINDS
-from . import demo, options, progress, train, upsample
+from . import batch, demo, train, upsample
 
 logger = logging.getLogger("anyup_fast")
 
@@ -62,60 +60,11 @@ def _parser():
     demo.add(commands)
     upsample.add(commands)
     train.add(commands)
-
-    batch = commands.add_parser("batch", help="a folder, list or video into files; run again, it goes on")
-    batch.add_argument("input", help="folder, glob (quoted), .txt or .lst list of paths, video, or picture")
-    batch.add_argument("output", help="folder of the results and of their manifest")
-    batch.add_argument("--kind", choices=tuple(KINDS), default="features", help=f"{_told(KINDS)} (default: features)")
-    batch.add_argument("--format", choices=FORMATS, help="default: png for pca, else safetensors")
-    batch.add_argument("--dtype", choices=BATCH_DTYPES, default="float16", help="of features (default: float16)")
-    batch.add_argument("--head", metavar="FILE", help=".safetensors with weight (K, C) and bias, for head and labels")
-    batch.add_argument("--pca", metavar="FILE", help="pca.safetensors of another run, for its colours")
-    batch.add_argument("--film", metavar="FILE", help="with --kind pca: also make this .mp4, .mkv or .mov")
-    batch.add_argument("--rate", type=float, metavar="FPS", help="of the film (default: the video's, else 25)")
-    batch.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
-    batch.add_argument("--output-size", type=options.size, metavar="N|HxW", help="of the output (default: every pixel)")
-    batch.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, 8 on GPUs)")
-    batch.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs)")
-    batch.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
-    batch.add_argument("--ray-address", metavar="ADDRESS", help="of a running Ray cluster (default: start one here)")
-    batch.add_argument("--overwrite", action="store_true", help="replace what was made with other settings")
-    batch.add_argument("--verify", action="store_true", help="compare what is done with its digests first")
-    batch.set_defaults(run=_batch)
-
-    options.add_inputs(batch)
+    batch.add(commands)
 
     info = commands.add_parser("info", help="versions, back ends, encoders and weights, and why one is not available")
     info.set_defaults(run=_info)
     return parser
-
-
-def _told(choices):
-    return "; ".join(f"{name} = {text}" for name, text in choices.items())
-
-
-def _batch(arguments):
-    from ..batch import make_film, run
-
-    if arguments.film and arguments.kind != "pca":
-        raise ValueError(f"--film: needs --kind pca, got {arguments.kind}")
-    names = (
-        "kind", "format", "dtype", "encoder", "layer", "weights", "size", "output_size", "head", "pca", "batch_size",
-        "workers", "device", "engine", "ray_address", "overwrite", "verify",
-    )  # fmt: skip
-    bar = progress.bar(disable=arguments.quiet, extra="batch")
-    summary = run(
-        arguments.input,
-        arguments.output,
-        progress=lambda count: bar(total=count, unit="image"),
-        **{name: getattr(arguments, name) for name in names},
-    )
-    if summary.signal is not None:
-        return 128 + summary.signal
-    if arguments.film:
-        count = make_film(arguments.input, arguments.output, arguments.film, arguments.rate)
-        logger.info("-> %s, %d frames", arguments.film, count)
-    return 3 if summary.failed else 0
 
 
 def _info(arguments):
