@@ -1,10 +1,10 @@
-"""`anyup-fast batch`: data sets into files."""
+"""`anyup-fast batch`: a folder, a list or a video into files."""
 
 import logging
 
 from ..batch.settings import DTYPES, FORMATS, KINDS
 from . import progress
-from .options import add_inputs, size
+from .options import add_inputs, as_size
 
 logger = logging.getLogger("anyup_fast")
 
@@ -22,7 +22,7 @@ def add(commands):
     command.add_argument("--film", metavar="FILE", help="with --kind pca: also make this .mp4, .mkv or .mov")
     command.add_argument("--rate", type=float, metavar="FPS", help="of the film (default: the video's, else 25)")
     command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
-    command.add_argument("--output-size", type=size, metavar="N|HxW", help="of the output (default: every pixel)")
+    command.add_argument("--output-size", type=as_size, metavar="N|HxW", help="of the output (default: every pixel)")
     command.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, 8 on GPUs)")
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs)")
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
@@ -31,10 +31,6 @@ def add(commands):
     command.add_argument("--verify", action="store_true", help="compare what is done with its digests first")
     add_inputs(command)
     command.set_defaults(run=run)
-
-
-def _told(choices):
-    return "; ".join(f"{name} = {text}" for name, text in choices.items())
 
 
 def run(arguments):
@@ -60,3 +56,7 @@ def run(arguments):
         count = batch.make_film(arguments.input, arguments.output, arguments.film, arguments.rate)
         logger.info("-> %s, %d frames", arguments.film, count)
     return 3 if summary.failed else 0
+
+
+def _told(choices):
+    return "; ".join(f"{name} = {text}" for name, text in choices.items())

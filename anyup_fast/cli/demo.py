@@ -1,4 +1,4 @@
-"""`anyup-fast demo`: `upsample` at its defaults, for a first look; features and figure go to a folder."""
+"""`anyup-fast demo`: for a first look; features and figure of a photograph go to a folder."""
 
 from pathlib import Path
 

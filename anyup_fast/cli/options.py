@@ -10,7 +10,7 @@ def add_inputs(command):
     command.add_argument("--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)")
     command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
     command.add_argument(
-        "--size", type=size, default=448, metavar="N|HxW", help="shorter side, or both sides (default: 448)"
+        "--size", type=as_size, default=448, metavar="N|HxW", help="shorter side, or both sides (default: 448)"
     )
     command.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
@@ -25,7 +25,7 @@ def add_outputs(command):
     )
 
 
-def size(text):
+def as_size(text):
     """ "448" -> 448, "448x672" -> (448, 672)."""
     parts = text.lower().split("x")
     try:

@@ -1,4 +1,4 @@
-"""`anyup-fast train`: weights of one's own."""
+"""`anyup-fast train`: weights of your own."""
 
 import logging
 
@@ -7,7 +7,8 @@ from . import progress
 
 logger = logging.getLogger("anyup_fast")
 
-SETTINGS = {  # of TrainConfig, which has their types and defaults
+# Fields of TrainConfig that are an option each; their types and defaults are TrainConfig's.
+SETTINGS = {
     "pictures": "training pictures to make",
     "size": "side of the training pictures in pixels",
     "steps": "steps",

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from .. import __version__
-from .options import add_inputs, add_outputs, size
+from .options import add_inputs, add_outputs, as_size
 from .progress import Steps
 
 logger = logging.getLogger("anyup_fast")
@@ -19,7 +19,7 @@ def add(commands):
     command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
     command.add_argument(
         "--output-size",
-        type=size,
+        type=as_size,
         metavar="N|HxW",
         help="shorter side of the output, or both sides (default: those of the resized photo)",
     )

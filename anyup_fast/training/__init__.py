@@ -1,4 +1,4 @@
-"""Training of weights, by the recipe of the paper (arXiv 2510.12764) with terms of our own."""
+"""Training of weights by the recipe of the paper (arXiv 2510.12764), scaled to what is at hand."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Training of AnyUp by the recipe of the paper (arXiv 2510.12764, training section), scaled to what is at hand.
+"""The loss of training: the recipe of the paper (arXiv 2510.12764, training section), and terms of our own.
 
 A picture at full size S gives the targets (features of the whole picture at S); the same picture at S/2 and S/4 gives
 low-resolution features. A step crops both to the same cells, guides the upsampling by the crop resized to a few pixels
