@@ -15,7 +15,7 @@ from tree import ROOT, project_files
 # A part may import its own level and the levels below; files and weights serve everybody and need nobody.
 LEVELS = [
     {"cli"},
-    {"api", "batch", "training", "optimization", "data"},
+    {"api", "batch", "training"},
     {"acceleration", "export"},
     {"recognition"},
     {"model"},

@@ -53,8 +53,8 @@ def run(arguments):
     from ..api import extract_features, load_image, prepare, visualize_feature_comparison
     from ..checkpoints import locate_checkpoint
     from ..encoders import load_encoder
+    from ..heads import load_head
     from ..model import AnyUp
-    from ..upsampling import load_head
     from ..visualize import FIGURE_SUFFIXES
 
     for option, path, suffixes in (
@@ -113,7 +113,7 @@ def run(arguments):
 def _device(name):
     import torch
 
-    from ..api import checked_device
+    from ..checks import checked_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
