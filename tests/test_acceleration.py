@@ -10,33 +10,19 @@ import pickle
 import pytest
 import standins
 import torch
-from standins import FalconAnyUp, NattenAnyUp, PublishedAnyUp
-from test_model import GOLDEN, GOLDEN_TOLERANCE, relative, tensors_of
+from standins import CLASSES, PublishedAnyUp, build
 from torch import nn
+from vectors import GOLDEN, GOLDEN_TOLERANCE, relative, tensors_of
 
 import anyup_fast
 from anyup_fast.acceleration import Acceleration, accelerate
 
-CLASSES = {"published": PublishedAnyUp, "natten": NattenAnyUp, "falcon": FalconAnyUp}
 KINDS = tuple(CLASSES)
 OTHER = {"qk_dim": 64, "kernel_size_lfu": 3, "window_ratio": 0.21, "num_heads": 2, "lfu_dim": 32, "input_dim": 3}
 
 # Norm of the difference over norm, float32 on both sides. Measured: 9e-6 for outputs, 4e-5 for gradients.
 TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 2e-4
-
-
-def build(kind, seed=0, **config):
-    """A module with weights that matter: no norm is one, no bias zero."""
-    torch.manual_seed(seed)
-    module = CLASSES[kind](**{"qk_dim": 32, **config})
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            if "in_proj_weight" in name or "_proj.weight" in name:
-                parameter.mul_(3)
-    return module.eval()
 
 
 def inputs(kind, channels=16, size=(24, 30), grid=(4, 5), output_size=None, batch=1, ratio=0.1, seed=1):

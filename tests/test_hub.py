@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from standins import NattenAnyUp, PublishedAnyUp, take_over
-from test_model import inputs, relative
 from tree import ROOT
+from vectors import inputs, relative
 
 from anyup_fast import AnyUp
 

@@ -2,36 +2,21 @@
 
 import math
 
-import attention_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from anyup_fast.kernels import unification
 from anyup_fast.kernels.tiling import Device
 from anyup_fast.kernels.unification import plan, why_not_feature_unification
-from torch.utils._python_dispatch import TorchDispatchMode
+from unification_cases import A100, DEVICE, DTYPES, H100, MI300, Sizes, make
 
 from anyup_fast.ops import reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = list(attention_cases.DTYPES.values())
 # Largest difference over the largest |expected|; measured in the interpreter: 4e-7 for peaked results, 1e-7 for flat.
 TOLERANCE = 8e-7
-H100 = Device("cuda", (9, 0), 232448, "H100")
-A100 = Device("cuda", (8, 0), 166912, "A100")
-MI300 = Device("hip", (9, 4), 65536, "MI300")
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def make(channels, filters, size, shape, dtype=torch.float32):
-    """Features (B, C, h, w) of unit length with NaN around them, and filters (M, 1, k, k) that give peaked results."""
-    generator = torch.Generator().manual_seed(channels + filters)
-    batch, *grid = shape
-    features = F.normalize(torch.randn(batch, channels, *grid, generator=generator), dim=1).to(dtype)
-    basis = 3 * torch.randn(filters, 1, size, size, generator=generator)
-    return attention_cases._bordered(features, DEVICE), basis.to(DEVICE)
 
 
 def error_of(out, features, basis):
@@ -161,19 +146,6 @@ def test_reasons():
     assert reason(filters=257) == "needs at most 256 filters, got 257"
     assert reason(dtype=torch.float64) == "needs float16, bfloat16 or float32, got float64"
     assert reason(2**24) == "needs fewer than 2**31 responses a pixel, got 16777216 channels and 128 filters"
-
-
-class Sizes(TorchDispatchMode):
-    """Collects how many numbers each tensor made inside holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = [0]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.made += [x.numel() for x in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(x)]
-        return result
 
 
 @pytest.mark.parametrize("channels", [256, 100])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from anyup_fast.kernels import unification_backward as kernels
 from anyup_fast.kernels.tiling import Device
-from test_kernels_feature_unification import A100, DEVICE, DTYPES, H100, MI300, Sizes, make
+from unification_cases import A100, DEVICE, DTYPES, H100, MI300, Sizes, make
 
 from anyup_fast.ops import reference
 

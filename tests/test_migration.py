@@ -6,11 +6,10 @@ import types
 
 import pytest
 import torch
-from standins import FalconAnyUp, NattenAnyUp, PublishedAnyUp, block_mask, take_over
-from test_acceleration import build
-from test_model import relative
+from standins import FalconAnyUp, NattenAnyUp, PublishedAnyUp, block_mask, build, take_over
 from torch import nn
 from tree import ROOT
+from vectors import relative
 
 import anyup_fast
 

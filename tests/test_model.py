@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from vectors import GOLDEN, GOLDEN_TOLERANCE, inputs, relative, tensors_of
 
 from anyup_fast.layers import (
     FeatureUnification,
@@ -19,22 +20,13 @@ from anyup_fast.layers import (
 from anyup_fast.model import AnyUp
 from anyup_fast.ops import reference, window_bounds
 
-safetensors = pytest.importorskip("safetensors")
+pytest.importorskip("safetensors")
 
-GOLDEN = Path(__file__).parent / "golden"
 VECTORS = [("small", 0), ("small", 1), ("small", 2), ("small", 3), ("small", 4)]
 VECTORS += [("variant", 0), ("variant", 1), ("global", 0), ("full", 0), ("full", 1)]
 
-# Norm of the difference over norm. Measured: 1.1e-6 against these float32 outputs, whose own distance from float64
-# is up to 2e-5 on the peaky random weights; two correct orders of summation may differ by as much.
-GOLDEN_TOLERANCE = 5e-5
 # Measured: 1.2e-6 (multi-backbone), 2.0e-6 (paper) at 224 against float64.
 PUBLISHED_TOLERANCE = 5e-6
-
-
-def tensors_of(path):
-    with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
 
 def golden_case(name, index):
@@ -47,19 +39,9 @@ def golden_case(name, index):
     return model.eval(), *(tensors[f"case{index}.{part}"] for part in ("image", "features", "output")), size
 
 
-def relative(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
 def small_model(**config):
     torch.manual_seed(0)
     return AnyUp(**{"qk_dim": 32, **config}).eval()
-
-
-def inputs(batch=1, channels=12, size=(28, 35), grid=(4, 5), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(batch, 3, *size, generator=generator)
-    return image, torch.randn(batch, channels, *grid, generator=generator)
 
 
 @pytest.mark.parametrize("name, index", VECTORS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from standins import neighborhood_attention
-from test_model import relative
+from vectors import relative
 
 from anyup_fast.ops import neighborhood_bounds, windowed_attention
 

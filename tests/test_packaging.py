@@ -161,7 +161,7 @@ def test_sdist_holds_the_whole_project(dist):
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {name.as_posix() for name in project_files()} - {".gitignore"}
-    assert {"README.md", "LICENSE", "constraints.txt", "kernels/__init__.py", "tests/tree.py"} <= wanted
+    assert {"README.md", "LICENSE", "constraints.txt", "kernels/__init__.py", "tests/support/tree.py"} <= wanted
     assert wanted - names == set()
     strangers = {name for name in names - wanted if name.endswith((".py", ".pyc", ".pth", ".onnx"))}
     assert strangers == set()

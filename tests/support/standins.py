@@ -297,3 +297,19 @@ class FalconAnyUp(Encoders):
         images = ((images * 0.5 + 0.5 - statistics[0]) / statistics[1]).to(features)
         query, key = self.query_key(self.guide(images), features, size)
         return self.cross_decode(query, key, features, attn_mask)
+
+
+CLASSES = {"published": PublishedAnyUp, "natten": NattenAnyUp, "falcon": FalconAnyUp}
+
+
+def build(kind, seed=0, **config):
+    """A module with weights that matter: no norm is one, no bias zero."""
+    torch.manual_seed(seed)
+    module = CLASSES[kind](**{"qk_dim": 32, **config})
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            if "in_proj_weight" in name or "_proj.weight" in name:
+                parameter.mul_(3)
+    return module.eval()
