@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tree import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compile_kernels.py"
+SCRIPT = ROOT / "benchmarks" / "compile_kernels.py"
 if not SCRIPT.is_file():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]

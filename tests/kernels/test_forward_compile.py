@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # Bytes: measured were 8 for one kernel on Triton 3.6.0, none on 3.9.0.
 MOST_SPILT = 8

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # Bytes of the worst kernel, as measured on Triton 3.9.0 (232, 112, 72 and 184) and rounded up; elsewhere none.
 MOST_SPILT = {("sm_80", "float32"): 240, ("sm_80", "bfloat16"): 120, ("sm_90", "bfloat16"): 96}
