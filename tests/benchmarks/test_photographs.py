@@ -4,13 +4,13 @@ import io
 import struct
 import zlib
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tree import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "photographs.py"
+SCRIPT = ROOT / "benchmarks" / "photographs.py"
 if not SCRIPT.is_file():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 spec = spec_from_file_location("photographs", SCRIPT)

@@ -1,13 +1,12 @@
 """The part of the GPU script about gradients, run on the CPU: what it compares, and that it refuses where it should."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from tree import ROOT
 
 from anyup_fast.ops.attention import windowed_attention_op
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 if not (FOLDER / "gpu_backward.py").is_file():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 

@@ -3,12 +3,12 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 if not (FOLDER / "roofline.py").is_file():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 

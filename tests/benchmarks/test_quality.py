@@ -3,7 +3,6 @@
 import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tree import ROOT
 
 from anyup_fast.image import normalize
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "quality.py"
+SCRIPT = ROOT / "benchmarks" / "quality.py"
 if not SCRIPT.is_file():
     pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
 spec = spec_from_file_location("quality", SCRIPT)
