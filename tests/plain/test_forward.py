@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from tree import ROOT
 
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import unit_channels
@@ -21,7 +22,7 @@ from anyup_fast.plain import unification as plain_unification
 from anyup_fast.plain import walks
 
 CHANNELS = [1, 3, 21, 100, 384, 768, 1024, 4096]
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def peaky(seed=0, **config):
