@@ -1,0 +1,134 @@
+"""The names that other people's code and files rely on: they stay when files move."""
+
+import argparse
+import ast
+import pickle
+import pkgutil
+from importlib import import_module
+
+import pytest
+import tiny
+import torch
+from tree import ROOT
+
+import anyup_fast
+from anyup_fast import cli, ops
+
+NAMES = {
+    "anyup_fast": (
+        "AnyUp accelerate extract_dinov2_features extract_features load_image prepare "
+        "upsample_features_with_anyup visualize_feature_comparison open batch"
+    ),
+    "anyup_fast.ops": (
+        "Block GuidanceWeights KeyWeights backends branches choose_backend feature_unification guidance "
+        "neighborhood_bounds pooled pooled_block project_keys project_pixels project_queries reference "
+        "res_block why_not window_bounds windowed_attention"
+    ),
+    "anyup_fast.encoders": "Encoder list_encoders load_encoder",
+    "anyup_fast.batch": "Archive Settings Summary make_film open_archive run",
+    "anyup_fast.training": "TrainConfig TargetCache train",
+    "anyup_fast.export": "export_onnx",
+    "anyup_fast.plain.reference": "windowed_attention feature_unification",
+    "anyup_fast.prepared": "Prepared",
+    # former places, kept
+    "anyup_fast.upsampling": "Prepared linear_head load_head",
+    "anyup_fast.ops.pages": "release",
+    "anyup_fast.ops.reference": "windowed_attention feature_unification",
+}
+OPERATORS = """
+branches branches_backward convolve_and_project feature_unification feature_unification_backward guidance
+neighborhood_bounds pooled pooled_backward pooled_block pooled_block_backward project_keys project_pixels
+project_pixels_backward project_queries project_queries_backward res_block res_block_backward unit_channels
+window_bounds windowed_attention windowed_attention_backward
+"""
+# What a pickle of a whole model names.
+PICKLED = {
+    "anyup_fast.model": "AnyUp CrossAttention CrossDecode",
+    "anyup_fast.layers": "FeatureUnification GroupNorm RMSNorm ReflectConv2d ResBlock RotaryEmbedding",
+}
+ENTRY_POINTS = {"anyup", "anyup_multi_backbone", "anyup_embedded"}
+OPTIONS = {
+    "demo": "--device --dtype --encoder --mode --out --size --weights photo",
+    "upsample": (
+        "--device --dtype --encoder --figure --head --labels --layer --mode --out --output-size --region "
+        "--resume --size --stream --tile --weights photo"
+    ),
+    "train": (
+        "--all --batch --cache --camouflage-share --consistency-share --consistency-weight --crop "
+        "--degraded-share --dense-weight --draws --ema --encoders --float32 --guide-pixels --init "
+        "--large-share --lr --main-weight --mask-weight --max-cells --native-share --native-weight "
+        "--noise-share --optimizer --out --pictures --plain-share --recolour-share --region --save-every "
+        "--scenes --seed --segment-weight --shapes-share --size --smooth-weight --spot-share --spread-weight "
+        "--stamps --steps --threads --variety-share --warmup"
+    ),
+    "batch": (
+        "--batch-size --device --dtype --encoder --engine --film --format --head --kind --layer --output-size "
+        "--overwrite --pca --rate --ray-address --size --verify --weights --workers input output"
+    ),
+    "info": "",
+}
+
+
+def home(name):
+    """The module of a dotted name, or the object of a package that goes by it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        package, _, last = name.rpartition(".")
+        return getattr(import_module(package), last)
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names(module):
+    assert [name for name in NAMES[module].split() if not hasattr(home(module), name)] == []
+
+
+def test_no_public_name_is_missing_from_the_list():
+    assert {*NAMES["anyup_fast"].split()} >= {*anyup_fast.__all__} - {"__version__"}
+    assert {*NAMES["anyup_fast.ops"].split()} == {*ops.__all__}
+
+
+def test_registered_operators_keep_their_names():
+    parts = [import_module(f"anyup_fast.ops.{part.name}") for part in pkgutil.iter_modules(ops.__path__)]
+    made = {
+        one._qualname for part in parts for one in vars(part).values() if isinstance(one, torch.library.CustomOpDef)
+    }
+    assert made == {f"anyup_fast::{name}" for name in OPERATORS.split()}
+
+
+@pytest.mark.parametrize("module", PICKLED)
+def test_pickles_find_their_classes(module):
+    assert all(isinstance(getattr(import_module(module), name), type) for name in PICKLED[module].split())
+
+
+def test_a_pickle_that_names_the_former_places_loads():
+    model = tiny.model()
+    pickled = pickle.dumps(model, protocol=2)
+    moved = pickled.replace(b"canyup_fast.decoder\n", b"canyup_fast.model\n")
+    assert moved != pickled, "the end of the model had its classes in anyup_fast.model"
+    loaded = pickle.loads(moved)
+    assert type(loaded) is type(model) and type(loaded.cross_decode) is type(model.cross_decode)
+    given = torch.randn(1, 3, 8, 8), torch.randn(1, 5, 2, 2)
+    assert torch.equal(loaded(*given), model(*given))
+
+
+def test_entry_points_of_the_hub():
+    tree = ast.parse((ROOT / "hubconf.py").read_text(encoding="utf-8"))
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {name for name in functions if not name.startswith("_")} == ENTRY_POINTS
+
+
+def commands():
+    """Command to the set of its options and positional arguments."""
+    (choices,) = (a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {
+        name: {option for action in parser._actions for option in action.option_strings or [action.dest]}
+        for name, parser in choices.items()
+    }
+
+
+def test_commands_and_options():
+    found = commands()
+    assert set(found) >= set(OPTIONS)
+    missing = {name: {*OPTIONS[name].split()} - found[name] for name in OPTIONS}
+    assert {name: options for name, options in missing.items() if options} == {}
