@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..plain import attention as plain
 from ..plain import reference
-from .choice import BACKENDS, check_name, choose, why_no_triton
+from .choice import BACKENDS, attempt, check_name, choose, on_triton, why_no_triton
 
 
 def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
@@ -37,7 +37,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     Source: AnyUp (arXiv 2510.12764), local window attention.
     """
     _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mode)
-    backend = choose_backend(query, key, value, backend)
+    backend = _choice(query, key, value, backend)
     if backend == "reference":
         return reference.windowed_attention(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -49,6 +49,10 @@ def choose_backend(query, key, value, backend="auto"):
 
     Each reason that turned one away is logged once, at level INFO.
     """
+    return "triton" if on_triton(name := _choice(query, key, value, backend)) else name
+
+
+def _choice(query, key, value, backend):
     options = query.device, query.dtype, value.dtype, query.shape[-1]
     return choose("windowed_attention", backend, lambda name: why_not(name, *options))
 
@@ -79,7 +83,7 @@ def why_not(backend, device, dtype=torch.float32, value_dtype=None, head_dim=32)
     check_name(backend)
     if backend != "triton":
         return None
-    if reason := why_no_triton(device, dtype, dtype if value_dtype is None else value_dtype):
+    if reason := why_no_triton("windowed_attention", device, dtype, dtype if value_dtype is None else value_dtype):
         return reason
     return f"needs heads of at most 128 numbers, got {head_dim}" if head_dim > 128 else None
 
@@ -132,11 +136,16 @@ def windowed_attention_op(
     backend: str,
 ) -> Tensor:
     """`anyup_fast.ops.windowed_attention` on a named back end ("triton" or "torch"), arguments unchecked."""
-    if backend == "triton":
-        from ..kernels.attention import windowed_attention_fwd as run
-    else:
-        run = plain.windowed_attention
-    return run(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
+    given, options = (query, key, value, row_bounds, col_bounds), {"scale": scale, "head_mode": head_mode}
+
+    def kernel():
+        from ..kernels.attention import windowed_attention_fwd
+
+        return windowed_attention_fwd(*given, **options)
+
+    return attempt(
+        "windowed_attention", backend, query.device, kernel, lambda: plain.windowed_attention(*given, **options)
+    )
 
 
 @windowed_attention_op.register_fake
@@ -159,12 +168,17 @@ def windowed_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), on a named back end."""
     tensors = grad, query, key, value, row_bounds, col_bounds
-    if backend == "triton":
+
+    def kernel():
         from ..kernels.attention_backward import windowed_attention_bwd
 
         *grads, of_value = windowed_attention_bwd(*tensors, scale=scale, head_mode=head_mode)
         return *grads, of_value if for_value else value.new_empty(len(value), 0)
-    return plain.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
+
+    def in_plain_pytorch():
+        return plain.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
+
+    return attempt("windowed_attention_backward", backend, query.device, kernel, in_plain_pytorch)
 
 
 @windowed_attention_backward_op.register_fake

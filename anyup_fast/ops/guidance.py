@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plain import guidance as plain
 from ..plain.weights import GuidanceWeights
-from .choice import choose, triton_precision, why_no_triton
+from .choice import attempt, choose, on_triton, triton_precision, why_no_triton
 
 
 def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, backend="auto"):
@@ -52,7 +52,7 @@ def _why_not_guidance(name, image, weights, dtype):
         return "this operator has none: its specification are the layers of AnyUp"
     if name == "torch":
         return None
-    if reason := why_no_triton(image.device, dtype):
+    if reason := why_no_triton("guidance", image.device, dtype):
         return reason
     from ..kernels.guidance import why_not_guidance
 
@@ -71,14 +71,18 @@ def guidance_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
-    sizes = (output_height, output_width), (key_height, key_width)
-    if backend == "triton":
+    given = image, GuidanceWeights.from_flat(weights), (output_height, output_width), (key_height, key_width)
+
+    def kernel():
         from ..kernels.guidance import guidance_fwd
 
-        return guidance_fwd(
-            image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype, precision=triton_precision()
-        )
-    return plain.guidance(image, GuidanceWeights.from_flat(weights), *sizes, dtype=dtype)
+        return guidance_fwd(*given, dtype=dtype, precision=triton_precision())
+
+    def in_plain_pytorch():
+        query, key, norms = plain.guidance(*given, dtype=dtype)
+        return query.to(dtype) if on_triton(backend) else query, key, norms
+
+    return attempt("guidance", backend, image.device, kernel, in_plain_pytorch)
 
 
 @guidance_op.register_fake
@@ -86,7 +90,7 @@ def _(image, weights, output_height, output_width, key_height, key_width, dtype,
     wide = torch.promote_types(dtype, torch.float32)
     width = len(weights[0])
     query = image.new_empty(
-        image.shape[0], output_height, output_width, width, dtype=dtype if backend == "triton" else wide
+        image.shape[0], output_height, output_width, width, dtype=dtype if on_triton(backend) else wide
     )
     key = image.new_empty(image.shape[0], key_height, key_width, width, dtype=wide)
     return query, key, image.new_empty(image.shape[0], plain.NORMS, 2, width, dtype=wide)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..plain import queries as plain
 from ..plain.norms import RMS_EPS
-from .choice import choose, triton_precision, why_no_triton
+from .choice import attempt, choose, on_triton, triton_precision, why_no_triton
 
 
 def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="auto"):
@@ -34,10 +34,12 @@ def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="au
         raise ValueError(f"query, conv, norm, weight and bias do not fit together: {shapes}")
     given = query, conv, norm, weight, bias
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if recorded and backend == "auto":  # there is one way
+        return convolve_and_project_op(*given, eps)[0]
     backend = choose("project_queries", backend, lambda name: _why_not_projection(name, query, recorded))
     if recorded:
         return convolve_and_project_op(*given, eps)[0]
-    return project_queries_op(query, conv, norm, weight, bias, eps, backend)
+    return project_queries_op(*given, eps, backend)
 
 
 def _why_not_projection(name, query, recorded):
@@ -45,7 +47,7 @@ def _why_not_projection(name, query, recorded):
         return "this operator has none: its specification are the layers of AnyUp"
     if name == "torch":
         return None
-    if reason := why_no_triton(query.device, query.dtype):
+    if reason := why_no_triton("project_queries", query.device, query.dtype):
         return reason
     if recorded:
         return "records no gradients, which are asked for"
@@ -59,16 +61,23 @@ def project_queries_op(
     query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 ) -> Tensor:
     """`anyup_fast.ops.project_queries` on a named back end, arguments unchecked."""
-    if backend == "triton":
+    given = query, conv, norm, weight, bias
+
+    def kernel():
         from ..kernels.queries import project_queries_fwd
 
-        return project_queries_fwd(query, conv, norm, weight, bias, eps=eps, precision=triton_precision())
-    return plain.project_queries(query, conv, norm, weight, bias, eps=eps)
+        return project_queries_fwd(*given, eps=eps, precision=triton_precision())
+
+    def in_plain_pytorch():
+        out = plain.project_queries(*given, eps=eps)
+        return out.to(query.dtype) if on_triton(backend) else out
+
+    return attempt("project_queries", backend, query.device, kernel, in_plain_pytorch)
 
 
 @project_queries_op.register_fake
 def _(query, conv, norm, weight, bias, eps, backend):
-    dtype = query.dtype if backend == "triton" else torch.promote_types(query.dtype, torch.float32)
+    dtype = query.dtype if on_triton(backend) else torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape, dtype=dtype)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..plain import reference
 from ..plain import unification as plain
-from .choice import choose, why_no_triton
+from .choice import attempt, choose, why_no_triton
 
 
 def feature_unification(features, basis, *, backend="auto"):
@@ -43,7 +43,7 @@ def feature_unification(features, basis, *, backend="auto"):
 def _why_not(name, features, basis):
     if name in ("torch", "reference"):
         return None
-    if reason := why_no_triton(features.device, features.dtype):
+    if reason := why_no_triton("feature_unification", features.device, features.dtype):
         return reason
     from ..kernels.unification import why_not_feature_unification
 
@@ -67,11 +67,15 @@ def _(features):
 @torch.library.custom_op("anyup_fast::feature_unification", mutates_args=())
 def feature_unification_op(features: Tensor, basis: Tensor, backend: str) -> Tensor:
     """`anyup_fast.ops.feature_unification` on a named back end, arguments unchecked."""
-    if backend == "triton":
-        from ..kernels.unification import feature_unification_fwd as run
-    else:
-        run = plain.feature_unification
-    return run(features, basis)
+
+    def kernel():
+        from ..kernels.unification import feature_unification_fwd
+
+        return feature_unification_fwd(features, basis)
+
+    return attempt(
+        "feature_unification", backend, features.device, kernel, lambda: plain.feature_unification(features, basis)
+    )
 
 
 @feature_unification_op.register_fake
@@ -85,13 +89,18 @@ def feature_unification_backward_op(
     grad: Tensor, features: Tensor, basis: Tensor, backend: str, for_features: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `feature_unification` for features (if asked for, else empty) and basis."""
-    if backend == "triton":
+
+    def kernel():
         from ..kernels.unification_backward import feature_unification_bwd
 
         of_features, of_basis = feature_unification_bwd(grad, features, basis)
         return of_features if for_features else features.new_empty(0), of_basis
-    of_features, of_basis = plain.feature_unification_backward(grad, features, basis, for_features)
-    return of_features, of_basis.contiguous()
+
+    def in_plain_pytorch():
+        of_features, of_basis = plain.feature_unification_backward(grad, features, basis, for_features)
+        return of_features, of_basis.contiguous()
+
+    return attempt("feature_unification_backward", backend, features.device, kernel, in_plain_pytorch)
 
 
 @feature_unification_backward_op.register_fake
