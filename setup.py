@@ -22,7 +22,10 @@ STREAM = ["zarr>=3.0; python_version >= '3.11'"]
 BATCH = ["tqdm>=4.60", "av>=12", "filelock>=3.12", *STREAM]
 RAY = ["ray[data]>=2.40"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
-TESTS = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
+# PyTorch's builds for GPUs bring the Triton that fits them, some under other names (triton-xpu, pytorch-triton-rocm):
+# one of our own choice would be unpacked over it. The tests, and who has a build without one, ask for it here.
+TRITON = ["triton>=3.4; platform_system == 'Linux'"]
+TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
 DEV = [*TESTS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
 
 setup(
@@ -37,8 +40,7 @@ setup(
     package_dir={"anyup_fast.kernels": "kernels"},
     package_data={"anyup_fast.weights": ["*.safetensors", "*.md"], "anyup_fast.kernels": ["tuned/*.json"]},
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "torch>=2.7",
         "numpy>=1.24",
         "pillow>=10.1",
         "safetensors>=0.4",
@@ -52,6 +54,7 @@ setup(
         "batch": BATCH,
         "ray": BATCH + RAY,
         "onnx": ONNX,
+        "triton": TRITON,
         "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + ONNX + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},

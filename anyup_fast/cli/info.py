@@ -52,4 +52,5 @@ def _version(package):
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        others = metadata.packages_distributions().get(package, ())  # Triton goes by several names
+        return ", ".join(f"{metadata.version(name)} ({name})" for name in others) or "not installed"
