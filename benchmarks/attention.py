@@ -134,6 +134,21 @@ def strip(rows):
     return dict(shape=shape, rows=rows, error=error, seconds=seconds, peak_gib=peak(shape, "torch", rows))
 
 
+def print_results(jobs, line, threads, as_json):
+    """Run the jobs and print the row of each by `line` as it is there; or, in the end, one JSON object with all."""
+    machine = platform.processor() or platform.machine()
+    report = dict(commit=commit(), torch=torch.__version__, machine=machine, threads=threads, results=[])
+    if not as_json:
+        print(f"{machine}, {threads} threads, torch {report['torch']}, commit {report['commit']}")
+    for job in jobs:
+        row = job()
+        report["results"].append(row)
+        if not as_json:
+            print(line(row), flush=True)
+    if as_json:
+        print(json.dumps(report))
+
+
 def main(arguments=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,25 +168,10 @@ def main(arguments=None):
     if options.peak:
         _print_peak(options.shapes[0], options.peak, options.rows)
         return 0
-    report = dict(
-        commit=commit(),
-        torch=torch.__version__,
-        machine=platform.processor() or platform.machine(),
-        threads=options.threads,
-        results=[],
-    )
-    if not options.json:
-        print(f"{report['machine']}, {options.threads} threads, torch {report['torch']}, commit {report['commit']}")
     jobs = [lambda: strip(options.strip)] if options.strip else []
     if not jobs:
         jobs = [lambda s=s: compare(s, options.repeats, not options.no_memory) for s in options.shapes]
-    for job in jobs:
-        row = job()
-        report["results"].append(row)
-        if not options.json:
-            print(_line(row), flush=True)
-    if options.json:
-        print(json.dumps(report))
+    print_results(jobs, _line, options.threads, options.json)
     return 0
 
 

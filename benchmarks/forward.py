@@ -16,20 +16,18 @@ timed. GPUs are measured by gpu.py.
 
 import argparse
 import functools
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 
-from checkout import commit, use_checkout
+from checkout import use_checkout
 
 use_checkout()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from attention import SHAPES, percentiles, resident  # noqa: E402
+from attention import SHAPES, percentiles, print_results, resident  # noqa: E402
 from roofline import stages  # noqa: E402
 
 import anyup_fast.decoder  # noqa: E402
@@ -296,22 +294,15 @@ def main(arguments=None):
     if options.peak:
         _print_peak(options.shapes[0], options.peak, options.training)
         return 0
-    report = dict(commit=commit(), torch=torch.__version__, threads=options.threads, results=[])
-    report["machine"] = platform.processor() or platform.machine()
-    if not options.json:
-        print(f"{report['machine']}, {options.threads} threads, torch {report['torch']}, commit {report['commit']}")
-    for shape in options.shapes:
+
+    def job(shape):
         if options.stages:
-            row = by_stage(shape, options.repeats)
-        elif options.parts:
-            row = parts(shape, options.repeats)
-        else:
-            row = compare(shape, options.rivals, options.repeats, not options.no_memory, options.training)
-        report["results"].append(row)
-        if not options.json:
-            print(_line(row), flush=True)
-    if options.json:
-        print(json.dumps(report))
+            return by_stage(shape, options.repeats)
+        if options.parts:
+            return parts(shape, options.repeats)
+        return compare(shape, options.rivals, options.repeats, not options.no_memory, options.training)
+
+    print_results([functools.partial(job, shape) for shape in options.shapes], _line, options.threads, options.json)
     return 0
 
 
