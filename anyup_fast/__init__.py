@@ -17,6 +17,7 @@ _HOME_OF = {
     "visualize_feature_comparison": "api",
     "AnyUp": "model",
     "accelerate": "acceleration",
+    "install_as_anyup": "published",
     "open": "batch.archive",
 }
 

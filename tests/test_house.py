@@ -17,9 +17,10 @@ from tree import ROOT, project_files
 LEVELS = [
     {"cli"},
     {"api", "batch", "training"},
-    {"acceleration", "export"},
+    {"acceleration", "export", "published"},
     {"recognition"},
     {"model"},
+    {"frugal"},
     {"prepared", "upsampling"},
     {"decoder", "heads", "image", "encoders", "checkpoints", "stores", "visualize"},
     {"layers"},
