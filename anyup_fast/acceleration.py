@@ -131,12 +131,25 @@ class _Published(_Accelerated):
             return super(AnyUp, self).forward(image, features, output_size, vis_attn, q_chunk_size)
         return AnyUp.forward(self, image, features, pair(output_size))
 
+    def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
+        if vis_attn:  # what its own forward calls, too
+            return super(AnyUp, self).upsample(enc_img, feats, out_size, vis_attn, q_chunk_size)
+        return AnyUp.upsample(self, enc_img, feats, pair(out_size))
+
 
 class _Natten(_Accelerated):
     def forward(self, image, features, output_size=None, vis_attn=False, q_chunk_size=None):
-        if vis_attn:
-            warnings.warn("vis_attn: the variant on neighborhood attention draws no picture", stacklevel=2)
+        _warn_of_no_picture(vis_attn)
         return AnyUp.forward(self, image, features, pair(output_size))
+
+    def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
+        _warn_of_no_picture(vis_attn)
+        return AnyUp.upsample(self, enc_img, feats, pair(out_size))
+
+
+def _warn_of_no_picture(vis_attn):
+    if vis_attn:
+        warnings.warn("vis_attn: the variant on neighborhood attention draws no picture", stacklevel=3)
 
 
 class _Falcon(_Accelerated):
@@ -146,6 +159,9 @@ class _Falcon(_Accelerated):
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         image = (images * 0.5 + 0.5 - mean) / std
         return AnyUp.forward(self, image.to(features.device), features, output_size)
+
+    def upsample(self, *args, **kwargs):  # its own, which takes a mask
+        return super(AnyUp, self).upsample(*args, **kwargs)
 
 
 KINDS = {

@@ -1,18 +1,19 @@
 """Checks of what callers hand over, each with the error that names the argument, the value and the remedy."""
 
+import numpy as np
 import torch
 
 INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
 
 
-def checked_output_size(output_size, default):
+def checked_output_size(output_size, default, name="output_size"):
     """`output_size` as a pair of positive ints, `default` where it is None; ValueError for anything else."""
     if output_size is None:
         return tuple(default)
     if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
-        raise ValueError(f"output_size: need (height, width) or None, got {output_size!r}")
+        raise ValueError(f"{name}: need (height, width) or None, got {output_size!r}")
     if not all(is_count(n) for n in output_size):
-        raise ValueError(f"output_size: height and width must be positive whole numbers, got {output_size!r}")
+        raise ValueError(f"{name}: height and width must be positive whole numbers, got {output_size!r}")
     return tuple(n if isinstance(n, INTEGERS) else int(n) for n in output_size)
 
 
@@ -21,6 +22,22 @@ def is_count(n):
     if isinstance(n, INTEGERS):
         return not isinstance(n, bool) and n > 0
     return hasattr(n, "__index__") and int(n) > 0
+
+
+def is_flag(value):
+    """Whether `value` says yes or no; 0 and 1 do."""
+    return isinstance(value, (bool, np.bool_)) or isinstance(value, int) and value in (0, 1)
+
+
+def check_attention_options(vis_attn, q_chunk_size):
+    """ValueError where one of these options of `AnyUp.forward` is what it can't be, as when both change places."""
+    order = "by position, vis_attn comes before q_chunk_size"
+    if not is_flag(vis_attn):
+        raise ValueError(f"vis_attn: need True or False, got {vis_attn!r}; {order}")
+    if isinstance(q_chunk_size, (bool, np.bool_)):
+        raise ValueError(f"q_chunk_size: need a number of rows or None, got {q_chunk_size!r}; {order}")
+    if q_chunk_size is not None and not is_count(q_chunk_size):
+        raise ValueError(f"q_chunk_size: need a positive number of rows or None, got {q_chunk_size!r}")
 
 
 def checked_box(box, size):
@@ -74,8 +91,11 @@ def checked_device(device, tensor=None):
         raise ValueError(f"device: {str(device)!r} cannot be used here ({reason}); 'cpu' always can") from error
 
 
-def checked_inputs(image, features, output_size, q_chunk_size, channels, device):
+def checked_inputs(image, features, output_size, channels, device, names=("image", "features", "output_size")):
     """What `AnyUp.forward` is given, for a model on `device` whose images have so many channels.
+
+    Args:
+        names: what the caller calls the first three.
 
     Returns:
         output_size as (H', W').
@@ -83,7 +103,7 @@ def checked_inputs(image, features, output_size, q_chunk_size, channels, device)
     Raises:
         ValueError: names what does not fit.
     """
-    for name, tensor in (("image", image), ("features", features)):
+    for name, tensor in zip(names, (image, features), strict=False):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{name}: need a floating-point tensor, got {kind}")
@@ -94,15 +114,13 @@ def checked_inputs(image, features, output_size, q_chunk_size, channels, device)
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one of them with .to(...)")
     if image.shape[1] != channels:
-        raise ValueError(f"image: need {channels} channels, got shape {tuple(image.shape)}")
+        raise ValueError(f"{names[0]}: need {channels} channels, got shape {tuple(image.shape)}")
     if image.shape[0] != features.shape[0] and 1 not in (image.shape[0], features.shape[0]):
         raise ValueError(
-            "image and features differ in batch size, and neither is single: "
+            f"{names[0]} and {names[1]} differ in batch size, and neither is single: "
             f"{tuple(image.shape)} and {tuple(features.shape)}"
         )
-    if q_chunk_size is not None and not is_count(q_chunk_size):
-        raise ValueError(f"q_chunk_size: need a positive number of rows or None, got {q_chunk_size!r}")
-    return checked_output_size(output_size, image.shape[-2:])
+    return checked_output_size(output_size, image.shape[-2:], names[2])
 
 
 def checked_tile(tile):

@@ -4,10 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checks import is_flag
 from .layers import RMSNorm
+from .logs import log_once
 from .ops import neighborhood_bounds, window_bounds, windowed_attention
 
 WINDOW_RULES = {"ratio": window_bounds, "neighborhood": neighborhood_bounds}
+
+
+def chosen_rule(window_rule, use_natten):
+    """Name of the window rule from the arguments of `AnyUp`; None with `use_natten` is "neighborhood", else "ratio".
+
+    Raises:
+        ValueError: `use_natten` with another rule, or a value of it that says neither yes nor no.
+    """
+    if not is_flag(use_natten):
+        raise ValueError(
+            f"use_natten: need True or False, got {use_natten!r}; by position, lfu_dim comes after it: pass it by name"
+        )
+    if not use_natten:
+        return "ratio" if window_rule is None else window_rule
+    if window_rule not in (None, "neighborhood"):
+        raise ValueError(
+            f"use_natten=True means window_rule='neighborhood', got window_rule={window_rule!r}: leave one of them out"
+        )
+    log_once("AnyUp: use_natten=True: windows by the rule 'neighborhood', computed without NATTEN")
+    return "neighborhood"
 
 
 class CrossAttention(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import feature_unification
+from .ops import Block, feature_unification
 from .ops.unification import unit_channels_op
 from .plain.norms import RMS_EPS
 
@@ -108,6 +108,11 @@ class RotaryEmbedding(nn.Module):
 
     `freqs` (2, dim): `angle = row * freqs[0] + col * freqs[1]`, and `x * cos(angle) + rotate_half(x) * sin(angle)`
     with `rotate_half(x) = cat(-x2, x1)`. Angles are computed in float32 (or float64), whatever the dtype of x.
+
+    Two ways to call it:
+        rope(x): x (B, dim, H, W), at the coordinates above.
+        rope(x, coords): tokens x (B, N, dim) at coords (B, N, 2), (1, N, 2) or (N, 2), (row, column), as the published
+            layer is called.
     """
 
     def __init__(self, dim):
@@ -118,14 +123,33 @@ class RotaryEmbedding(nn.Module):
         freqs[1, dim // 2 :] = octaves.repeat(2)
         self.freqs = nn.Parameter(2 * math.pi * freqs)
 
-    def forward(self, x):
+    def forward(self, x, coords=None):
         compute = wide_dtype(x.dtype)
-        rows, cols = (torch.linspace(0, 1, n, dtype=compute, device=x.device) for n in x.shape[-2:])
         freqs = self.freqs.to(compute)
-        angle = freqs[0, :, None, None] * rows[:, None] + freqs[1, :, None, None] * cols
+        if coords is None:
+            if x.ndim != 4:
+                raise ValueError(f"x: need (B, C, H, W), or tokens (B, N, C) with coords, got shape {tuple(x.shape)}")
+            axis = 1
+            rows, cols = (torch.linspace(0, 1, n, dtype=compute, device=x.device) for n in x.shape[-2:])
+            angle = freqs[0, :, None, None] * rows[:, None] + freqs[1, :, None, None] * cols
+        else:
+            axis = -1
+            self._check_tokens(x, coords)
+            rows, cols = coords.to(compute).split(1, -1)
+            angle = rows * freqs[0] + cols * freqs[1]
         wide = x.to(compute)
-        first, second = wide.chunk(2, 1)
-        return (wide * angle.cos() + torch.cat((-second, first), 1) * angle.sin()).to(x.dtype)
+        first, second = wide.chunk(2, axis)
+        return (wide * angle.cos() + torch.cat((-second, first), axis) * angle.sin()).to(x.dtype)
+
+    def _check_tokens(self, x, coords):
+        dim = self.freqs.shape[1]
+        if x.ndim != 3 or x.shape[2] != dim:
+            raise ValueError(f"x: with coords, need tokens (B, N, {dim}), got shape {tuple(x.shape)}")
+        batch, count, _ = x.shape
+        if tuple(coords.shape) not in ((count, 2), (1, count, 2), (batch, count, 2)):
+            raise ValueError(
+                f"coords: need ({batch}, {count}, 2), (1, {count}, 2) or ({count}, 2), got shape {tuple(coords.shape)}"
+            )
 
 
 class ReflectConv2d(nn.Conv2d):
@@ -165,6 +189,30 @@ def rms_norm(x, weight):
 def encoder(in_channels, out_channels, first):
     """`first`, then two ResBlocks; `first` is a module that gives `in_channels`."""
     return nn.Sequential(first, ResBlock(in_channels, out_channels), ResBlock(out_channels, out_channels))
+
+
+def matrices(encoder):
+    """Matrix of the first 1x1 convolution of an encoder, and its ResBlocks, as operators take them."""
+    first, *blocks = encoder
+    return first.weight.flatten(1), matrices_of(blocks)
+
+
+def matrices_of(modules):
+    """ResBlocks as a tuple of `anyup_fast.ops.Block`."""
+    blocks = []
+    for module in modules:
+        norm_in, _, conv_in, norm_out, _, conv_out = module.block
+        skip = None if isinstance(module.shortcut, nn.Identity) else module.shortcut.weight.flatten(1)
+        weights = conv_in.weight.flatten(1), norm_out.weight, norm_out.bias, conv_out.weight.flatten(1)
+        blocks.append(Block(norm_in.weight, norm_in.bias, *weights, skip))
+    return tuple(blocks)
+
+
+def wide_block(block, x):
+    """Run a ResBlock in float32 although its parameters are 16-bit."""
+    wide = {name: parameter.float() for name, parameter in block.named_parameters()}
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.func.functional_call(block, wide, (x,))
 
 
 def unit_channels(features):

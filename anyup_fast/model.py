@@ -1,11 +1,14 @@
 """AnyUp as an nn.Module: the published parameter names, the published function."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import checked_inputs, checked_output_size, is_count
-from .decoder import CrossAttention, CrossDecode
+from .checks import check_attention_options, checked_inputs, checked_output_size, is_count
+from .decoder import CrossAttention, CrossDecode, chosen_rule
+from .frugal import check_max_memory, filled_by_tiles
 from .layers import (
     FeatureUnification,
     ReflectConv2d,
@@ -13,14 +16,16 @@ from .layers import (
     broadcast,
     cell_colours,
     encoder,
+    matrices,
+    matrices_of,
     reflected,
     rms_norm,
     unit_channels,
+    wide_block,
     wide_dtype,
 )
 from .logs import log_once
 from .ops import (
-    Block,
     GuidanceWeights,
     KeyWeights,
     branches,
@@ -32,7 +37,7 @@ from .ops import (
     project_queries,
     res_block,
 )
-from .plain.memory import forward_memory, low_res_memory, nothing_kept
+from .plain.memory import forward_memory
 from .prepared import Prepared
 
 __all__ = ["AnyUp", "CrossAttention", "CrossDecode"]  # the names under which pickles find them
@@ -49,12 +54,16 @@ class AnyUp(nn.Module):
         window_ratio: half width of the attention window as a share of the picture; zero or less is global.
         num_heads: attention heads.
         init_gaussian_derivatives: start the feature-agnostic filters from Gaussian derivatives, not noise.
+        use_natten: as the published argument: another name of `window_rule="neighborhood"`. NATTEN is not needed.
         lfu_dim: number of those filters; None means qk_dim.
         window_rule: "ratio", the windows that the published weights were trained with, or "neighborhood", those of the
-            published variant on neighborhood attention (`use_natten=True`): a fixed number of cells, shifted at the
-            borders (`anyup_fast.ops.neighborhood_bounds`).
+            published variant on neighborhood attention: a fixed number of cells, shifted at the borders
+            (`anyup_fast.ops.neighborhood_bounds`). None means "ratio", with `use_natten` "neighborhood".
         head_mode: "mean" weighs every channel by the mean over the heads; "split" lets each head weigh its own
             C / num_heads channels, C a multiple of the heads.
+        name: a label that configurations of the published code carry; nothing is done with it, and a warning says so.
+
+    Up to `lfu_dim` the order is the published one. Other keywords, which the published class swallows, are a TypeError.
 
     The parameters carry the names and shapes of the published checkpoints (73 tensors, 878,080 numbers at the
     defaults), so that their state dicts load strictly.
@@ -71,11 +80,17 @@ class AnyUp(nn.Module):
         window_ratio=0.1,
         num_heads=4,
         init_gaussian_derivatives=False,
+        use_natten=False,
         lfu_dim=None,
-        window_rule="ratio",
+        window_rule=None,
         head_mode="mean",
+        *,
+        name=None,
     ):
         super().__init__()
+        window_rule = chosen_rule(window_rule, use_natten)
+        if name is not None:
+            warnings.warn(f"AnyUp: name={name!r} is taken as in the published code, and ignored", stacklevel=2)
         lfu_dim = qk_dim if lfu_dim is None else lfu_dim
         first = ReflectConv2d(input_dim, qk_dim, kernel_size)
         unify = FeatureUnification(lfu_dim, kernel_size_lfu, init_gaussian_derivatives)
@@ -106,10 +121,20 @@ class AnyUp(nn.Module):
 
         state_dict, config = load_checkpoint(weights, AnyUp)
         if window_rule is not None:
-            config = {**config, "window_rule": window_rule}
+            config = {**config, "window_rule": window_rule, "use_natten": False}
         model = cls(**config)
         model.load_state_dict(state_dict)
         return model.to("cpu" if device is None else device).eval()
+
+    @property
+    def qk_dim(self):
+        """Width of queries and keys."""
+        return self.image_encoder[0].weight.shape[0]
+
+    @property
+    def lfu_dim(self):
+        """Number of filters of the feature-agnostic layer."""
+        return self.key_features_encoder[0].basis.shape[0]
 
     @property
     def window_ratio(self):
@@ -127,14 +152,15 @@ class AnyUp(nn.Module):
 
     def guidance_weights(self):
         """Weights of the image, query and key encoders, as `anyup_fast.ops.guidance` takes them."""
-        image, query, key = map(_matrices, (self.image_encoder, self.query_encoder, self.key_encoder))
+        image, query, key = map(matrices, (self.image_encoder, self.query_encoder, self.key_encoder))
         return GuidanceWeights(*image, self.rope.freqs, *query, *key)
 
     def key_weights(self):
         """Weights of what makes keys of the pooled guide and the unified features, as `ops.project_keys` takes them."""
         _, *feature_blocks = self.key_features_encoder
         merge, *blocks = self.aggregation
-        return KeyWeights(_blocks(feature_blocks), merge.weight, _blocks(blocks), *self.cross_decode.projection(1))
+        features, blocks = matrices_of(feature_blocks), matrices_of(blocks)
+        return KeyWeights(features, merge.weight, blocks, *self.cross_decode.projection(1))
 
     def query_projection(self):
         """(conv, norm, weight, bias), as `anyup_fast.ops.project_queries` takes them."""
@@ -156,14 +182,14 @@ class AnyUp(nn.Module):
         dtype = from_image.dtype
         if dtype in (torch.float16, torch.bfloat16):
             # 1/M plus a few parts in a hundred thousand: the first normalisation must still see float32.
-            from_features = _wide_block(blocks[0], from_features)
+            from_features = wide_block(blocks[0], from_features)
             blocks = blocks[1:]
         from_features = from_features.to(dtype)
         for block in blocks:
             from_features = block(from_features)
         return self.aggregation(torch.cat(broadcast(from_image, from_features), 1))
 
-    def forward(self, image, features, output_size=None, q_chunk_size=None, vis_attn=False, max_memory=None):
+    def forward(self, image, features, output_size=None, vis_attn=False, q_chunk_size=None, max_memory=None):
         """Upsample `features` to the resolution of `image`, or to `output_size`.
 
         Args:
@@ -171,9 +197,9 @@ class AnyUp(nn.Module):
             features: (B, C, h, w), any C >= 1, any float dtype. A single image serves all feature maps of a batch, a
                 single feature map all images.
             output_size: (H', W'); None means (H, W).
-            q_chunk_size: rows of output computed at a time; accepted for compatibility, memory is flat without it.
             vis_attn: also return where each output pixel looks, as an RGB picture (B, 3, H', W') in [0, 1]: red is
                 the attention-weighted mean row, green the mean column, of the low-res cells (0 first, 1 last).
+            q_chunk_size: rows of output computed at a time; accepted for compatibility, memory is flat without it.
             max_memory: bytes that the call may take beyond its inputs, output included. Where the fused path takes more
                 (`estimate_memory`), the image is passed over several times in place of being stored, and the output
                 filled tile by tile: the same result, up to float rounding, for about three times the products.
@@ -185,18 +211,16 @@ class AnyUp(nn.Module):
             ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which. A `max_memory` that no
                 plan can keep; the message gives the smallest that suffices.
         """
-        output_size = checked_inputs(image, features, output_size, q_chunk_size, *self._takes())
+        check_attention_options(vis_attn, q_chunk_size)
+        output_size = checked_inputs(image, features, output_size, *self._takes())
         reason = self.why_not_fused()
         recorded = self._records_gradients(image, features)
         if max_memory is not None:
-            self._check_max_memory(max_memory, recorded)
-        maps = features
-        if vis_attn and self.head_mode == "mean":
-            maps = torch.cat((features, cell_colours(features).to(features.dtype)), 1)
-        if max_memory is not None and max_memory < self._memory(image, maps, output_size):
-            with nothing_kept():
-                out = self._frugal(image, features, maps, output_size, max_memory)
-            return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+            check_max_memory(max_memory, recorded, self._why_not_prepared())
+            maps = self._coloured(features, vis_attn)
+            if max_memory < self.estimate_memory(image.shape, maps.shape, output_size, maps.dtype, image.device):
+                out = filled_by_tiles(self, image, features, maps, output_size, max_memory)
+                return out.tensor_split((features.shape[1],), 1) if vis_attn else out
         if reason is None and not recorded:
             query, key, _ = self.guided(image, features, output_size)
         else:
@@ -205,9 +229,48 @@ class AnyUp(nn.Module):
             query, key = self.encoded(image, features)
             if output_size != tuple(image.shape[-2:]):
                 query = pooled(query, output_size)
+        return self._attended(query, key, features, vis_attn, q_chunk_size)
+
+    def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
+        """`forward` of an image that is encoded already: the published method, with its names.
+
+        It saves encoding an image twice; `prepare` saves more. The layers are those that record gradients.
+
+        Args:
+            enc_img: (B, qk_dim, H, W), the position-encoded guide that `guidance` makes of an image.
+            feats: (B, C, h, w), as the features of `forward`.
+            out_size: (H', W'); None means (H, W).
+            vis_attn, q_chunk_size: as in `forward`.
+
+        Returns:
+            As `forward`, and equal to it up to rounding.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        check_attention_options(vis_attn, q_chunk_size)
+        takes = self.qk_dim, self._takes()[1]
+        out_size = checked_inputs(enc_img, feats, out_size, *takes, names=("enc_img", "feats", "out_size"))
+        dtype, weights = self._stored_dtype(enc_img), self.guidance_weights()
+        with torch.autocast(enc_img.device.type, enabled=False):
+            x = enc_img.permute(0, 2, 3, 1).to(dtype)
+            query, from_image = (F.linear(x, conv.to(dtype)) for conv in (weights.query_conv, weights.key_conv))
+            query, key = self._encoded_branches(query, from_image, feats, weights)
+        if out_size != tuple(enc_img.shape[-2:]):
+            query = pooled(query, out_size)
+        return self._attended(query, key, feats, vis_attn, q_chunk_size)
+
+    def _coloured(self, features, vis_attn):
+        """The maps that are upsampled: the features, and the colours of their cells where a picture is wanted."""
+        if not vis_attn or self.head_mode == "split":
+            return features
+        return torch.cat((features, cell_colours(features).to(features.dtype)), 1)
+
+    def _attended(self, query, key, features, vis_attn, q_chunk_size):
+        """What `forward` returns, from queries (B, H', W', qk_dim) and projected keys."""
         query = self.projected_queries(query)
         key = key.to(query.dtype)
-        query, key, maps = broadcast(query, key, maps)
+        query, key, maps = broadcast(query, key, self._coloured(features, vis_attn))
         out = self.cross_decode.attend(query, key, maps, q_chunk_size)
         if vis_attn and self.head_mode == "split":
             colours = cell_colours(maps).to(maps.dtype)
@@ -230,20 +293,23 @@ class AnyUp(nn.Module):
             norm, weight, bias = self.cross_decode.projection(1)
             key = F.linear(rms_norm(key.to(wide_dtype(key.dtype)), norm).to(key.dtype), weight, bias)
             return self.query_encoder(guide).permute(0, 2, 3, 1), self._split_heads(key)
-        dtype = self._stored_dtype(image)
-        wide = wide_dtype(dtype)
-        weights, keys = self.guidance_weights(), self.key_weights()
+        dtype, weights = self._stored_dtype(image), self.guidance_weights()
         with torch.autocast(image.device.type, enabled=False):
             x = _through(project_pixels(image, weights.image_conv.to(dtype)), weights.image)
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
-            query, from_image = _through(query, weights.query), _through(from_image, weights.key[:-1])
-            from_image = pooled_block(from_image, weights.key[-1], features.shape[-2:])
-            from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
-            from_features = _through(from_features, keys.features)
-            both = torch.cat(broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
-            key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
-            key = rms_norm(_through(key, keys.blocks), keys.norm.to(wide))
-            key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
+            return self._encoded_branches(query, from_image, features, weights)
+
+    def _encoded_branches(self, query, from_image, features, weights):
+        """The rest of `encoded`, from the first convolutions of queries and keys, both (B, H, W, qk_dim)."""
+        wide, keys = wide_dtype(query.dtype), self.key_weights()
+        query, from_image = _through(query, weights.query), _through(from_image, weights.key[:-1])
+        from_image = pooled_block(from_image, weights.key[-1], features.shape[-2:])
+        from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
+        from_features = _through(from_features, keys.features)
+        both = torch.cat(broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
+        key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
+        key = rms_norm(_through(key, keys.blocks), keys.norm.to(wide))
+        key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
         return query, self._split_heads(key)
 
     def _stored_dtype(self, image):
@@ -265,15 +331,6 @@ class AnyUp(nn.Module):
         if not getattr(self, "_is_replica", False):
             return list(self.parameters())
         return [tensor for module in self.modules() for tensor in module._former_parameters.values()]
-
-    def _check_max_memory(self, max_memory, recorded):
-        if not is_count(max_memory):
-            raise ValueError(f"max_memory: need a positive number of bytes or None, got {max_memory!r}")
-        reason = self._why_not_prepared()
-        if recorded:
-            reason = "gradients are recorded, whose layers keep their inputs; call it under torch.no_grad()"
-        if reason is not None:
-            raise ValueError(f"max_memory: cannot be kept: {reason}")
 
     def _why_not_prepared(self):
         """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
@@ -306,7 +363,7 @@ class AnyUp(nn.Module):
             if len(features) != 1:
                 raise ValueError(f"features: a picture that is read needs one feature map, got {len(features)}")
         like = image if read is None else features.new_empty(1, self.input_dim, 1, 1)
-        checked_inputs(like, features, None, None, *self._takes())
+        checked_inputs(like, features, None, *self._takes())
         if reason := self._why_not_prepared():
             raise ValueError(f"this model cannot be prepared: {reason}")
         if read is None:
@@ -351,30 +408,6 @@ class AnyUp(nn.Module):
         dim = self.rope.freqs.shape[1]
         return forward_memory(image_shape, features_shape, output_size, dim, dtype, torch.device(device))
 
-    def _memory(self, image, value, output_size):
-        return self.estimate_memory(image.shape, value.shape, output_size, value.dtype, image.device)
-
-    def _frugal(self, image, features, value, output_size, max_memory):
-        """The output by the plan that needs the least memory."""
-        out = value.numel() // value[0, 0].numel() * output_size[0] * output_size[1] * value.element_size()
-        wide = torch.promote_types(self.rope.freqs.dtype, torch.float32)
-        low_res = low_res_memory((1, *features.shape[1:]), self.rope.freqs.shape[1], wide)
-        filled = None
-        image, features, value = broadcast(image, features, value)
-        for b in range(len(image)):
-            rows = image[b].permute(1, 2, 0)
-            prepared = Prepared(
-                self, image[b : b + 1], features[b : b + 1], lambda first, last, rows=rows: rows[first:last].to(wide)
-            ).showing(value[b : b + 1])
-            if filled is None:
-                least = prepared.tile_memory((32, 32)) + out + low_res
-                if least > max_memory:
-                    raise ValueError(f"max_memory: {max_memory} bytes are too few, the least that suffices is {least}")
-                filled = value.new_empty(len(image), *output_size, value.shape[1]).permute(0, 3, 1, 2)
-            tiles = max_memory - out - low_res
-            prepared.stream(output_size=output_size, out=filled[b : b + 1], max_memory=tiles)
-        return filled
-
     def guided(self, image, features, output_size):
         """Everything but the attention, fused, without recording gradients.
 
@@ -414,27 +447,3 @@ def _through(x, blocks):
 def _pooled_picture(x, size):
     """`adaptive_avg_pool2d` of (B, D, H, W)."""
     return pooled(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
-
-
-def _matrices(encoder):
-    """Matrix of the first 1x1 convolution of an encoder, and its ResBlocks."""
-    first, *blocks = encoder
-    return first.weight.flatten(1), _blocks(blocks)
-
-
-def _blocks(modules):
-    """ResBlocks as tuples of matrices."""
-    blocks = []
-    for module in modules:
-        norm_in, _, conv_in, norm_out, _, conv_out = module.block
-        skip = None if isinstance(module.shortcut, nn.Identity) else module.shortcut.weight.flatten(1)
-        matrices = conv_in.weight.flatten(1), norm_out.weight, norm_out.bias, conv_out.weight.flatten(1)
-        blocks.append(Block(norm_in.weight, norm_in.bias, *matrices, skip))
-    return tuple(blocks)
-
-
-def _wide_block(block, x):
-    """Run a ResBlock in float32 although its parameters are 16-bit."""
-    wide = {name: parameter.float() for name, parameter in block.named_parameters()}
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.func.functional_call(block, wide, (x,))

@@ -392,10 +392,9 @@ def test_what_a_subclass_computes_is_not_dropped(kind, name):
 
 
 def test_an_upsample_of_its_own_is_not_dropped_and_a_mere_name_is_no_obstacle():
-    base = type("Base", (PublishedAnyUp,), {"upsample": lambda self: None})
-    (entry,) = accelerate(type("Own", (base,), {"upsample": lambda self: None})(qk_dim=32)).left_alone
-    assert entry.reason == "it is a Own, whose upsample overrides that of Base"
-    named = type("Named", (base,), {"extra_repr": lambda self: "", "other": 3})(qk_dim=32)
+    (entry,) = accelerate(type("Own", (PublishedAnyUp,), {"upsample": lambda self: None})(qk_dim=32)).left_alone
+    assert entry.reason == "it is a Own, whose upsample overrides that of PublishedAnyUp"
+    named = type("Named", (PublishedAnyUp,), {"extra_repr": lambda self: "", "other": 3})(qk_dim=32)
     report = accelerate(named)
     assert report.replaced and accelerate(named).replaced, "and what is accelerated is so the second time"
 

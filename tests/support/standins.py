@@ -143,8 +143,11 @@ class Encoders(nn.Module):
 class PublishedAnyUp(Encoders):
     def forward(self, image, features, output_size=None, vis_attn=False, q_chunk_size=None):
         size = image.shape[2:] if output_size is None else output_size
-        query, key = self.query_key(self.guide(image), features, size)
-        return self.cross_decode(query, key, features, vis_attn=vis_attn, q_chunk_size=q_chunk_size)
+        return self.upsample(self.guide(image), features, size, vis_attn=vis_attn, q_chunk_size=q_chunk_size)
+
+    def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
+        query, key = self.query_key(enc_img, feats, out_size)
+        return self.cross_decode(query, key, feats, vis_attn=vis_attn, q_chunk_size=q_chunk_size)
 
 
 def neighbours(n, size, dilation):
@@ -313,3 +316,8 @@ def build(kind, seed=0, **config):
             if "in_proj_weight" in name or "_proj.weight" in name:
                 parameter.mul_(3)
     return module.eval()
+        return self.upsample(self.guide(images), features, attn_mask, size)
+
+    def upsample(self, enc_img, feats, attn_mask, out_size, vis_attn=False, q_chunk_size=None):
+        query, key = self.query_key(enc_img, feats, out_size)
+        return self.cross_decode(query, key, feats, attn_mask)
