@@ -1,5 +1,6 @@
 """Every block of docs/migration.md is run, on stand-ins and local files; before and after are compared."""
 
+import importlib.util
 import re
 import sys
 import types
@@ -18,12 +19,15 @@ SECTIONS = {
     title: re.findall(r"^```python\n(.*?)^```$", body, re.S | re.M)
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M)
 }
+NOT_EDITED = "Code that imports anyup and can't be edited"
 PIPELINES = {
     "torch.hub": 2,
     "NATTEN": 2,
     "A model with AnyUp inside": 3,
     "Falcon-Perception": 2,
     "Own code that calls the published module": 2,
+    "Code that calls the steps of the published module": 2,
+    NOT_EDITED: 2,
     "torch.compile": 2,
     "bfloat16 and autocast": 2,
     "Training": 2,
@@ -117,8 +121,13 @@ def test_the_page_has_the_blocks_that_are_run():
 
 @pytest.mark.parametrize("title", [title for title in PIPELINES if title not in ("bfloat16 and autocast", "Training")])
 @torch.no_grad()
-def test_before_and_after_give_the_same_numbers(names, title):
+def test_before_and_after_give_the_same_numbers(names, title, monkeypatch):
     before = run(names, SECTIONS[title][0])
+    if title == NOT_EDITED:
+        for name in ("anyup", "anyup.model"):
+            monkeypatch.delitem(sys.modules, name)
+        if importlib.util.find_spec("anyup") is not None:
+            pytest.skip("an anyup is installed here")
     after = run(fresh(names), SECTIONS[title][1])
     expected, found = before["hr_features"], after["hr_features"]
     assert relative(found, expected) < TOLERANCE
@@ -129,6 +138,8 @@ def test_before_and_after_give_the_same_numbers(names, title):
         assert str(after["report"]).startswith("upsampler: published, {'input_dim': 3, 'qk_dim': 128, ")
         restored = run(after, SECTIONS[title][2])
         assert torch.equal(restored["hr_features"], expected)
+    elif title == NOT_EDITED:
+        assert torch.equal(after["upsampler"](names["image"], names["features"]), found), "that of the entry point"
     elif title == "Falcon-Perception":
         assert type(after["detector"].itok_upsampler) is not FalconAnyUp
 
