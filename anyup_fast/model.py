@@ -55,7 +55,7 @@ class AnyUp(nn.Module):
         num_heads: attention heads.
         init_gaussian_derivatives: start the feature-agnostic filters from Gaussian derivatives, not noise.
         use_natten: as the published argument: another name of `window_rule="neighborhood"`. NATTEN is not needed.
-        lfu_dim: number of those filters; None means qk_dim.
+        lfu_dim: number of the feature-agnostic filters; None means qk_dim.
         window_rule: "ratio", the windows that the published weights were trained with, or "neighborhood", those of the
             published variant on neighborhood attention: a fixed number of cells, shifted at the borders
             (`anyup_fast.ops.neighborhood_bounds`). None means "ratio", with `use_natten` "neighborhood".
