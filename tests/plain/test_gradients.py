@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from anyup_fast import AnyUp, ops
-from anyup_fast.layers import ResBlock, RMSNorm, RotaryEmbedding
-from anyup_fast.model import _blocks
+from anyup_fast.layers import ResBlock, RMSNorm, RotaryEmbedding, matrices_of
 from anyup_fast.ops import reference
 from anyup_fast.ops.blocks import branches_op, res_block_op
 from anyup_fast.ops.queries import convolve_and_project_op
@@ -140,7 +139,7 @@ def block(n_in=16, n_out=16, groups=8):
 @pytest.mark.parametrize("n_in", [16, 24])
 def test_res_block_is_its_twin_and_its_gradients_are_differences(n_in):
     module, x = block(n_in), torch.randn(2, 2, 3, n_in, dtype=torch.float64, requires_grad=True)
-    (weights,) = _blocks([module])
+    (weights,) = matrices_of([module])
     expected = module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert distance(ops.res_block(x, weights), expected.detach()) < 1e-13
     tensors = [tensor.detach().requires_grad_() for tensor in weights if tensor is not None]
@@ -149,7 +148,7 @@ def test_res_block_is_its_twin_and_its_gradients_are_differences(n_in):
 
 def test_res_block_in_16_bits_stores_16_bits():
     module, x = block(), torch.randn(2, 30, 40, 16, dtype=torch.float64).bfloat16().requires_grad_()
-    (weights,) = _blocks([module])
+    (weights,) = matrices_of([module])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = ops.res_block(x, weights)
@@ -242,14 +241,14 @@ def test_what_is_kept_is_a_fixed_number_of_images():
     ],
 )
 def test_wrong_arguments_are_named(call, words):
-    (weights,) = _blocks([block()])
+    (weights,) = matrices_of([block()])
     with pytest.raises(ValueError, match=words):
         call(weights)
 
 
 def test_registered_operators_keep_torchs_rules():
     x = torch.randn(2, 3, 4, 16, requires_grad=True)
-    (weights,) = _blocks([block().float()])
+    (weights,) = matrices_of([block().float()])
     arguments = x, [tensor for tensor in weights if tensor is not None], 8
     torch.library.opcheck(res_block_op, arguments)
     square = torch.randn(16, 16, requires_grad=True)
