@@ -63,3 +63,12 @@ def broken(tmp_path, monkeypatch):
         return importlib.import_module(f"{name}.{source.stem}")
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """A TORCH_HOME that holds both published checkpoints, with random weights; and the weights."""
+    from published_home import torch_home
+
+    home = tmp_path_factory.mktemp("torch")
+    return home, torch_home(home)

@@ -8,13 +8,12 @@ import sys
 
 import pytest
 import torch
+from published_home import NAMES, offline
 from standins import NattenAnyUp, PublishedAnyUp, take_over
 from tree import ROOT
 from vectors import inputs, relative
 
 from anyup_fast import AnyUp
-
-NAMES = {"anyup": "anyup_paper", "anyup_multi_backbone": "anyup_multi_backbone"}
 
 # Run by a Python that sees no installed anyup_fast.
 PROBE = """
@@ -33,25 +32,6 @@ torch.save(outputs, folder + "/outputs.pt")
 import anyup_fast.kernels.tiling
 print(json.dumps([[anyup_fast.__file__, anyup_fast.kernels.tiling.__file__], kernels[0]]))
 """
-
-
-@pytest.fixture(scope="module")
-def torch_home(tmp_path_factory):
-    """A TORCH_HOME that holds both published checkpoints, with random weights; and the weights."""
-    home = tmp_path_factory.mktemp("torch")
-    (home / "hub" / "checkpoints").mkdir(parents=True)
-    weights = {}
-    for seed, name in enumerate(NAMES.values()):
-        torch.manual_seed(seed)
-        weights[name] = PublishedAnyUp().state_dict()
-        torch.save(weights[name], home / "hub" / "checkpoints" / f"{name}.pth")
-    return home, weights
-
-
-def offline(environment, home):
-    dead = "http://127.0.0.1:9"
-    proxies = {name: dead for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    return environment | proxies | {"no_proxy": "", "NO_PROXY": "", "TORCH_HOME": str(home)}
 
 
 def uninstalled(source, *arguments):

@@ -11,11 +11,10 @@ import pytest
 import standins
 import tiny
 import torch
-from test_acceleration import build
-from test_hub import offline
-from test_hub import torch_home as torch_home
-from test_model import relative
+from published_home import offline
+from standins import build
 from tree import ROOT
+from vectors import relative
 
 import anyup_fast
 from anyup_fast import AnyUp

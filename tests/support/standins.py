@@ -298,8 +298,11 @@ class FalconAnyUp(Encoders):
         size = images.shape[2:] if output_size is None else output_size
         statistics = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         images = ((images * 0.5 + 0.5 - statistics[0]) / statistics[1]).to(features)
-        query, key = self.query_key(self.guide(images), features, size)
-        return self.cross_decode(query, key, features, attn_mask)
+        return self.upsample(self.guide(images), features, attn_mask, size)
+
+    def upsample(self, enc_img, feats, attn_mask, out_size, vis_attn=False, q_chunk_size=None):
+        query, key = self.query_key(enc_img, feats, out_size)
+        return self.cross_decode(query, key, feats, attn_mask)
 
 
 CLASSES = {"published": PublishedAnyUp, "natten": NattenAnyUp, "falcon": FalconAnyUp}
@@ -316,8 +319,3 @@ def build(kind, seed=0, **config):
             if "in_proj_weight" in name or "_proj.weight" in name:
                 parameter.mul_(3)
     return module.eval()
-        return self.upsample(self.guide(images), features, attn_mask, size)
-
-    def upsample(self, enc_img, feats, attn_mask, out_size, vis_attn=False, q_chunk_size=None):
-        query, key = self.query_key(enc_img, feats, out_size)
-        return self.cross_decode(query, key, feats, attn_mask)
