@@ -1,12 +1,14 @@
 """The verbs: friendly input in, tensors out; no maths of their own."""
 
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 
 from .checks import checked_device
 from .image import load_image
+from .ops.choice import use_backend
 from .visualize import visualize_feature_comparison
 
 __all__ = [
@@ -77,7 +79,7 @@ def extract_dinov2_features(image, model="dinov2_vits14", layer=-1, *, weights="
 
 
 @torch.no_grad()
-def upsample_features_with_anyup(image, features, output_size=None, weights="embedded", *, device=None):
+def upsample_features_with_anyup(image, features, output_size=None, weights="embedded", *, device=None, backend=None):
     """Upsample features to the resolution of the image, or to any other.
 
     Args:
@@ -87,6 +89,7 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
         weights: "embedded", "anyup_multi_backbone", "anyup_paper", a path or URL (see `AnyUp.from_pretrained`), or an
             `AnyUp` model (one that is loaded by name stays in memory for the next call).
         device: where to compute, a given model has to be there; None means where `image` and `features` lie.
+        backend: see `AnyUp.forward`.
 
     Returns:
         (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
@@ -95,17 +98,19 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
     Raises:
         ValueError: shapes, dtypes, sizes that do not fit, non-finite values, image and features on different devices
             with no `device` given, unknown weights. FileNotFoundError, RuntimeError: weights that can't be loaded.
+            RuntimeError: a back end that can't run.
     """
     image, features, model, single = _upsampler(image, features, weights, device)
     dtype = features.dtype
     if dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
-    upsampled = model(image, features, output_size).to(dtype)
+    with nullcontext() if backend is None else use_backend(backend):
+        upsampled = model(image, features, output_size).to(dtype)
     return upsampled[0] if single else upsampled
 
 
 @torch.no_grad()
-def prepare(image, features, weights="embedded", *, device=None):
+def prepare(image, features, weights="embedded", *, device=None, backend=None):
     """Prepare an image and its features to be asked for regions, points, heads, label maps or tiles.
 
     Args:
@@ -113,7 +118,7 @@ def prepare(image, features, weights="embedded", *, device=None):
             anything (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
             [0, 1], normalised as it is read.
         features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s).
-        weights, device: see `upsample_features_with_anyup`.
+        weights, device, backend: see `upsample_features_with_anyup`; the back end is that of every answer.
 
     Returns:
         `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.
@@ -128,7 +133,7 @@ def prepare(image, features, weights="embedded", *, device=None):
         device = checked_device(device, features)
         features = _finite("features", features.to(device))
         model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
-    return model.prepare(image, features)
+    return model.prepare(image, features, backend=backend)
 
 
 def _upsampler(image, features, weights, device):

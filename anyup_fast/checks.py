@@ -141,3 +141,13 @@ def checked_state(state, features):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         raise ValueError(f"state: was made of other features, these are {tuple(features.shape)}; got {shapes}")
     return {name: state[name].to(features.device) for name in ("key", "norms")}
+
+
+def check_shapes(image_shape, features_shape):
+    """ValueError for shapes (B, C, H, W) of image and features that are none or differ in batch size."""
+    for name, shape in (("image_shape", image_shape), ("features_shape", features_shape)):
+        if len(shape) != 4 or not all(is_count(n) for n in shape):
+            raise ValueError(f"{name}: need four positive whole numbers (B, C, H, W), got {tuple(shape)}")
+    batch = max(image_shape[0], features_shape[0])
+    if not {image_shape[0], features_shape[0]} <= {1, batch}:
+        raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import Block, feature_unification
+from .ops import Block, feature_unification, pooled, res_block
 from .ops.unification import unit_channels_op
 from .plain.norms import RMS_EPS
 
@@ -234,3 +234,30 @@ def broadcast(*tensors):
     """The tensors with the batch size of the longest; a single element is repeated as a view."""
     batch = max(tensor.shape[0] for tensor in tensors)  # `len` would fix it in graphs with dynamic shapes
     return [tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors]
+
+
+def projected_plainly(query, conv, norm, weight, bias):
+    """`anyup_fast.ops.project_queries` by the plain layers: (B, H, W, D) through 3x3 convolution, norm, projection."""
+    query = F.conv2d(query.to(conv.dtype).permute(0, 3, 1, 2), conv, padding=1).permute(0, 2, 3, 1)
+    return F.linear(rms_norm(query.to(wide_dtype(query.dtype)), norm).to(query.dtype), weight, bias)
+
+
+def records_gradients(module, *given):
+    """Whether a call of the module with these tensors records gradients."""
+    if getattr(module, "_is_replica", False):  # of nn.DataParallel, which has tensors in the parameters' place
+        weights = [tensor for inner in module.modules() for tensor in inner._former_parameters.values()]
+    else:
+        weights = list(module.parameters())
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *weights))
+
+
+def through(x, blocks):
+    """`x` (B, H, W, D) through ResBlocks, with gradients."""
+    for block in blocks:
+        x = res_block(x, block)
+    return x
+
+
+def pooled_picture(x, size):
+    """`adaptive_avg_pool2d` of (B, D, H, W)."""
+    return pooled(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_attention_options, checked_inputs, checked_output_size, is_count
+from .checks import check_attention_options, check_shapes, checked_inputs, checked_output_size
 from .decoder import CrossAttention, CrossDecode, chosen_rule
 from .frugal import check_max_memory, filled_by_tiles
 from .layers import (
@@ -18,8 +18,12 @@ from .layers import (
     encoder,
     matrices,
     matrices_of,
+    pooled_picture,
+    projected_plainly,
+    records_gradients,
     reflected,
     rms_norm,
+    through,
     unit_channels,
     wide_block,
     wide_dtype,
@@ -35,8 +39,8 @@ from .ops import (
     project_keys,
     project_pixels,
     project_queries,
-    res_block,
 )
+from .ops.choice import requested, use_backend
 from .plain.memory import forward_memory
 from .prepared import Prepared
 
@@ -172,11 +176,11 @@ class AnyUp(nn.Module):
 
     def queries(self, guide, output_size):
         """Queries (B, qk_dim, H', W') before the 3x3 convolution."""
-        return _pooled_picture(self.query_encoder(guide), output_size)
+        return pooled_picture(self.query_encoder(guide), output_size)
 
     def keys(self, guide, features):
         """Keys (B, qk_dim, h, w) from the pooled guide and the features."""
-        from_image = _pooled_picture(self.key_encoder(guide), features.shape[-2:])
+        from_image = pooled_picture(self.key_encoder(guide), features.shape[-2:])
         _, *blocks = self.key_features_encoder
         from_features = self.unified(features)
         dtype = from_image.dtype
@@ -189,7 +193,9 @@ class AnyUp(nn.Module):
             from_features = block(from_features)
         return self.aggregation(torch.cat(broadcast(from_image, from_features), 1))
 
-    def forward(self, image, features, output_size=None, vis_attn=False, q_chunk_size=None, max_memory=None):
+    def forward(
+        self, image, features, output_size=None, vis_attn=False, q_chunk_size=None, max_memory=None, backend=None
+    ):
         """Upsample `features` to the resolution of `image`, or to `output_size`.
 
         Args:
@@ -203,6 +209,8 @@ class AnyUp(nn.Module):
             max_memory: bytes that the call may take beyond its inputs, output included. Where the fused path takes more
                 (`estimate_memory`), the image is passed over several times in place of being stored, and the output
                 filled tile by tile: the same result, up to float rounding, for about three times the products.
+            backend: "triton", "torch" or "reference" (the plain layers) for every operator of the call, or "auto"; None
+                means what `anyup_fast.ops.use_backend` or ANYUP_FAST_BACKEND says, else "auto".
 
         Returns:
             hr_features (B, C, H', W') in the dtype of `features`; with `vis_attn` the pair (hr_features, picture).
@@ -210,11 +218,15 @@ class AnyUp(nn.Module):
         Raises:
             ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which. A `max_memory` that no
                 plan can keep; the message gives the smallest that suffices.
+            RuntimeError: a back end asked for by name that can't run; the message says why.
         """
+        if backend is not None:
+            with use_backend(backend):
+                return AnyUp.forward(self, image, features, output_size, vis_attn, q_chunk_size, max_memory)
         check_attention_options(vis_attn, q_chunk_size)
         output_size = checked_inputs(image, features, output_size, *self._takes())
         reason = self.why_not_fused()
-        recorded = self._records_gradients(image, features)
+        recorded = records_gradients(self, image, features)
         if max_memory is not None:
             check_max_memory(max_memory, recorded, self._why_not_prepared())
             maps = self._coloured(features, vis_attn)
@@ -252,10 +264,13 @@ class AnyUp(nn.Module):
         takes = self.qk_dim, self._takes()[1]
         out_size = checked_inputs(enc_img, feats, out_size, *takes, names=("enc_img", "feats", "out_size"))
         dtype, weights = self._stored_dtype(enc_img), self.guidance_weights()
-        with torch.autocast(enc_img.device.type, enabled=False):
-            x = enc_img.permute(0, 2, 3, 1).to(dtype)
-            query, from_image = (F.linear(x, conv.to(dtype)) for conv in (weights.query_conv, weights.key_conv))
-            query, key = self._encoded_branches(query, from_image, feats, weights)
+        if requested() == "reference":
+            query, key = self._encoded_plainly(enc_img.to(weights.freqs.dtype), feats)
+        else:
+            with torch.autocast(enc_img.device.type, enabled=False):
+                x = enc_img.permute(0, 2, 3, 1).to(dtype)
+                query, from_image = (F.linear(x, conv.to(dtype)) for conv in (weights.query_conv, weights.key_conv))
+                query, key = self._encoded_branches(query, from_image, feats, weights)
         if out_size != tuple(enc_img.shape[-2:]):
             query = pooled(query, out_size)
         return self._attended(query, key, feats, vis_attn, q_chunk_size)
@@ -288,27 +303,31 @@ class AnyUp(nn.Module):
             projected key (B, h, w, heads, d). Both float32 at least on CPUs; a batch of one where the inputs are.
         """
         if self.why_not_fused():
-            guide = self.guidance(image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last))
-            key = self.keys(guide, features).permute(0, 2, 3, 1)
-            norm, weight, bias = self.cross_decode.projection(1)
-            key = F.linear(rms_norm(key.to(wide_dtype(key.dtype)), norm).to(key.dtype), weight, bias)
-            return self.query_encoder(guide).permute(0, 2, 3, 1), self._split_heads(key)
+            image = image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last)
+            return self._encoded_plainly(self.guidance(image), features)
         dtype, weights = self._stored_dtype(image), self.guidance_weights()
         with torch.autocast(image.device.type, enabled=False):
-            x = _through(project_pixels(image, weights.image_conv.to(dtype)), weights.image)
+            x = through(project_pixels(image, weights.image_conv.to(dtype)), weights.image)
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
             return self._encoded_branches(query, from_image, features, weights)
+
+    def _encoded_plainly(self, guide, features):
+        """`encoded` by the plain layers, from the position-encoded guide."""
+        key = self.keys(guide, features).permute(0, 2, 3, 1)
+        norm, weight, bias = self.cross_decode.projection(1)
+        key = F.linear(rms_norm(key.to(wide_dtype(key.dtype)), norm).to(key.dtype), weight, bias)
+        return self.query_encoder(guide).permute(0, 2, 3, 1), self._split_heads(key)
 
     def _encoded_branches(self, query, from_image, features, weights):
         """The rest of `encoded`, from the first convolutions of queries and keys, both (B, H, W, qk_dim)."""
         wide, keys = wide_dtype(query.dtype), self.key_weights()
-        query, from_image = _through(query, weights.query), _through(from_image, weights.key[:-1])
+        query, from_image = through(query, weights.query), through(from_image, weights.key[:-1])
         from_image = pooled_block(from_image, weights.key[-1], features.shape[-2:])
         from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
-        from_features = _through(from_features, keys.features)
+        from_features = through(from_features, keys.features)
         both = torch.cat(broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
         key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
-        key = rms_norm(_through(key, keys.blocks), keys.norm.to(wide))
+        key = rms_norm(through(key, keys.blocks), keys.norm.to(wide))
         key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
         return query, self._split_heads(key)
 
@@ -323,22 +342,13 @@ class AnyUp(nn.Module):
             return torch.get_autocast_dtype(image.device.type)
         return self.image_encoder[0].weight.dtype
 
-    def _records_gradients(self, *given):
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self._weights()))
-
-    def _weights(self):
-        """The parameters; in a replica of nn.DataParallel, which has none, the tensors in their place."""
-        if not getattr(self, "_is_replica", False):
-            return list(self.parameters())
-        return [tensor for module in self.modules() for tensor in module._former_parameters.values()]
-
     def _why_not_prepared(self):
         """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
         if self.head_mode == "split":
             return "each head weighs channels of its own (head_mode 'split'), which parts and heads don't cover"
         return self.why_not_fused()
 
-    def prepare(self, image, features, state=None):
+    def prepare(self, image, features, state=None, backend=None):
         """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
 
         Args:
@@ -347,6 +357,7 @@ class AnyUp(nn.Module):
                 [0, 1], normalised as it is read.
             features: (B, C, h, w), B = 1 for a picture that is read.
             state: of `Prepared.state`, of the same model, image and features: saves the passes over the image.
+            backend: of every answer, see `forward`; None means what is asked for now.
 
         Returns:
             anyup_fast.prepared.Prepared. What depends on the whole image is computed with the first answer.
@@ -368,13 +379,15 @@ class AnyUp(nn.Module):
             raise ValueError(f"this model cannot be prepared: {reason}")
         if read is None:
             image, features = broadcast(image, features)
-        return Prepared(self, image, features, read, state)
+        return Prepared(self, image, features, read, state, backend)
 
     def why_not_fused(self):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
 
         Where gradients are recorded the fused layers are those of `anyup_fast.ops.res_block` and `branches`.
         """
+        if requested() == "reference":
+            return "the back end 'reference', the plain layers, is asked for"
         size = self.image_encoder[0].kernel_size[0]
         if size != 1:
             return f"the first convolution on the image has kernel_size {size}, which couples pixels; it needs 1"
@@ -398,12 +411,7 @@ class AnyUp(nn.Module):
         Raises:
             ValueError: shapes or sizes that do not fit.
         """
-        for name, shape in (("image_shape", image_shape), ("features_shape", features_shape)):
-            if len(shape) != 4 or not all(is_count(n) for n in shape):
-                raise ValueError(f"{name}: need four positive whole numbers (B, C, H, W), got {tuple(shape)}")
-        batch = max(image_shape[0], features_shape[0])
-        if not {image_shape[0], features_shape[0]} <= {1, batch}:
-            raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")
+        check_shapes(image_shape, features_shape)
         output_size = checked_output_size(output_size, image_shape[2:])
         dim = self.rope.freqs.shape[1]
         return forward_memory(image_shape, features_shape, output_size, dim, dtype, torch.device(device))
@@ -427,6 +435,8 @@ class AnyUp(nn.Module):
 
     def projected_queries(self, query):
         """Projected queries (B, H', W', heads, d) from those of `guided`, through the 3x3 convolution."""
+        if requested() == "reference":
+            return self._split_heads(projected_plainly(query, *self.query_projection()))
         return self._split_heads(project_queries(query, *self.query_projection()))
 
     def _takes(self):
@@ -435,15 +445,3 @@ class AnyUp(nn.Module):
 
     def _split_heads(self, x):
         return x.unflatten(-1, (self.cross_decode.cross_attn.heads, -1))
-
-
-def _through(x, blocks):
-    """`x` (B, H, W, D) through ResBlocks, with gradients."""
-    for block in blocks:
-        x = res_block(x, block)
-    return x
-
-
-def _pooled_picture(x, size):
-    """`adaptive_avg_pool2d` of (B, D, H, W)."""
-    return pooled(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)

@@ -17,6 +17,7 @@ from .checks import checked_box, checked_output_size, checked_points, checked_st
 from .heads import linear_head
 from .layers import cell_colours
 from .ops import windowed_attention
+from .ops.choice import requested, use_backend
 from .plain import guidance as plain_guidance
 from .plain.memory import new_empty, nothing_kept, tile_memory
 from .plain.norms import RMS_EPS
@@ -24,10 +25,21 @@ from .plain.points import most_under, neighbours, weighted, weights_at
 from .plain.pooling import Bins, Pool
 from .plain.walks import PIXELS, pieces
 from .plain.weights import cast
-from .stores import Store, on_host
+from .stores import Store, as_stored, on_host, stored_dtype
 
 BAND = 1 << 16  # output pixels of a piece of work
 GATHERED = 1 << 24  # numbers gathered at once for points
+
+
+def _answer(method):
+    """Run a method of `Prepared` without recording gradients, on the back end that it was prepared with."""
+
+    @functools.wraps(method)
+    def run(self, *arguments, **options):
+        with torch.no_grad(), use_backend(self._backend):
+            return method(self, *arguments, **options)
+
+    return run
 
 
 def _exactly(method):
@@ -49,14 +61,14 @@ class Prepared:
         channels: of the answers.
     """
 
-    def __init__(self, model, image, features, read=None, state=None):
+    def __init__(self, model, image, features, read=None, state=None, backend=None):
         """Use `AnyUp.prepare`. With `read` (first, last) -> rows (n, W, channels), `image` is but a shape."""
         self.model, self._features = model, features
         self._image, self._read = (image, None) if read is None else (None, read)
         self._image_shape = tuple(image.shape)
         self._shared = {} if state is None else checked_state(state, features)
         self._value = features.permute(0, 2, 3, 1)
-        self._argmax = False
+        self._argmax, self._backend = False, requested() if backend is None else backend
 
     @property
     def output_size(self):
@@ -78,7 +90,7 @@ class Prepared:
         """What is spread over the output: the features, or the head's answers for them, (B, C, h, w)."""
         return self._value.permute(0, 3, 1, 2)
 
-    @torch.no_grad()
+    @_answer
     def state(self):
         """What has been computed once for every answer, to be given to `AnyUp.prepare` again.
 
@@ -88,7 +100,7 @@ class Prepared:
         self._prepare()
         return {name: self._shared[name] for name in ("key", "norms")}
 
-    @torch.no_grad()
+    @_answer
     def full(self, output_size=None):
         """Everything: what `AnyUp.forward` gives, through the head if there is one.
 
@@ -106,7 +118,7 @@ class Prepared:
         self._shared.update(key=key, norms=norms)
         return self._attend(self.model.projected_queries(query), whole, size)
 
-    @torch.no_grad()
+    @_answer
     def region(self, top, left, height, width, output_size=None):
         """A rectangle of `full(output_size)`, at the cost of its own pixels.
 
@@ -124,7 +136,7 @@ class Prepared:
         size = checked_output_size(output_size, self.output_size)
         return self._region(checked_box((top, left, height, width), size), size)
 
-    @torch.no_grad()
+    @_answer
     def at(self, points, output_size=None, align="pixel"):
         """Features of single output pixels.
 
@@ -159,7 +171,7 @@ class Prepared:
         answers = torch.stack(answers)
         return answers.argmax(-1) if self._argmax else answers
 
-    @torch.no_grad()
+    @_answer
     def attention(self, row, col, output_size=None):
         """Where one output pixel looks: the mean over the heads of its weights over the low-res grid.
 
@@ -189,7 +201,7 @@ class Prepared:
         """Where every output pixel looks, as the RGB picture of `AnyUp.forward(vis_attn=True)`: (B, 3, H', W')."""
         return self.showing(cell_colours(self._features).to(self._features.dtype)).full(output_size)
 
-    @torch.no_grad()
+    @_answer
     def head(self, linear, *, argmax=False):
         """The same answers for `weight @ features + bias`, at the cost of the rows of the weight in place of C.
 
@@ -265,11 +277,12 @@ class Prepared:
         if out is None:
             return ((box, compute(*box, size)) for box in boxes)
         shape = (len(self._features), *(() if self._argmax else (self.channels,)), *size)
+        dtype = stored_dtype(self._value.dtype, self.channels if self._argmax else None)
         if isinstance(out, (str, os.PathLike)):
-            store = Store(out, shape, self._stored_dtype(), tile, {"content": self._digest()}, resume)
+            store = Store(out, shape, dtype, tile, {"content": self._digest()}, resume)
             missing = (box for box in boxes if box not in store.done)
             for box, part in on_host(((box, compute(*box, size)) for box in missing), self._shared):
-                store.write(box, self._stored(part))
+                store.write(box, as_stored(part, dtype))
             return store.finish()
         if tuple(out.shape) != shape:
             raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
@@ -277,7 +290,7 @@ class Prepared:
         parts = ((box, compute(*box, size)) for box in boxes)
         parts = parts if elsewhere else on_host(parts, self._shared)
         for (top, left, height, width), part in parts:
-            part = part if isinstance(out, torch.Tensor) else self._stored(part)
+            part = part if isinstance(out, torch.Tensor) else as_stored(part, dtype)
             out[..., top : top + height, left : left + width] = part
         return out
 
@@ -299,15 +312,6 @@ class Prepared:
         dim, element = self.model.rope.freqs.shape[1], self._value.element_size()
         batch, device = len(self._features), self._value.device
         return tile_memory(tile, BAND, batch, dim, self.channels, element, self._argmax, device)
-
-    def _stored_dtype(self):
-        if self._argmax:
-            return "uint8" if self.channels <= 256 else "int32"
-        return "float32" if self._value.dtype == torch.bfloat16 else str(self._value.dtype).removeprefix("torch.")
-
-    def _stored(self, part):
-        part = part.float() if part.dtype == torch.bfloat16 else part
-        return part.numpy().astype(self._stored_dtype(), copy=False)
 
     def _digest(self):
         """What a stream depends on besides its sizes, as a hexadecimal number; of an image that is read, the shape."""

@@ -108,6 +108,19 @@ def open_zarr():
     return zarr
 
 
+def stored_dtype(dtype, classes=None):
+    """Name of numpy's dtype for features of torch's `dtype`, or for labels of so many classes."""
+    if classes is not None:
+        return "uint8" if classes <= 256 else "int32"
+    return "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+
+
+def as_stored(part, dtype):
+    """A tensor on the CPU as an array of numpy's `dtype`."""
+    part = part.float() if part.dtype == torch.bfloat16 else part
+    return part.numpy().astype(dtype, copy=False)
+
+
 def on_host(parts, kept):
     """Iterate over (box, tile on the CPU); from a CUDA GPU a tile is copied while the next one is computed.
 

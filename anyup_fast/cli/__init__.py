@@ -11,6 +11,8 @@ from . import batch, demo, info, train, upsample
 
 logger = logging.getLogger("anyup_fast")
 
+BACKEND_VARIABLE = "ANYUP_FAST_BACKEND"  # as anyup_fast.ops.choice reads it, which would load torch
+
 
 def main(argv=None):
     """Run `anyup-fast` with the arguments `argv` (None: the command line's) and return its exit code.
@@ -23,7 +25,7 @@ def main(argv=None):
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = _parser().parse_args(argv)
     try:
-        with _reporting(arguments.quiet):
+        with _reporting(arguments.quiet), _asking_for(getattr(arguments, "backend", None)):
             code = arguments.run(arguments)
     except KeyboardInterrupt:
         print("anyup-fast: interrupted", file=sys.stderr)
@@ -45,6 +47,21 @@ def _reporting(quiet):
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
+
+
+@contextmanager
+def _asking_for(backend):
+    """Ask for a back end, in the processes that a command starts as well; None leaves the environment as it is."""
+    before = os.environ.get(BACKEND_VARIABLE)
+    if backend is not None:
+        os.environ[BACKEND_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ.pop(BACKEND_VARIABLE)
+            if before is not None:
+                os.environ[BACKEND_VARIABLE] = before
 
 
 def _parser():

@@ -15,6 +15,11 @@ def add_inputs(command):
     command.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
     )
+    command.add_argument(
+        "--backend",
+        choices=("auto", "triton", "torch", "reference"),
+        help="of the operators (default: ANYUP_FAST_BACKEND, else auto)",
+    )
 
 
 def add_outputs(command):

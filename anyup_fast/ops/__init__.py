@@ -7,6 +7,7 @@ from ..plain import reference
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
 from .attention import backends, choose_backend, why_not, windowed_attention
 from .blocks import branches, pooled, pooled_block, project_pixels, res_block
+from .choice import use_backend
 from .guidance import guidance
 from .keys import project_keys
 from .queries import project_queries
@@ -30,6 +31,7 @@ __all__ = [
     "project_queries",
     "reference",
     "res_block",
+    "use_backend",
     "why_not",
     "window_bounds",
     "windowed_attention",

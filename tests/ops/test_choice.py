@@ -10,8 +10,10 @@ import threading
 import types
 
 import pytest
+import tiny
 import torch
 
+import anyup_fast
 from anyup_fast import ops
 from anyup_fast.ops import choice
 
@@ -385,3 +387,77 @@ def test_the_kernels_are_imported_where_they_are_used():
     """What stands for a launcher above is looked up there: a renamed module would make those tests pass idly."""
     for name in ("attention", "attention_backward", "unification", "unification_backward", "guidance", "queries"):
         assert importlib.util.find_spec(f"anyup_fast.kernels.{name}") is not None
+
+
+@pytest.fixture
+def given():
+    torch.manual_seed(0)
+    return torch.randn(1, 3, 24, 20), torch.randn(1, 5, 4, 3)
+
+
+@torch.no_grad()
+def test_a_whole_call_can_be_sent_to_a_back_end(given):
+    model = tiny.model()
+    out = model(*given)
+    assert torch.equal(model(*given, backend="torch"), out)
+    assert torch.equal(model(*given, backend="auto"), out)
+    reference = model(*given, backend="reference")
+    assert not torch.equal(reference, out)
+    torch.testing.assert_close(reference, out, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="backend: 'triton' can't run: needs a GPU"):
+        model(*given, backend="triton")
+    with pytest.raises(ValueError, match="no back end 'cuda'"):
+        model(*given, backend="cuda")
+
+
+@torch.no_grad()
+def test_the_reference_takes_the_plain_layers_only(given, monkeypatch):
+    model = tiny.model()
+    expected = model(*given, output_size=(9, 7), backend="reference")
+    for name in ("guidance", "attention", "unification", "queries"):
+        module = importlib.import_module(f"anyup_fast.plain.{name}")
+        for function in ("guidance", "windowed_attention", "feature_unification", "project_queries"):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, failing(Broken(function)))
+    with pytest.raises(Broken):
+        model(*given)
+    assert torch.equal(model(*given, output_size=(9, 7), backend="reference"), expected)
+    guide = model.guidance(given[0])
+    with choice.use_backend("reference"):
+        torch.testing.assert_close(model.upsample(guide, given[1], (9, 7)), expected)
+
+
+@torch.no_grad()
+def test_verbs_and_prepared_images_ask_too(given):
+    model = tiny.model()
+    image, features = given
+    expected = anyup_fast.upsample_features_with_anyup(image, features, weights=model)
+    assert torch.equal(
+        anyup_fast.upsample_features_with_anyup(image, features, weights=model, backend="torch"), expected
+    )
+    with pytest.raises(RuntimeError, match="'triton' can't run"):
+        anyup_fast.upsample_features_with_anyup(image, features, weights=model, backend="triton")
+    prepared = anyup_fast.prepare(image, features, weights=model, backend="triton")
+    for answer in (prepared.full, lambda: prepared.region(0, 0, 4, 4)):
+        with pytest.raises(RuntimeError, match="'triton' can't run"):
+            answer()
+    with choice.use_backend("torch"):
+        prepared = model.prepare(image, features)
+    assert torch.equal(prepared.full(), expected)
+    with choice.use_backend("reference"), pytest.raises(ValueError, match="the back end 'reference', the plain layers"):
+        model.prepare(image, features)
+
+
+def test_the_command_line_asks(tmp_path, monkeypatch):
+    from anyup_fast import cli
+
+    seen = []
+    monkeypatch.setattr(cli.info, "run", lambda arguments: seen.append(choice.requested()))
+    assert cli.main(["info"]) == 0
+    photo = tiny.photograph(tmp_path / "a.png")
+    command = ["upsample", str(photo), "--out", str(tmp_path / "f.safetensors"), "--backend", "triton"]
+    monkeypatch.setattr(cli.upsample, "run", lambda arguments: seen.append(choice.requested()))
+    assert cli.main(command) == 0
+    monkeypatch.setenv(choice.VARIABLE, "torch")
+    assert cli.main(command[:-2]) == 0 and cli.main(command) == 0 and choice.requested() == "torch"
+    assert seen == ["auto", "triton", "torch", "triton"]
