@@ -17,7 +17,7 @@ from tree import ROOT, project_files
 LEVELS = [
     {"cli"},
     {"api", "batch", "training"},
-    {"acceleration", "export", "published"},
+    {"acceleration", "examination", "export", "published"},
     {"recognition"},
     {"model"},
     {"frugal"},
@@ -278,7 +278,7 @@ def test_an_operator_has_one_name_in_every_place():
     operators = names("anyup_fast/ops", {"choice", "windows", "pages"})
     assert operators == {"attention", "guidance", "unification", "keys", "queries", "blocks"}
     assert operators <= names("anyup_fast/plain", ())
-    assert names("kernels", {"tiling"}) <= operators
+    assert names("kernels", {"tiling", "probe"}) <= operators
 
 
 GOOD = {

@@ -12,14 +12,26 @@ def add_inputs(command):
     command.add_argument(
         "--size", type=as_size, default=448, metavar="N|HxW", help="shorter side, or both sides (default: 448)"
     )
-    command.add_argument(
-        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
-    )
+    add_device(command)
     command.add_argument(
         "--backend",
         choices=("auto", "triton", "torch", "reference"),
         help="of the operators (default: ANYUP_FAST_BACKEND, else auto)",
     )
+
+
+def add_device(command):
+    """The device to compute on."""
+    command.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)"
+    )
+
+
+def as_device(name):
+    """Name of the device that `--device` asks for."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def add_outputs(command):

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from .. import __version__
-from .options import add_inputs, add_outputs, as_size
+from .options import add_inputs, add_outputs, as_device, as_size
 from .progress import Steps
 
 logger = logging.getLogger("anyup_fast")
@@ -115,9 +115,7 @@ def _device(name):
 
     from ..checks import checked_device
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = checked_device(name)
+    device = checked_device(as_device(name))
     described = {"cpu": f", {torch.get_num_threads()} threads"}.get(device.type, "")
     if device.type == "cuda":
         described = f", {torch.cuda.get_device_name(device)}"

@@ -157,7 +157,7 @@ def _installation_fault(kind):
     try:
         triton = import_module("triton")
     except Exception as error:  # a broken installation raises anything
-        return f"can't be imported: {_first_line(error)}"
+        return f"can't be imported: {first_line(error)}"
     if _version(triton) < LEAST_TRITON:
         return f"needs version {'.'.join(map(str, LEAST_TRITON))} or newer, found {triton.__version__}"
     if reason := _compiler_fault(kind):
@@ -165,7 +165,7 @@ def _installation_fault(kind):
     try:
         target = import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:  # each vendor's driver has errors of its own
-        return f"finds no {VENDORS[kind]} driver ({_first_line(error)}); it may be built for another vendor's GPUs"
+        return f"finds no {VENDORS[kind]} driver ({first_line(error)}); it may be built for another vendor's GPUs"
     if target.backend != kind:
         return f"is set to {target.backend} and the tensors lie on {kind}: it is built for another vendor's GPUs"
     return None
@@ -214,7 +214,7 @@ def attempt(operator, backend, device, kernel, plain):
     except Exception as error:
         if "CUDA error" in str(error) or "Triton Error" in str(error):  # the device is lost, or what is on it is wrong
             raise
-        reason = f"failed to compile or launch {_kernel_of(error)}: {type(error).__name__}: {_first_line(error)}"
+        reason = f"failed to compile or launch {_kernel_of(error)}: {type(error).__name__}: {first_line(error)}"
         out = plain()
     _failed[operator, str(device)] = reason
     warn_once(
@@ -222,6 +222,15 @@ def attempt(operator, backend, device, kernel, plain):
         f"just as exact. Please report it with what `anyup-fast check` prints."
     )
     return out
+
+
+def why_not_executed(device):
+    """Why kernels that are launched on a device can't be judged: one sentence, or None if they run there."""
+    from ..kernels import probe
+
+    if probe.runs(device):
+        return None
+    return "a kernel that was launched wrote nothing: the driver executes nothing"
 
 
 def forget_faults():
@@ -249,7 +258,8 @@ def _name(device):
     return str(device)
 
 
-def _first_line(error):
+def first_line(error):
+    """The first line of what an error says, or its kind."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
