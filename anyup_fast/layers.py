@@ -9,6 +9,7 @@ from torch import nn
 from .ops import Block, feature_unification, pooled, res_block
 from .ops.unification import unit_channels_op
 from .plain.norms import RMS_EPS
+from .plain.width import wide_of
 
 ROPE_THETA = 100.0
 
@@ -29,14 +30,14 @@ class GroupNorm(nn.GroupNorm):
         if x.requires_grad:
             return super().forward(x)
         pixels = x.permute(0, 2, 3, 1).to(wide_dtype(x.dtype))
-        count = pixels.shape[1] * pixels.shape[2]
-        mean = pixels.sum(2).double().sum(1) / count
-        spread = (pixels - mean.to(pixels.dtype)[:, None, None]).square_().sum(2).double().sum(1) / count
+        count, wide = pixels.shape[1] * pixels.shape[2], wide_of(x.device, pixels.dtype)
+        mean = pixels.sum(2).to(wide).sum(1) / count
+        spread = (pixels - mean.to(pixels.dtype)[:, None, None]).square_().sum(2).to(wide).sum(1) / count
         mean, spread = (value.unflatten(1, (self.num_groups, -1)) for value in (mean, spread))
         group_mean = mean.mean(2, keepdim=True)
         variance = (spread + (mean - group_mean).square()).mean(2, keepdim=True)
-        scale = (variance + self.eps).rsqrt().expand_as(mean).flatten(1) * self.weight.double()
-        shift = self.bias.double() - group_mean.expand_as(mean).flatten(1) * scale
+        scale = (variance + self.eps).rsqrt().expand_as(mean).flatten(1) * self.weight.to(wide)
+        shift = self.bias.to(wide) - group_mean.expand_as(mean).flatten(1) * scale
         normalised = torch.addcmul(shift.to(pixels.dtype)[:, None, None], pixels, scale.to(pixels.dtype)[:, None, None])
         return normalised.permute(0, 3, 1, 2).to(x.dtype)
 

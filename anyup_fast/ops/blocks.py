@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..plain import blocks as plain
-from ..plain.pooling import Pool
+from ..plain import pooling
 from ..plain.weights import Block
 
 
@@ -93,7 +93,7 @@ def pooled_block(x, block, size, *, num_groups=8):
     """
     _check_block(x, block, num_groups)
     wide = x.dtype in (torch.float32, torch.float64) and all(part is None or part.dtype == x.dtype for part in block)
-    fewer = size[1] <= Pool.FEW and 2 * size[0] * size[1] <= x.shape[1] * x.shape[2]
+    fewer = size[1] <= pooling.Pool.FEW and 2 * size[0] * size[1] <= x.shape[1] * x.shape[2]
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and wide and fewer and block.skip is None:
         return pooled_block_op(x, [tensor for tensor in block if tensor is not None], *size, num_groups)[0]
     return pooled(res_block(x, block, num_groups=num_groups).to(torch.promote_types(x.dtype, torch.float32)), size)
@@ -138,7 +138,7 @@ def pooled(x, size):
     """
     if torch.compiler.is_compiling():
         return pooled_op(x, *size)
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return pooling.pooled(x, size)
 
 
 @torch.library.custom_op("anyup_fast::res_block", mutates_args=())
@@ -306,8 +306,7 @@ branches_op.register_autograd(_backward_branches, setup_context=_save_branches)
 @torch.library.custom_op("anyup_fast::pooled", mutates_args=())
 def pooled_op(x: Tensor, height: int, width: int) -> Tensor:
     """`anyup_fast.ops.pooled` as a traced graph sees it."""
-    picture = x.permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(picture, (height, width)).permute(0, 2, 3, 1).contiguous()
+    return pooling.pooled(x, (height, width)).contiguous()
 
 
 @pooled_op.register_fake
@@ -318,8 +317,7 @@ def _(x, height, width):
 @torch.library.custom_op("anyup_fast::pooled_backward", mutates_args=())
 def pooled_backward_op(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of `pooled` for x, of which only the shape counts."""
-    grad, x = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
-    return torch.ops.aten._adaptive_avg_pool2d_backward(grad, x).permute(0, 2, 3, 1).contiguous()
+    return pooling.pooled_backward(grad, x).contiguous()
 
 
 @pooled_backward_op.register_fake

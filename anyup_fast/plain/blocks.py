@@ -272,8 +272,8 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
         width, half = x.shape[3], x.shape[3] // 2
         matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
         grad_x = _new_empty(x, x.shape)
-        grad_freqs = torch.zeros(2, width, dtype=torch.float64, device=x.device)
         row_at, col_at = rotary.axes
+        grad_freqs = row_at.new_zeros(2, width)
 
         def start():
             weights = [torch.zeros(weight.shape, dtype=wide, device=x.device) for weight in (query_conv, key_conv)]
@@ -297,8 +297,8 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
             angle[..., :half].addcmul_(pixels[..., half:], cos[..., :half], value=-1)
             angle[..., half:].addcmul_(pixels[..., :half], cos[..., half:])
             angle.mul_(down)
-            of_freqs[0] += row_at[rows] @ angle.sum(1).double()
-            of_freqs[1] += col_at[cols] @ angle.sum(0).double()
+            of_freqs[0] += row_at[rows] @ angle.sum(1).to(row_at.dtype)
+            of_freqs[1] += col_at[cols] @ angle.sum(0).to(col_at.dtype)
             change = cos.mul_(down)
             sin.mul_(down)
             change[..., :half] += sin[..., half:]

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
-from .norms import Moments, group_affine, group_statistics
-from .pooling import Bins, Pool, pooled_both
+from .norms import Moments, group_affine, group_statistics, group_statistics_of_variances
+from .pooling import Bins, Pool, pooled, pooled_both
 from .rotary import Rotary
 from .walks import PIXELS, Walk, pieces
 from .weights import cast
+from .width import wide_of
 
 NORMS = 12
 BLOCK = 1 << 17  # pixels read at once
@@ -142,23 +143,43 @@ class Guide:
 
 
 class Colours:
-    """Mean and covariance of an image's colours, in float64."""
+    """Mean and covariance of an image's colours, as wide as the device is: in float64 by sums of their products."""
 
     def __init__(self):
         self.count, self.sums, self.products = 0, 0.0, 0.0
+        self.mean = self.covariance = None  # in their place where there is but float32
 
     def add(self, rgb):
         """Take in pixels (P, channels)."""
-        rgb = rgb.double()
+        wide = wide_of(rgb.device, rgb.dtype)
         self.count += len(rgb)
-        self.sums = self.sums + rgb.sum(0)
-        self.products = self.products + rgb.T @ rgb
+        if wide == torch.float64:
+            rgb = rgb.double()
+            self.sums = self.sums + rgb.sum(0)
+            self.products = self.products + rgb.T @ rgb
+            return
+        mean = rgb.mean(0)
+        centred = rgb - mean
+        rest = centred.mean(0)  # of the mean, what its rounding has left
+        mean, centred = mean + rest, centred - rest
+        covariance = torch.stack([(centred * channel[:, None]).mean(0) for channel in centred.T])
+        if self.mean is not None:
+            share, step = len(rgb) / self.count, mean - self.mean
+            covariance = self.covariance + share * (covariance - self.covariance)
+            covariance = covariance + share * (1 - share) * step[:, None] * step
+            mean = self.mean + share * step
+        self.mean, self.covariance = mean, covariance
 
     def affine(self, conv, weight, bias, num_groups):
         """(2, D): normalisation of `conv @ rgb`, which follows from mean and covariance of the colours."""
-        conv = conv.double()
-        mean, square = conv @ self.sums / self.count, ((conv @ self.products) * conv).sum(1) / self.count
-        return group_affine(group_statistics(mean, square, num_groups), weight, bias)
+        if self.mean is None:
+            conv = conv.double()
+            mean, square = conv @ self.sums / self.count, ((conv @ self.products) * conv).sum(1) / self.count
+            return group_affine(group_statistics(mean, square, num_groups), weight, bias)
+        # Not as matrix products, which may be rounded more coarsely.
+        mean = (conv * self.mean).sum(1)
+        variance = ((conv[:, :, None] * self.covariance).sum(1) * conv).sum(1).clamp_(min=0)
+        return group_affine(group_statistics_of_variances(mean, variance, num_groups), weight, bias)
 
 
 class _Stored:
@@ -253,5 +274,4 @@ class _Stored:
 
     def _pooled(self, x, out):
         """Average of `x` (H * W, D) over the cells of `out` (h, w, D): (h * w, D)."""
-        picture = x.view(1, *self.size, self.width).permute(0, 3, 1, 2)
-        return F.adaptive_avg_pool2d(picture, out.shape[:2])[0].permute(1, 2, 0).flatten(0, 1)
+        return pooled(x.view(1, *self.size, self.width), out.shape[:2])[0].flatten(0, 1)

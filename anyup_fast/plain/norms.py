@@ -1,25 +1,32 @@
-"""Normalisations over all pixels of an image: gathered piece by piece, applied as a scale and a shift, and back."""
+"""Normalisations over all pixels of an image: gathered piece by piece, applied as a scale and a shift, and back.
+
+Where sums are float64 (`width.wide_of`) a channel is known by mean and mean square, whose difference is taken in the
+end. In float32 it would be lost: there a channel is known by its mean and variance.
+"""
 
 import copy
 
 import torch
+
+from .width import wide_of
 
 NORM_EPS = 1e-5  # of GroupNorm
 RMS_EPS = torch.finfo(torch.float32).eps  # of RMSNorm
 
 
 class Moments:
-    """Mean and mean square of every channel over all pixels, gathered piece by piece."""
+    """Mean and spread of every channel over all pixels, gathered piece by piece."""
 
     PIECES = 256  # whose sums are kept before they are put together, where their number is not known
 
     def __init__(self, room=None, shares=None):
         """For an image in known pieces: `room` (2, pieces, D), which `put` fills, and each one's share of the pixels.
 
-        The shares are (1, pieces) in float64.
+        The shares are (1, pieces), of `shares_of`.
         """
         self.room, self._shares = room, shares
-        self._counts, self._count, self._sums = [], 0, None
+        self._counts, self._count = [], 0
+        self._sums = None  # of means and mean squares over `_count` pixels; in float32 their mean and variance
 
     def add(self, x):
         """Take in the pixels `x` (P, D) as one more piece."""
@@ -43,17 +50,31 @@ class Moments:
     def _gather(self):
         """Add the pieces since the last time to the others."""
         count = sum(self._counts)
-        if count:
-            sums = count * _mean_and_square(self.room[:, : len(self._counts)], shares_of(self._counts, self.room))
+        if not count:
+            return
+        room, shares = self.room[:, : len(self._counts)], shares_of(self._counts, self.room)
+        if shares.dtype == torch.float64:
+            sums = count * _mean_and_square(room, shares)
             self._sums = sums if self._sums is None else self._sums + sums
-            self._count, self._counts = self._count + count, []
+        else:
+            both = _mean_and_variance(room, shares)
+            if self._sums is not None:
+                shares = shares_of((self._count, count), self.room)
+                both = _mean_and_variance(torch.stack((self._sums, both), 1), shares)
+            self._sums = both
+        self._count, self._counts = self._count + count, []
 
     def groups(self, num_groups):
-        """(2, num_groups): mean and inverse deviation of the groups of channels, in float64."""
-        if self._shares is not None:
+        """(2, num_groups): mean and inverse deviation of the groups of channels, as wide as the device is."""
+        wide = wide_of(self.room.device, self.room.dtype) == torch.float64
+        if self._shares is None:
+            self._gather()
+            if wide:
+                return group_statistics(*self._sums / self._count, num_groups)
+            return group_statistics_of_variances(*self._sums, num_groups)
+        if wide:
             return group_statistics(*_mean_and_square(self.room, self._shares), num_groups)
-        self._gather()
-        return group_statistics(*self._sums / self._count, num_groups)
+        return group_statistics_of_variances(*_mean_and_variance(self.room, self._shares), num_groups)
 
     def affine(self, weight, bias, num_groups):
         """(2, D): GroupNorm over what was gathered, as `x * scale + shift`."""
@@ -61,8 +82,9 @@ class Moments:
 
 
 def shares_of(counts, like):
-    """(1, pieces), float64: the share of the pixels that each piece has."""
-    shares = like.new_full((1, len(counts)), counts[0] / sum(counts), dtype=torch.float64)
+    """(1, pieces), as wide as the device of `like` is: the share of the pixels that each piece has."""
+    wide = wide_of(like.device, like.dtype)
+    shares = like.new_full((1, len(counts)), counts[0] / sum(counts), dtype=wide)
     for i, count in enumerate(counts):
         if count != counts[0]:
             shares[0, i] = count / sum(counts)  # a fill: a tensor made of the list would wait for an accelerator
@@ -74,6 +96,14 @@ def _mean_and_square(room, shares):
     means, variances = room = room.double()
     variances.addcmul_(means, means)
     return torch.matmul(shares, room)[:, 0]
+
+
+def _mean_and_variance(room, shares):
+    """(2, D), from the pieces' means and variances (2, pieces, D), without a sum of what cancels."""
+    means, variances = room
+    shares = shares.T
+    mean = means[0] + ((means - means[0]) * shares).sum(0)  # no matrix products, which may be rounded more coarsely
+    return torch.stack((mean, ((variances + (means - mean).square()) * shares).sum(0)))
 
 
 def as_picture(x):
@@ -90,9 +120,17 @@ def group_statistics(mean, square, num_groups):
     return torch.stack((mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(NORM_EPS).rsqrt_()))
 
 
+def group_statistics_of_variances(mean, variance, num_groups):
+    """`group_statistics` from mean and variance of every channel: no difference of large numbers is taken."""
+    mean, variance = (part.view(num_groups, -1) for part in (mean, variance))
+    group_mean = mean.mean(1, keepdim=True)
+    spread = (variance + (mean - group_mean).square()).mean(1)
+    return torch.stack((group_mean[:, 0], spread.add_(NORM_EPS).rsqrt_()))
+
+
 def group_affine(statistics, weight, bias):
     """GroupNorm as scale and shift (2, D), from mean and inverse deviation (2, num_groups)."""
-    mean, inverse = by_channel(statistics.double(), len(weight))
+    mean, inverse = by_channel(statistics.to(wide_of(weight.device, weight.dtype)), len(weight))
     out = weight.new_empty(2, len(weight))
     out[0] = scale = inverse * weight
     out[1] = bias - mean * scale
@@ -116,9 +154,10 @@ class ThroughNorm:
     def __init__(self, statistics, weight):
         self.num_groups = statistics.shape[1]
         self.narrow = by_channel(statistics, len(weight))
-        self.mean, self.inverse = self.narrow.double()
+        self.wide = wide_of(weight.device, weight.dtype)
+        self.mean, self.inverse = self.narrow.to(self.wide)
         self.weight = weight
-        self.sums = torch.zeros(2, len(weight), dtype=torch.float64, device=weight.device)
+        self.sums = torch.zeros(2, len(weight), dtype=self.wide, device=weight.device)
 
     def part(self):
         """One like this, of which nothing is known yet but the statistics."""
@@ -145,7 +184,7 @@ class ThroughNorm:
 
     def coefficients(self, pixels, grad_weight, grad_bias):
         """Three (D,): the gradient for x is `first * grad + second + third * x`. Adds to those of weight and bias."""
-        weight = self.weight.double()
+        weight = self.weight.to(self.wide)
         plain, with_unit = self.sums
         grad_weight += with_unit
         grad_bias += plain

@@ -5,6 +5,8 @@ from bisect import bisect_left, bisect_right
 import torch
 import torch.nn.functional as F
 
+from .width import wide_of
+
 
 class Bins:
     """Ranges of one axis that `adaptive_avg_pool2d` averages to `pooled` places; of these, those in the slice `part`.
@@ -29,6 +31,39 @@ class Bins:
         return met, [
             (max(self.starts[i], part.start) - part.start, min(self.ends[i], part.stop) - part.start) for i in met
         ]
+
+
+def pooled(x, size):
+    """`adaptive_avg_pool2d` of (B, H, W, D) to (B, h, w, D), in the dtype of `x`; it can be differentiated.
+
+    Elsewhere than on CPUs by means or by products with two matrices: PyTorch's own lacks sizes that do not divide on
+    some devices, and on others a backward pass that gives the same numbers every time.
+    """
+    if x.device.type == "cpu":
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    batch, height, width, channels = x.shape
+    if height % size[0] == 0 and width % size[1] == 0:
+        return x.unflatten(2, (size[1], -1)).unflatten(1, (size[0], -1)).mean((2, 4))
+    rows, cols, wide = _both_shares(x, (height, width), size)
+    lines = torch.bmm(rows.mT.expand(batch, -1, -1), wide.flatten(2)).view(-1, width, channels)
+    return torch.bmm(cols.mT.expand(len(lines), -1, -1), lines).view(batch, *size, channels).to(x.dtype)
+
+
+def pooled_backward(grad, x):
+    """Gradient (B, H, W, D) of `pooled` for `x`, of which only shape and dtype count, from that (B, h, w, D)."""
+    if grad.device.type == "cpu":
+        grad, x = (tensor.permute(0, 3, 1, 2) for tensor in (grad, x))
+        return torch.ops.aten._adaptive_avg_pool2d_backward(grad, x).permute(0, 2, 3, 1)
+    batch, height, width, channels = x.shape
+    rows, cols, wide = _both_shares(grad, (height, width), grad.shape[1:3])
+    lines = torch.bmm(cols.expand(batch * len(rows.T), -1, -1), wide.flatten(0, 1)).view(batch, len(rows.T), -1)
+    return torch.bmm(rows.expand(batch, -1, -1), lines).view(x.shape).to(x.dtype)
+
+
+def _both_shares(x, size, pooled_size):
+    """`_shares` of rows and columns, and `x` in their dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return *(_shares(n, Bins(n, m, slice(None)), wide) for n, m in zip(size, pooled_size, strict=True)), wide
 
 
 class Pool:
@@ -58,6 +93,11 @@ class Pool:
         """What sums (rows, cols, D) over the ranges that meet a slice of the columns, and which these are."""
         met, places = self.cols.inside(cols)
         left, right = torch.tensor(places, device=self.sums.device).unbind(1)
+        if len(met) > self.FEW and wide_of(self.sums.device, self.sums.dtype) != torch.float64:
+            place = left[:, None] + torch.arange(max(end - start for start, end in places), device=left.device)
+            inside = (place < right[:, None]).to(self.sums.dtype)[..., None]
+            place = place.clamp_(max=cols.stop - cols.start - 1)
+            return lambda x: (x.sum(0, dtype=inside.dtype)[place] * inside).sum(1), met
         if len(met) <= self.FEW:
             place = torch.arange(cols.stop - cols.start, device=self.sums.device)
             inside = ((place >= left[:, None]) & (place < right[:, None])).to(self.sums.dtype)

@@ -2,6 +2,10 @@
 
 import torch
 
+from .width import wide_of
+
+HALF = 4096  # two numbers of half a float32's bits have a product that is exact in float32
+
 
 class Rotary:
     """Rotary embedding of the pixels of an image.
@@ -14,9 +18,14 @@ class Rotary:
 
     def __init__(self, freqs, size, dtype):
         # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
-        self.axes = [torch.linspace(0, 1, n, dtype=torch.float64, device=freqs.device) for n in size]
-        angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
-        self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)
+        wide = wide_of(freqs.device, dtype)
+        axes = [torch.linspace(0, 1, n, dtype=torch.float64, device="cpu") for n in size]
+        self.axes = [axis.to(freqs.device, wide) for axis in axes]
+        if wide == torch.float64:
+            angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
+            self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)
+        else:
+            self.rows, self.cols = map(_turned, axes, freqs.to(wide))
 
     def __call__(self, x, rows, cols, scratch=None):
         """Rotate `x` (..., D) at `rows`, `cols` (see `Guide.guide`); `scratch`: three tensors like it to use."""
@@ -36,3 +45,19 @@ class Rotary:
             row_cos, row_sin = row_cos[:, None], row_sin[:, None]
         torch.mul(row_cos, col_cos, out=cos).addcmul_(row_sin, col_sin, value=-1)
         torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
+
+
+def _turned(axis, freqs):
+    """Cosine and sine (n, D) of the products of an axis (n,), float64 on the CPU, and float32 `freqs` (D,).
+
+    An angle in float32 is off by several times what its sine is. So both factors are cut in two: the product of the
+    leading halves is exact, and the rest is small.
+    """
+    coarse = (axis * HALF).floor() / HALF
+    parts = torch.stack((coarse, axis - coarse)).to(torch.float32).to(freqs.device)
+    coarse, fine = parts[..., None]
+    large = freqs * (HALF + 1)
+    leading = large - (large - freqs)
+    angle, rest = coarse * leading, coarse * (freqs - leading) + fine * freqs
+    cos, sin, cos_rest, sin_rest = angle.cos(), angle.sin(), rest.cos(), rest.sin()
+    return cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest
