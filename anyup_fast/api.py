@@ -9,6 +9,7 @@ import torch
 from .checks import checked_device
 from .image import load_image
 from .ops.choice import use_backend
+from .plain.width import has_float64
 from .visualize import visualize_feature_comparison
 
 __all__ = [
@@ -44,7 +45,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None):
     from .encoders import Encoder, load_encoder
 
     image, single = _batched("image", image, channels=3)
-    image = _finite("image", image.to(checked_device(device, image)))
+    image = _moved("image", image, checked_device(device, image))
     if isinstance(encoder, str):
         encoder = load_encoder(encoder, weights=weights, device=image.device)
     elif not isinstance(encoder, Encoder):
@@ -93,19 +94,22 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
 
     Returns:
         (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
-        all feature maps of a batch, a single feature map all images.
+        all feature maps of a batch, a single feature map all images. float64 lies on the CPU where the device has none.
 
     Raises:
         ValueError: shapes, dtypes, sizes that do not fit, non-finite values, image and features on different devices
             with no `device` given, unknown weights. FileNotFoundError, RuntimeError: weights that can't be loaded.
             RuntimeError: a back end that can't run.
     """
+    wanted = features
     image, features, model, single = _upsampler(image, features, weights, device)
-    dtype = features.dtype
-    if dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
+    if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
     with nullcontext() if backend is None else use_backend(backend):
-        upsampled = model(image, features, output_size).to(dtype)
+        upsampled = model(image, features, output_size)
+    if wanted.dtype == torch.float64 and not has_float64(upsampled.device):
+        upsampled = upsampled.cpu()
+    upsampled = upsampled.to(wanted.dtype)
     return upsampled[0] if single else upsampled
 
 
@@ -117,7 +121,8 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None):
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; or a picture that need not fit in memory,
             anything (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
             [0, 1], normalised as it is read.
-        features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s).
+        features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s); float64 becomes float32 on
+            its way to a device that has none.
         weights, device, backend: see `upsample_features_with_anyup`; the back end is that of every answer.
 
     Returns:
@@ -131,7 +136,7 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None):
     else:
         features, _ = _batched("features", features)
         device = checked_device(device, features)
-        features = _finite("features", features.to(device))
+        features = _moved("features", features, device)
         model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
     return model.prepare(image, features, backend=backend)
 
@@ -150,7 +155,7 @@ def _upsampler(image, features, weights, device):
             "map, or a single one of either"
         )
     device = checked_device(device, features)
-    image, features = _finite("image", image.to(device)), _finite("features", features.to(device))
+    image, features = _moved("image", image, device), _moved("features", features, device)
     model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
     return image, features, model, single_image and single_features
 
@@ -168,6 +173,13 @@ def _loaded_model(path, version, device):
     from .model import AnyUp
 
     return AnyUp.from_pretrained(path, device=device)
+
+
+def _moved(name, tensor, device):
+    """`tensor` on the device, float64 as float32 where there is none; a ValueError if it is not finite."""
+    if tensor.dtype == torch.float64 and not has_float64(device):
+        tensor = _finite(name, tensor).float()
+    return _finite(name, tensor.to(device))
 
 
 def _finite(name, tensor):

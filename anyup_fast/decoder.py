@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import is_flag
-from .layers import RMSNorm
+from .layers import Conv2d, RMSNorm
 from .logs import log_once
 from .ops import neighborhood_bounds, window_bounds, windowed_attention
 
@@ -72,7 +72,7 @@ class CrossDecode(nn.Module):
         if head_mode not in ("mean", "split"):
             raise ValueError(f"head_mode: need 'mean' or 'split', got {head_mode!r}")
         self.window_ratio, self.window_rule, self.head_mode = window_ratio, window_rule, head_mode
-        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.conv2d = Conv2d(dim, dim, 3, padding=1)
         self.cross_attn = CrossAttention(dim, num_heads)
 
     def forward(self, query, key, value, q_chunk_size=None):

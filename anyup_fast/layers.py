@@ -8,6 +8,7 @@ from torch import nn
 
 from .ops import Block, feature_unification, pooled, res_block
 from .ops.unification import unit_channels_op
+from .plain.convolution import convolve
 from .plain.norms import RMS_EPS
 from .plain.width import wide_of
 
@@ -42,6 +43,16 @@ class GroupNorm(nn.GroupNorm):
         return normalised.permute(0, 3, 1, 2).to(x.dtype)
 
 
+class Conv2d(nn.Conv2d):
+    """Convolution without bias at stride 1 whose float32 products are as exact as matrix products are (`convolve`)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, padding=0):
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+
+    def forward(self, x):
+        return convolve(x, self.weight, self.padding[0])
+
+
 class ResBlock(nn.Module):
     """`skip(x) + conv(silu(norm(conv(silu(norm(x))))))`, all convolutions 1x1 without bias.
 
@@ -54,14 +65,14 @@ class ResBlock(nn.Module):
         self.block = nn.Sequential(
             GroupNorm(num_groups, in_channels),
             nn.SiLU(),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            Conv2d(in_channels, out_channels, 1),
             GroupNorm(num_groups, out_channels),
             nn.SiLU(),
-            nn.Conv2d(out_channels, out_channels, 1, bias=False),
+            Conv2d(out_channels, out_channels, 1),
         )
         self.shortcut = nn.Identity()
         if in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         return self.block(x) + self.shortcut(x)
@@ -153,11 +164,8 @@ class RotaryEmbedding(nn.Module):
             )
 
 
-class ReflectConv2d(nn.Conv2d):
+class ReflectConv2d(Conv2d):
     """Convolution without bias that keeps (H, W) by reflect padding; an axis too short to reflect repeats its edge."""
-
-    def __init__(self, in_channels, out_channels, kernel_size):
-        super().__init__(in_channels, out_channels, kernel_size, bias=False)
 
     def forward(self, x):
         return super().forward(reflected(x, self.kernel_size[0] // 2))

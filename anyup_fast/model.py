@@ -10,6 +10,7 @@ from .checks import check_attention_options, check_shapes, checked_inputs, check
 from .decoder import CrossAttention, CrossDecode, chosen_rule
 from .frugal import check_max_memory, filled_by_tiles
 from .layers import (
+    Conv2d,
     FeatureUnification,
     ReflectConv2d,
     RotaryEmbedding,
@@ -40,7 +41,9 @@ from .ops import (
     project_pixels,
     project_queries,
 )
+from .ops.attention import runs_plain
 from .ops.choice import requested, use_backend
+from .plain.convolution import convolve
 from .plain.memory import forward_memory
 from .prepared import Prepared
 
@@ -102,8 +105,8 @@ class AnyUp(nn.Module):
         self.input_dim = input_dim
         self.image_encoder = encoder(qk_dim, qk_dim, first)
         self.rope = RotaryEmbedding(qk_dim)
-        self.query_encoder = encoder(qk_dim, qk_dim, nn.Conv2d(qk_dim, qk_dim, 1, bias=False))
-        self.key_encoder = encoder(qk_dim, qk_dim, nn.Conv2d(qk_dim, qk_dim, 1, bias=False))
+        self.query_encoder = encoder(qk_dim, qk_dim, Conv2d(qk_dim, qk_dim, 1))
+        self.key_encoder = encoder(qk_dim, qk_dim, Conv2d(qk_dim, qk_dim, 1))
         self.key_features_encoder = encoder(lfu_dim, qk_dim, unify)
         self.aggregation = encoder(qk_dim, qk_dim, merge)
         self.cross_decode = CrossDecode(qk_dim, num_heads, window_ratio, window_rule, head_mode)
@@ -326,7 +329,7 @@ class AnyUp(nn.Module):
         from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
         from_features = through(from_features, keys.features)
         both = torch.cat(broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
-        key = F.conv2d(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
+        key = convolve(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
         key = rms_norm(through(key, keys.blocks), keys.norm.to(wide))
         key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
         return query, self._split_heads(key)
@@ -393,7 +396,9 @@ class AnyUp(nn.Module):
             return f"the first convolution on the image has kernel_size {size}, which couples pixels; it needs 1"
         return None
 
-    def estimate_memory(self, image_shape, features_shape, output_size=None, dtype=torch.float32, device="cpu"):
+    def estimate_memory(
+        self, image_shape, features_shape, output_size=None, dtype=torch.float32, device="cpu", backend=None
+    ):
         """Bytes that a call without gradients needs at its peak beyond its inputs, its output included.
 
         Args:
@@ -401,7 +406,9 @@ class AnyUp(nn.Module):
             features_shape: (B, C, h, w).
             output_size: (H', W'); None means (H, W).
             dtype: of the model, the image and the features.
-            device: a torch.device or its name; elsewhere than on CPUs 16-bit images stay 16-bit.
+            device: a torch.device or its name.
+            backend: "triton", whose 16-bit images stay 16-bit, or "torch", which makes them float32; None means the one
+                that would run there, and Triton for a GPU that is not in this machine.
 
         Returns:
             int. From about a tenth of a gibibyte up within 15 % of what is measured; below, small buffers count. On
@@ -409,12 +416,14 @@ class AnyUp(nn.Module):
             runs short (`anyup_fast.cpu.pages`).
 
         Raises:
-            ValueError: shapes or sizes that do not fit.
+            ValueError: shapes or sizes that do not fit, a back end that does not exist.
         """
         check_shapes(image_shape, features_shape)
         output_size = checked_output_size(output_size, image_shape[2:])
         dim = self.rope.freqs.shape[1]
-        return forward_memory(image_shape, features_shape, output_size, dim, dtype, torch.device(device))
+        device = torch.device(device)
+        plain = runs_plain(device, dtype, backend)
+        return forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain)
 
     def guided(self, image, features, output_size):
         """Everything but the attention, fused, without recording gradients.

@@ -17,6 +17,7 @@ from .checks import checked_box, checked_output_size, checked_points, checked_st
 from .heads import linear_head
 from .layers import cell_colours
 from .ops import windowed_attention
+from .ops.attention import runs_plain
 from .ops.choice import requested, use_backend
 from .plain import guidance as plain_guidance
 from .plain.memory import new_empty, nothing_kept, tile_memory
@@ -311,7 +312,8 @@ class Prepared:
         """Bytes that a tile (height, width) takes while it is computed, itself included; statistics and keys not."""
         dim, element = self.model.rope.freqs.shape[1], self._value.element_size()
         batch, device = len(self._features), self._value.device
-        return tile_memory(tile, BAND, batch, dim, self.channels, element, self._argmax, device)
+        plain = runs_plain(device, self._value.dtype)
+        return tile_memory(tile, BAND, batch, dim, self.channels, element, self._argmax, device, plain)
 
     def _digest(self):
         """What a stream depends on besides its sizes, as a hexadecimal number; of an image that is read, the shape."""

@@ -6,6 +6,7 @@ arXiv 1509.09308). With the usual points 0, +-1, +-2 float32 would lose a digit;
 transform that sum to one, keep the error within twice that of the plain convolution.
 """
 
+import itertools
 from fractions import Fraction
 from functools import cache
 
@@ -66,15 +67,15 @@ class Convolution:
         else:
             halo = with_halo(source, rows, cols, self.weight.dtype)
         if halo.device.type == "cpu":
-            product = F.conv2d(
+            convolved = F.conv2d(
                 halo[None].permute(0, 3, 1, 2), self.weight.contiguous(memory_format=torch.channels_last)
             )
-            out.copy_(product[0].permute(1, 2, 0).flatten(0, 1))
+            out.copy_(convolved[0].permute(1, 2, 0).flatten(0, 1))
             return
         # On accelerators a convolution may be rounded more coarsely than matrix products are.
-        for i, tap in enumerate(self.weight.permute(2, 3, 1, 0).flatten(0, 1)):
-            part = halo[i // 3 : i // 3 + shape[0], i % 3 : i % 3 + shape[1]].flatten(0, 1)
-            if i:
+        for row, col, part in _under_taps(halo, shape):
+            tap = self.weight[:, :, row, col].T
+            if row or col:
                 out.addmm_(part, tap)
             else:
                 torch.mm(part, tap, out=out)
@@ -101,7 +102,12 @@ class WeightGradient:
             inputs = transform(source, rows, cols, self.of_tiles, desk)
             self.of_tiles.baddbmm_(inputs.mT, transform_gradient(grad, shape, desk))
             return
-        halo = with_halo(source, rows, cols, self.weight.dtype).permute(2, 0, 1)[None]
+        halo = with_halo(source, rows, cols, self.weight.dtype)
+        if grad.device.type != "cpu":
+            for row, col, part in _under_taps(halo, shape):
+                self.total[:, :, row, col] += grad.T @ part
+            return
+        halo = halo.permute(2, 0, 1)[None]
         grad = grad.view(1, *shape, -1).permute(0, 3, 1, 2)
         window = [1, 1], [0, 0], [1, 1]
         wanted = False, True, False
@@ -116,6 +122,12 @@ class WeightGradient:
         _, of_weight, _ = matrices()
         both = torch.kron(of_weight, of_weight).to(self.of_tiles).T @ self.of_tiles.flatten(1)
         return self.total + both.view(TAPS, TAPS, *self.of_tiles.shape[1:]).permute(3, 2, 0, 1)
+
+
+def _under_taps(halo, shape):
+    """Row and column of each tap of a filter, and the pixels (rows * cols, D) of `halo` that lie under it."""
+    for row, col in itertools.product(range(TAPS), repeat=2):
+        yield row, col, halo[row : row + shape[0], col : col + shape[1]].flatten(0, 1)
 
 
 def worth_tiling(shape):

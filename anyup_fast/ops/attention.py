@@ -88,6 +88,20 @@ def why_not(backend, device, dtype=torch.float32, value_dtype=None, head_dim=32)
     return f"needs heads of at most 128 numbers, got {head_dim}" if head_dim > 128 else None
 
 
+def runs_plain(device, dtype=torch.float32, backend=None):
+    """Whether plain PyTorch computes tensors of `dtype` on a torch.device: by name, or where "auto" would take it.
+
+    A GPU that is not in this machine is taken for one that has Triton. ValueError: neither "triton" nor "torch".
+    """
+    if backend is not None:
+        if backend not in ("triton", "torch"):
+            raise ValueError(f"backend: need 'triton', 'torch' or None, got {backend!r}")
+        return backend == "torch"
+    if device.type in ("cuda", "xpu") and not getattr(torch, device.type).is_available():
+        return False
+    return why_not("triton", device, dtype) is not None
+
+
 def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mode):
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.ndim != 5 or key.ndim != 5 or value.ndim != 4:

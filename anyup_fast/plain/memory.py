@@ -4,25 +4,29 @@ import torch
 
 from ..cpu.crew import crew_size
 from ..cpu.pages import kept, new_empty, nothing_kept, release
+from .attention import LIMIT
+from .walks import MANY_PIXELS
 
 __all__ = ["forward_memory", "kept", "low_res_memory", "new_empty", "nothing_kept", "release", "tile_memory"]
 
 FORWARD_BUFFERS = 24 << 20  # bytes that the pieces in work take during a forward
 TILE_BUFFERS = 96 << 20  # the same for a tile of a prepared image, whatever its size
 FOR_WORKER = 15 << 20  # bytes of each further worker
+PIECES = 5  # of an image that are held at once elsewhere than on CPUs: three of a desk, two of a convolution
 
 
-def forward_memory(image_shape, features_shape, output_size, dim, dtype, device):
+def forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain):
     """Bytes at the peak of a forward without gradients beyond its inputs, its output included.
 
     Args:
         image_shape: (B, channels, H, W). features_shape: (B, C, h, w). output_size: (H', W').
         dim: width of queries and keys. dtype: of model, image and features. device: a torch.device.
+        plain: whether plain PyTorch computes there, which widens 16 bits to float32 and works piece by piece.
     """
     batch = max(image_shape[0], features_shape[0])
     height, width = output_size
     channels, h, w = features_shape[1:]
-    compute = dtype if device.type in ("cuda", "xpu") else torch.promote_types(dtype, torch.float32)
+    compute = torch.promote_types(dtype, torch.float32) if plain else dtype
     pixels = image_shape[2] * image_shape[3]
     same_size = height * width == pixels
     image, query = (n * dim * compute.itemsize for n in (pixels, batch * height * width))
@@ -31,7 +35,10 @@ def forward_memory(image_shape, features_shape, output_size, dim, dtype, device)
     output = batch * height * width * channels * dtype.itemsize
     later = max(query, output) + keys + kept(image, 2 if same_size else 3, device)
     beside_query = max(encoders, low_res_memory(features_shape, dim, compute), later)
-    return query + beside_query + FORWARD_BUFFERS + _further_workers(device)
+    buffers = FORWARD_BUFFERS + _further_workers(device)
+    if plain:
+        buffers += _large_pieces(max(pixels, height * width), dim, compute.itemsize, device)
+    return query + beside_query + buffers
 
 
 def low_res_memory(features_shape, dim, dtype):
@@ -43,19 +50,28 @@ def low_res_memory(features_shape, dim, dtype):
     return keys + max(unit + unit // batch, keys + 9 * keys // batch)
 
 
-def tile_memory(tile, most, batch, dim, channels, element, labels, device):
+def tile_memory(tile, most, batch, dim, channels, element, labels, device, plain):
     """Bytes that a tile (height, width) of a prepared image takes while it is computed, itself included.
 
     Args:
         most: pixels of a piece of work. batch: images. dim: width of queries. channels: of the answers.
         element: bytes of one of their numbers. labels: whether the answer is an index in place of the channels.
+        device, plain: see `forward_memory`.
     """
     pixels = (tile[0] + 2) * (tile[1] + 2)
     wide = max(4, element)
     piece = min(pixels, most) * wide
     answers = piece * channels + (8 * pixels if labels else pixels * channels * wide)
-    return TILE_BUFFERS + _further_workers(device) + batch * (2 * piece * dim + answers)
+    buffers = TILE_BUFFERS + _further_workers(device)
+    if plain:
+        buffers += _large_pieces(min(pixels, most), dim, wide, device)
+    return buffers + batch * (2 * piece * dim + answers)
 
 
 def _further_workers(device):
     return (crew_size(device) - 1) * FOR_WORKER
+
+
+def _large_pieces(pixels, dim, element, device):
+    """Bytes of what other devices than CPUs work on at once: pieces of an image, then tiles of the attention."""
+    return 0 if device.type == "cpu" else max(PIECES * min(pixels, MANY_PIXELS) * dim, 2 * LIMIT) * element

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .convolution import convolve
+
 
 def inside(bounds, n_key):
     """Boolean (n_query, n_key): which keys of one axis lie in each half-open window of `bounds` (n_query, 2)."""
@@ -54,7 +56,7 @@ def feature_unification(features, basis):
     batch, channels, h, w = features.shape
     filters, _, k, _ = basis.shape
     with torch.autocast(features.device.type, enabled=False):
-        responses = F.conv2d(features.reshape(batch * channels, 1, h, w), basis, padding=k // 2)
+        responses = convolve(features.reshape(batch * channels, 1, h, w), basis, padding=k // 2)
         taps = F.conv2d(features.new_ones(1, 1, h, w), features.new_ones(1, 1, k, k), padding=k // 2)
     responses = (responses / taps).view(batch, filters, channels, h, w)
     return responses.softmax(1).mean(2)
