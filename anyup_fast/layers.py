@@ -173,10 +173,22 @@ class ReflectConv2d(Conv2d):
 
 def reflected(x, pad):
     """`x` with `pad` more rows and columns on every side, by reflection, or its edge where an axis is too short."""
-    if pad:
-        x = F.pad(x, (pad, pad, 0, 0), mode="reflect" if x.shape[-1] > pad else "replicate")
-        x = F.pad(x, (0, 0, pad, pad), mode="reflect" if x.shape[-2] > pad else "replicate")
-    return x
+    if not pad:
+        return x
+    if x.device.type != "cpu":  # PyTorch's own has no gradient there that is the same every time
+        return _reflected_axis(_reflected_axis(x, pad, 3), pad, 2)
+    x = F.pad(x, (pad, pad, 0, 0), mode="reflect" if x.shape[-1] > pad else "replicate")
+    return F.pad(x, (0, 0, pad, pad), mode="reflect" if x.shape[-2] > pad else "replicate")
+
+
+def _reflected_axis(x, pad, axis):
+    n = x.shape[axis]
+    if n > pad:
+        edges = [x.narrow(axis, start, pad).flip(axis) for start in (1, n - 1 - pad)]
+    else:
+        size = [pad if i == axis else -1 for i in range(4)]
+        edges = [x.narrow(axis, start, 1).expand(size) for start in (0, n - 1)]
+    return torch.cat((edges[0], x, edges[1]), axis)
 
 
 class RMSNorm(nn.Module):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..plain import attention as plain
 from ..plain import reference
+from ..plain.width import has_float64
 from .choice import BACKENDS, attempt, check_name, choose, on_triton, why_no_triton
 
 
@@ -89,7 +90,7 @@ def why_not(backend, device, dtype=torch.float32, value_dtype=None, head_dim=32)
 
 
 def runs_plain(device, dtype=torch.float32, backend=None):
-    """Whether plain PyTorch computes tensors of `dtype` on a torch.device: by name, or where "auto" would take it.
+    """Whether plain PyTorch computes images of `dtype` on a torch.device: by name, or where "auto" would take it.
 
     A GPU that is not in this machine is taken for one that has Triton. ValueError: neither "triton" nor "torch".
     """
@@ -99,7 +100,7 @@ def runs_plain(device, dtype=torch.float32, backend=None):
         return backend == "torch"
     if device.type in ("cuda", "xpu") and not getattr(torch, device.type).is_available():
         return False
-    return why_not("triton", device, dtype) is not None
+    return why_not("triton", device, dtype) is not None or not has_float64(device)
 
 
 def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mode):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..plain import guidance as plain
 from ..plain.weights import GuidanceWeights
+from ..plain.width import has_float64
 from .choice import attempt, choose, on_triton, triton_precision, why_no_triton
 
 
@@ -54,6 +55,8 @@ def _why_not_guidance(name, image, weights, dtype):
         return None
     if reason := why_no_triton("guidance", image.device, dtype):
         return reason
+    if not has_float64(image.device):
+        return "needs float64 for its statistics, which this device has not"
     from ..kernels.guidance import why_not_guidance
 
     return why_not_guidance(image.shape[1], len(weights.image_conv), dtype)

@@ -58,5 +58,5 @@ def feature_unification(features, basis):
     with torch.autocast(features.device.type, enabled=False):
         responses = convolve(features.reshape(batch * channels, 1, h, w), basis, padding=k // 2)
         taps = F.conv2d(features.new_ones(1, 1, h, w), features.new_ones(1, 1, k, k), padding=k // 2)
-    responses = (responses / taps).view(batch, filters, channels, h, w)
+    responses = (responses / taps).reshape(batch, filters, channels, h, w)
     return responses.softmax(1).mean(2)
