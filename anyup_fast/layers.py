@@ -282,3 +282,16 @@ def through(x, blocks):
 def pooled_picture(x, size):
     """`adaptive_avg_pool2d` of (B, D, H, W)."""
     return pooled(x.permute(0, 2, 3, 1), size).permute(0, 3, 1, 2)
+
+
+def computed_dtype(weight, device):
+    """The dtype of a layer's weight, or that of autocast on a torch.device."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return weight.dtype
+
+
+def stored_dtype(weight, device):
+    """Of what layers that record gradients hold for every pixel: as computed, but float32 at least off GPUs."""
+    dtype = computed_dtype(weight, device)
+    return dtype if device.type in ("cuda", "xpu") else wide_dtype(dtype)

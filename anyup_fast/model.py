@@ -16,6 +16,7 @@ from .layers import (
     RotaryEmbedding,
     broadcast,
     cell_colours,
+    computed_dtype,
     encoder,
     matrices,
     matrices_of,
@@ -24,6 +25,7 @@ from .layers import (
     records_gradients,
     reflected,
     rms_norm,
+    stored_dtype,
     through,
     unit_channels,
     wide_block,
@@ -266,7 +268,7 @@ class AnyUp(nn.Module):
         check_attention_options(vis_attn, q_chunk_size)
         takes = self.qk_dim, self._takes()[1]
         out_size = checked_inputs(enc_img, feats, out_size, *takes, names=("enc_img", "feats", "out_size"))
-        dtype, weights = self._stored_dtype(enc_img), self.guidance_weights()
+        dtype, weights = stored_dtype(self.image_encoder[0].weight, enc_img.device), self.guidance_weights()
         if requested() == "reference":
             query, key = self._encoded_plainly(enc_img.to(weights.freqs.dtype), feats)
         else:
@@ -308,7 +310,7 @@ class AnyUp(nn.Module):
         if self.why_not_fused():
             image = image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last)
             return self._encoded_plainly(self.guidance(image), features)
-        dtype, weights = self._stored_dtype(image), self.guidance_weights()
+        dtype, weights = stored_dtype(self.image_encoder[0].weight, image.device), self.guidance_weights()
         with torch.autocast(image.device.type, enabled=False):
             x = through(project_pixels(image, weights.image_conv.to(dtype)), weights.image)
             query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
@@ -333,17 +335,6 @@ class AnyUp(nn.Module):
         key = rms_norm(through(key, keys.blocks), keys.norm.to(wide))
         key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
         return query, self._split_heads(key)
-
-    def _stored_dtype(self, image):
-        """Of what `encoded` holds for every pixel: as `guided`, but float32 at least on CPUs."""
-        dtype = self._dtype(image)
-        return dtype if image.device.type in ("cuda", "xpu") else wide_dtype(dtype)
-
-    def _dtype(self, image):
-        """The model's dtype, or that of autocast."""
-        if torch.is_autocast_enabled(image.device.type):
-            return torch.get_autocast_dtype(image.device.type)
-        return self.image_encoder[0].weight.dtype
 
     def _why_not_prepared(self):
         """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
@@ -432,7 +423,7 @@ class AnyUp(nn.Module):
             query (B, H', W', dim) for `projected_queries`, projected key (B, h, w, heads, d) and the norms of the
             guidance network (see `anyup_fast.ops.guidance`).
         """
-        weights, dtype = self.guidance_weights(), self._dtype(image)
+        weights, dtype = self.guidance_weights(), computed_dtype(self.image_encoder[0].weight, image.device)
         query, from_image, norms = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
         return query, self.projected_keys(from_image, features).to(query.dtype), norms
 

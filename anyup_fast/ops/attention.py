@@ -6,7 +6,7 @@ from torch import Tensor
 from ..plain import attention as plain
 from ..plain import reference
 from ..plain.width import has_float64
-from .choice import BACKENDS, attempt, check_name, choose, on_triton, why_no_triton
+from .choice import BACKENDS, attempt, check_name, choose, on_triton, requested, why_no_triton
 
 
 def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
@@ -90,7 +90,7 @@ def why_not(backend, device, dtype=torch.float32, value_dtype=None, head_dim=32)
 
 
 def runs_plain(device, dtype=torch.float32, backend=None):
-    """Whether plain PyTorch computes images of `dtype` on a torch.device: by name, or where "auto" would take it.
+    """Whether plain PyTorch computes images of `dtype` on a torch.device: by name, or where it is what is taken.
 
     A GPU that is not in this machine is taken for one that has Triton. ValueError: neither "triton" nor "torch".
     """
@@ -98,6 +98,8 @@ def runs_plain(device, dtype=torch.float32, backend=None):
         if backend not in ("triton", "torch"):
             raise ValueError(f"backend: need 'triton', 'torch' or None, got {backend!r}")
         return backend == "torch"
+    if requested() != "auto":
+        return requested() != "triton"
     if device.type in ("cuda", "xpu") and not getattr(torch, device.type).is_available():
         return False
     return why_not("triton", device, dtype) is not None or not has_float64(device)
