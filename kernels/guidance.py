@@ -100,7 +100,7 @@ def _store_stats(
     else:
         # A product that follows another keeps rows of pixels together in a warp. Without it several warps would compute
         # the same activations for the first one.
-        COLS: tl.constexpr = max(16, G)
+        COLS: tl.constexpr = G if G > 16 else 16
         member = tl.arange(0, N)[:, None] // PER_GROUP == tl.arange(0, COLS)[None, :]
         sums = _dot(x, tl.where(member, 1.0, 0.0).to(x.dtype), None, PRECISION)
         sums = tl.sum(tl.where(mask_p[:, None], sums, 0.0), 0)
