@@ -38,7 +38,7 @@ setup(
     package_data={"anyup_fast.weights": ["*.safetensors", "*.md"], "anyup_fast.kernels": ["tuned/*.json"]},
     install_requires=[
         "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "triton>=3.4; platform_system == 'Linux'",
         "numpy>=1.24",
         "pillow>=10.1",
         "safetensors>=0.4",

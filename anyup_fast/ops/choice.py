@@ -31,6 +31,10 @@ def why_no_triton(device, *dtypes):
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return "needs compute capability 8.0, got {}.{}".format(*capability)
+    if device.type == "cuda" and torch.version.hip is not None:
+        from ..kernels.tiling import Device, why_no_kernels
+
+        return why_no_kernels(Device.of(device), *dtypes)
     return None
 
 

@@ -1,5 +1,7 @@
 """`feature_unification`: contract, checks and choice of back end."""
 
+import torch
+
 from . import library, reference
 from .choice import choose, why_no_triton
 
@@ -39,7 +41,8 @@ def feature_unification(features, basis, *, backend="auto"):
 def _why_not(name, features, basis):
     if name in ("torch", "reference"):
         return None
-    if reason := why_no_triton(features.device, features.dtype):
+    # Its products are of float32, whatever the features.
+    if reason := why_no_triton(features.device, features.dtype, torch.float32):
         return reason
     from ..kernels.feature_unification import why_not_feature_unification
 
