@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device
+from .tiling import RDNA, Device
 from .windowed_attention import INTERPRETED, _dot, _on
 
 NORM_EPS = tl.constexpr(1e-5)
@@ -430,7 +430,7 @@ def tile_sizes(dtype, dim, device):
     if dtype == torch.float32:
         layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
         return layer, dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
-    if device.family == "gfx11":
+    if device.family in RDNA:
         layer = dict(BLOCK_P=32, BLOCK_K=32, num_warps=8, num_stages=1)
         return layer, dict(layer, BLOCK_K=min(dim, 64), BLOCK_N=32)
     layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=64 if large else dim, num_warps=8 if large else 4, num_stages=1)

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device
+from .tiling import RDNA, Device
 from .windowed_attention import (
     LOG2E,
     _dot,
@@ -395,20 +395,27 @@ def plan(device, dtype, spans):
     roomy = device.family in ("sm_90", "sm_100")
     # Elsewhere on CUDA more than this spills: 240 bytes of the windows of 64 keys in float32, for one.
     narrow = cuda and not roomy
-    if dtype == torch.float32:
+    # Slopes of float16 are multiplied as float32.
+    width = 64 if narrow and dtype != torch.bfloat16 else MOST_WIDTH
+    if device.family in RDNA:
+        windows = dict.fromkeys((16, 32) if dtype == torch.float16 else (16, 32, 64), (64, 4))
+        query, key, value = Blocks(4, 8, 32, 32, 4, 1), Blocks(2, 8, 32, 32, 4, 1), Blocks(2, 8, 32, 64, 4, 1)
+        width = 32 if dtype == torch.float16 else MOST_WIDTH
+    elif dtype == torch.float32:
         windows = dict.fromkeys((16, 32) if narrow else (16, 32, 64), (32 if roomy else 16, 8))
         query, key = Blocks(8, 8, 32 if roomy else 16, 16, 8), Blocks(2, 8, 64, 16, 8 if generation == 10 else 4)
         value = Blocks(4 if roomy else 2, 8, 64, 32, 8 if generation == 10 else 4)
     else:
-        windows = {**dict.fromkeys((16, 32, 64), (64, 4)), 128: (64, 8 if cuda else 4)}
-        if dtype == torch.float16 and device.family == "sm_90":  # whose slopes are multiplied as float32
+        # On sm_90 eight warps on 64 rows would compute rows twice.
+        windows = {**dict.fromkeys((16, 32, 64), (64, 4)), 128: (64, 8 if cuda and generation != 9 else 4)}
+        if dtype == torch.float16 and device.family == "sm_90":
             del windows[128]
         query = Blocks(8, 8, 64, 64, 8) if roomy else Blocks(4 if narrow else 8, 8, 32, 64, 4)
         key, value = Blocks(2, 8, 64, 32, 4) if narrow else Blocks(4, 8, 64, 64, 4), Blocks(4, 8, 64, 128, 4)
     if keys in windows:
         block_c, warps = windows[keys]
-        query = Blocks(8, 8, keys, block_c, warps)
-    return Plan(keys in windows, query, key, value, 64 if narrow and dtype == torch.float32 else MOST_WIDTH)
+        query = Blocks(8, 8, keys, block_c, warps, query.stages)
+    return Plan(keys in windows, query, key, value, width)
 
 
 def _range_table(bounds, n_key, block):
