@@ -107,7 +107,7 @@ def _window(block_h, block_w, block_k, block_c, warps, **rest):
 
 
 # Best first; the first one that fits is taken. Beside each tile, for the families of chips where no kernel of it spills
-# more than 64 bytes, stand the KiB of shared memory that it takes: compiled for 4 heads of up to 32 numbers, the most of
+# more than 64 bytes, stand the KiB of shared memory that it takes: as compiled for 4 heads of 32 numbers, the most of
 # Triton 3.4 and 3.9 (on AMD the former takes up to five times as much, on NVIDIA mostly 1 KiB more).
 HALF_TILES = {
     _window(8, 8, 64, 64, 4): dict(sm_80=24, sm_90=25, sm_100=34, sm_120=21, gfx9=41, gfx950=41, gfx11=25, gfx12=25),
