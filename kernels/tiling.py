@@ -162,10 +162,13 @@ def shared_memory(tile, device, dtype, head_dim=32, heads=4):
     takes); others are estimated from above.
     """
     known = _compiled(tile, dtype).get(device.family)
-    estimate = _estimate(tile, device.kind, dtype, head_dim, heads)
     if known is None:
-        return estimate
-    return 1024 * known + max(0, estimate - _estimate(tile, device.kind, dtype, 32, 4))
+        return _estimate(tile, device.kind, dtype, head_dim, heads)
+    more = 0
+    if head_dim > 32 or heads > 4:
+        usual = _estimate(tile, device.kind, dtype, 32, 4)
+        more = max(0, _estimate(tile, device.kind, dtype, head_dim, heads) - usual)
+    return 1024 * known + more
 
 
 def _compiled(tile, dtype):
@@ -198,6 +201,7 @@ def _estimate(tile, kind, dtype, head_dim, heads):
     return size * 3 // 2 if kind == "cuda" and dtype == torch.float32 else size
 
 
+@cache
 def candidates(dtype, device=None):
     """Every tile that may be chosen for `dtype` without having been measured, best first: on a `Device`, or anywhere.
 
@@ -205,9 +209,9 @@ def candidates(dtype, device=None):
     """
     sizes = _sizes(dtype)
     if device is None:
-        return list(sizes)
+        return tuple(sizes)
     offered = [tile for tile, known in sizes.items() if (device.family or "sm_80") in known]
-    return [tile for tile in offered if shared_memory(tile, device, dtype) <= device.shared_memory]
+    return tuple(tile for tile in offered if shared_memory(tile, device, dtype) <= device.shared_memory)
 
 
 def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4):
@@ -224,6 +228,9 @@ def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4
 
     Returns:
         the nearest measured `Tile` within a factor of `NEAR`, else the first of `candidates` that fits.
+
+    Raises:
+        RuntimeError: shared memory is too small for any tile, or `why_no_kernels` has a reason.
     """
     room = device.shared_memory
 
@@ -239,9 +246,13 @@ def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4
                 near.append((gap, len(near), entry["tile"]))
         if near:
             return min(near)[2]
-    for tile in candidates(dtype, device):
-        if usable(tile):
-            return tile if spans is None else _narrowed(tile, spans)
+    offered = candidates(dtype, device)
+    # What wider heads take is estimated from above: where that leaves nothing, the last one is the smallest.
+    tile = next(filter(usable, offered), offered[-1] if offered else None)
+    if tile is not None:
+        return tile if spans is None else _narrowed(tile, spans)
+    if reason := why_no_kernels(device, dtype):
+        raise RuntimeError(f"no tile of the windowed attention for {device}: {reason}")
     raise RuntimeError(f"no tile of the windowed attention fits {device}: {room} bytes of shared memory are too few")
 
 
