@@ -9,11 +9,12 @@ METADATA := setup.py pyproject.toml constraints.txt anyup_fast/__init__.py
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test lint clean FORCE
+.PHONY: help demo test triton-releases lint clean FORCE
 
 help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
+	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
 	@echo "make lint    check style and format with ruff"
 	@echo "make clean   remove $(VENV), demo/ and what builds and caches leave behind"
 	@echo
@@ -26,6 +27,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
+
+triton-releases: $(VENV)/.test
+	$(VENV)/bin/pytest -m releases -rP tests/kernels/test_releases.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -98,10 +98,9 @@ def sweep(count, device, longest=50):
         if case.value.shape[3] < 64:
             judge(case, tiling.Tile("heads", 8, 8, 16, power_of_two(case.value.shape[3] + 1), 4))
     for dtype in attention_cases.DTYPES.values():
-        for tile in tiling.candidates(dtype):
+        for tile in tiling.candidates(dtype, tiling.Device.of(device)):
             channels = 12 if tile.design == "heads" else 4 * (tile.block_c // 4 + 3)
-            if tile.needs <= tiling.Device.of(device).capability:
-                judge(attention_cases.make(1, dtype, (longest - 3, longest), (7, 8), channels, head_dim=32), tile)
+            judge(attention_cases.make(1, dtype, (longest - 3, longest), (7, 8), channels, head_dim=32), tile)
     if device.type == "cuda":
         failed += _graph_faults(device)
     print(f"correctness: {count} problems, every tile, {len(failed)} failed, {time.perf_counter() - started:.0f} s")
@@ -232,8 +231,8 @@ def measure(shape, dtype, started, tune=False, device="cuda"):
             if time.perf_counter() - started > 4 * LIMIT_S:
                 yield dict(constant, what="tile", note="the remaining ones left out: the time was up")
                 return
-            room = tiling.Device.of(torch.device(device)).shared_memory
-            if tile.shared_memory(size) <= room:
+            card = tiling.Device.of(torch.device(device))
+            if tiling.shared_memory(tile, card, dtype) <= card.shared_memory:
                 checked(arguments, kernel_call(*arguments, tile=tile))
                 yield row("tile", lambda tile=tile: kernel_call(*arguments, tile=tile), tile)
     elif dtype == torch.bfloat16:
@@ -306,9 +305,9 @@ def save_csv(path, rows):
         writer.writerows([*old, *rows])
 
 
-def save_tuned(rows, name):
-    """Write the fastest tile of each problem for the device `name`, beside those of other problems there."""
-    best = {(e["dtype"], e["keys"], e["channels"]): e for e in tiling.load_tuned(name)}
+def save_tuned(rows, card):
+    """Write the fastest tile of each problem for a `tiling.Device`, beside those of other problems there."""
+    best = {(e["dtype"], e["keys"], e["channels"]): e for e in tiling.load_tuned(card.name)}
     measured = [row for row in rows if row["what"] == "tile" and "milliseconds" in row]
     for row in sorted(measured, key=lambda row: -row["milliseconds"]):
         image, grid, channels = map(int, row["shape"].split("/"))
@@ -320,10 +319,10 @@ def save_tuned(rows, name):
             milliseconds=row["milliseconds"],
             tile=tiling.Tile(**json.loads(row["tile"])),
         )
-    path = tiling.tuned_path(name)
+    path = tiling.tuned_path(card.name)
     with written_aside(path) as aside:
-        aside.write_text(tiling.dump_tuned(name, list(best.values())), encoding="utf-8")
-    tiling.load_tuned.cache_clear()
+        aside.write_text(tiling.dump_tuned(card, list(best.values())), encoding="utf-8")
+    tiling.forget_tuned()
     return path
 
 
@@ -381,7 +380,7 @@ def main(arguments=None):
             torch.cuda.empty_cache()
     save_csv(ROOT / "benchmarks" / "results" / "gpu.csv", [{**constant, **row} for row in rows])
     if options.tune:
-        print(f"tiles written to {save_tuned(rows, constant['device'])}")
+        print(f"tiles written to {save_tuned(rows, tiling.Device.of(device))}")
     print(table(rows))
     return 0
 

@@ -506,7 +506,8 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         if row_bounds.device.type == col_bounds.device.type == "cpu":
             spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds))
         dtype = value.dtype if value.dtype == query.dtype else torch.float32
-        tile = choose_tile(Device.of(query.device), dtype, channels // heads if split else channels, spans)
+        each = channels // heads if split else channels
+        tile = choose_tile(Device.of(query.device), dtype, each, spans, head_dim=head_dim, heads=heads)
     rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
     cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
     if tile.design == "window" and (span_h is None or span_w is None):

@@ -33,10 +33,10 @@ from .attention import (
     _tables,
     _tile,
 )
-from .tiling import Device
+from .tiling import RDNA, Device
 
 KEY_W = 8
-# Numbers of one head, times heads, that a program accumulates gradients for.
+# See `Plan.width`.
 MOST_WIDTH = 128
 # Programs that the kernels by key aim at, and the most that share one tile of keys.
 PROGRAMS, MOST_SPLITS = 1024, 32
@@ -366,6 +366,7 @@ class Plan:
     Attributes:
         window: whether the rectangle of keys of a tile of pixels is one block.
         query, key, value: `Blocks` of the kernels of the three gradients.
+        width: numbers of one head, times heads, that a program accumulates gradients for.
         precision: of float32 products on CUDA: "tf32x3" (None means this), "tf32" or "ieee".
     """
 
@@ -373,6 +374,7 @@ class Plan:
     query: Blocks
     key: Blocks
     value: Blocks
+    width: int = MOST_WIDTH
     precision: str | None = None
 
 
@@ -389,20 +391,31 @@ def plan(device, dtype, spans):
         rows, cols = spans(8, 8)
         keys = max(16, triton.next_power_of_2(rows * cols))
     cuda, generation = device.kind == "cuda", device.capability[0]
-    # From there on operands come from shared memory, which leaves registers for more pixels.
-    roomy = cuda and generation >= 9
-    if dtype == torch.float32:
-        windows = dict.fromkeys((16, 32, 64), (32 if roomy else 16, 8))
+    # There operands come from shared memory, which leaves registers for more pixels.
+    roomy = device.family in ("sm_90", "sm_100")
+    # Elsewhere on CUDA more than this spills: 240 bytes of the windows of 64 keys in float32, for one.
+    narrow = cuda and not roomy
+    # Slopes of float16 are multiplied as float32.
+    width = 64 if narrow and dtype != torch.bfloat16 else MOST_WIDTH
+    if device.family in RDNA:
+        windows = dict.fromkeys((16, 32) if dtype == torch.float16 else (16, 32, 64), (64, 4))
+        query, key, value = Blocks(4, 8, 32, 32, 4, 1), Blocks(2, 8, 32, 32, 4, 1), Blocks(2, 8, 32, 64, 4, 1)
+        width = 32 if dtype == torch.float16 else MOST_WIDTH
+    elif dtype == torch.float32:
+        windows = dict.fromkeys((16, 32) if narrow else (16, 32, 64), (32 if roomy else 16, 8))
         query, key = Blocks(8, 8, 32 if roomy else 16, 16, 8), Blocks(2, 8, 64, 16, 8 if generation == 10 else 4)
         value = Blocks(4 if roomy else 2, 8, 64, 32, 8 if generation == 10 else 4)
     else:
+        # On sm_90 eight warps on 64 rows would compute rows twice.
         windows = {**dict.fromkeys((16, 32, 64), (64, 4)), 128: (64, 8 if cuda and generation != 9 else 4)}
-        query = Blocks(8, 8, 64, 64, 8) if roomy else Blocks(8, 8, 32, 32, 8) if cuda else Blocks(8, 8, 32, 64, 4)
-        key, value = Blocks(2 if cuda and not roomy else 4, 8, 64, 64, 4), Blocks(4, 8, 64, 128, 4)
+        if dtype == torch.float16 and device.family == "sm_90":
+            del windows[128]
+        query = Blocks(8, 8, 64, 64, 8) if roomy else Blocks(4 if narrow else 8, 8, 32, 64, 4)
+        key, value = Blocks(2, 8, 64, 32, 4) if narrow else Blocks(4, 8, 64, 64, 4), Blocks(4, 8, 64, 128, 4)
     if keys in windows:
         block_c, warps = windows[keys]
-        query = Blocks(8, 8, keys, block_c, warps)
-    return Plan(keys in windows, query, key, value)
+        query = Blocks(8, 8, keys, block_c, warps, query.stages)
+    return Plan(keys in windows, query, key, value, width)
 
 
 def _range_table(bounds, n_key, block):
@@ -470,7 +483,8 @@ def windowed_attention_bwd(
     sizes = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
     # Slopes of float16 are multiplied as float32.
     sizes["PRECISION"] = (tiles.precision or ("tf32x3" if wide else "tf32")) if cuda else "ieee"
-    group = 1 if split else max(n for n in range(1, heads + 1) if heads % n == 0 and n * sizes["BLOCK_D"] <= MOST_WIDTH)
+    most = 1 if split else max(1, tiles.width // sizes["BLOCK_D"])
+    group = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
     qk_scale = max(scale, 1e-30) * LOG2E
     strides = (*grad.stride()[:3], *query.stride()[:4], *key.stride()[:4])
     value_strides = value.stride()[:3]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .attention import INTERPRETED, _dot, _on
-from .tiling import Device
+from .tiling import RDNA, Device
 
 NORM_EPS = tl.constexpr(1e-5)
 IMAGE_PIXELS = 2048  # of a program that only reads the image
@@ -100,7 +100,7 @@ def _store_stats(
     else:
         # A product that follows another keeps rows of pixels together in a warp. Without it several warps would compute
         # the same activations for the first one.
-        COLS: tl.constexpr = max(16, G)
+        COLS: tl.constexpr = G if G > 16 else 16
         member = tl.arange(0, N)[:, None] // PER_GROUP == tl.arange(0, COLS)[None, :]
         sums = _dot(x, tl.where(member, 1.0, 0.0).to(x.dtype), None, PRECISION)
         sums = tl.sum(tl.where(mask_p[:, None], sums, 0.0), 0)
@@ -430,6 +430,9 @@ def tile_sizes(dtype, dim, device):
     if dtype == torch.float32:
         layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
         return layer, dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
+    if device.family in RDNA:
+        layer = dict(BLOCK_P=32, BLOCK_K=32, num_warps=8, num_stages=1)
+        return layer, dict(layer, BLOCK_K=min(dim, 64), BLOCK_N=32)
     layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=64 if large else dim, num_warps=8 if large else 4, num_stages=1)
     return layer, dict(layer, BLOCK_P=16 if large else 64, BLOCK_N=min(dim, 64), num_warps=8)
 

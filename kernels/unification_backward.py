@@ -180,7 +180,8 @@ def plan(device, channels, filters, kernel_size, precision=None):
     if grouped:
         stats.update(BLOCK_F=min(stats["BLOCK_F"], 64), num_warps=8)
     block = max(16, triton.next_power_of_2(filters))
-    taps = dict(FILTERS=filters, SIZE=kernel_size, BLOCK_M=block, BLOCK_C=max(16, min(32, 4096 // block)))
+    # Of 32 channels the products with 128 filters spill 80 to 184 bytes.
+    taps = dict(FILTERS=filters, SIZE=kernel_size, BLOCK_M=block, BLOCK_C=max(16, min(32, 2048 // block)))
     taps.update(BLOCK_T=max(16, min(32, triton.next_power_of_2(kernel_size**2))))
     taps.update(PRECISION=dot_precision(device, torch.float32, precision), num_warps=8, num_stages=1)
     block_c = min(256, triton.next_power_of_2(channels))

@@ -126,19 +126,28 @@ def why_no_triton(operator, device, *dtypes):
     for dtype in dtypes:
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"needs float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}"
-    reason = _device_fault(device) or _failed.get((operator, str(device)))
+    reason = _device_fault(device, dtypes) or _failed.get((operator, str(device)))
     if reason and not torch.compiler.is_compiling():
         warn_once(f"anyup_fast computes in plain PyTorch on {_name(device)}: Triton {reason}")
     return reason
 
 
-def _device_fault(device):
+def _device_fault(device, dtypes):
     kind = "hip" if device.type == "cuda" and torch.version.hip is not None else device.type
     if kind == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             return "needs compute capability {}.{}, got {}.{}".format(*LEAST_CAPABILITY, *capability)
-    return installation_fault(kind)
+    return installation_fault(kind) or (_family_fault(device, *dtypes) if kind == "hip" else None)
+
+
+def _family_fault(device, *dtypes):
+    from ..kernels.tiling import Device, why_no_kernels
+
+    return why_no_kernels(Device.of(device), *dtypes)
+
+
+_family_fault._dynamo_marked_constant = True
 
 
 def installation_fault(kind):

@@ -43,7 +43,8 @@ def feature_unification(features, basis, *, backend="auto"):
 def _why_not(name, features, basis):
     if name in ("torch", "reference"):
         return None
-    if reason := why_no_triton("feature_unification", features.device, features.dtype):
+    # Its products are of float32, whatever the features.
+    if reason := why_no_triton("feature_unification", features.device, features.dtype, torch.float32):
         return reason
     from ..kernels.unification import why_not_feature_unification
 

@@ -101,14 +101,14 @@ def small(scripts, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "timed", timed)
     monkeypatch.setattr(gpu.tiling, "TUNED", tmp_path)
     monkeypatch.setattr(gpu.torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
-    gpu.tiling.load_tuned.cache_clear()
+    gpu.tiling.forget_tuned()
     yield gpu
-    gpu.tiling.load_tuned.cache_clear()
+    gpu.tiling.forget_tuned()
 
 
 def test_the_sweep_passes_and_fails(small, monkeypatch):
     tile = small.tiling.Tile("two_pass", 4, 4, 16, 16, 4, stats_block_k=16)
-    monkeypatch.setattr(small.tiling, "candidates", lambda dtype: (tile,))
+    monkeypatch.setattr(small.tiling, "candidates", lambda dtype, device: (tile,))
     assert small.sweep(1, torch.device("cpu"), longest=6) == []
     right = small.kernel.windowed_attention_fwd
     monkeypatch.setattr(small.kernel, "windowed_attention_fwd", lambda *a, **k: right(*a, **k) + 0.1)
@@ -162,7 +162,7 @@ def test_tuning_writes_the_fastest_tile(small, monkeypatch):
     clock = iter((9.0, 5.0, 3.0))
     monkeypatch.setattr(small, "timed", lambda call: (0.0, next(clock), 9.0, 0))
     rows = list(small.measure("16/4/16", torch.float16, small.time.perf_counter(), tune=True, device="cpu"))
-    small.save_tuned(rows, "some card")
+    small.save_tuned(rows, small.tiling.Device("cuda", (9, 0), 232448, "some card"))
     (entry,) = small.tiling.load_tuned("some card")
     assert entry["tile"] == tiles[1] and entry["milliseconds"] == 3.0
     assert (entry["dtype"], entry["channels"]) == ("float16", 16)
