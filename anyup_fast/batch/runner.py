@@ -7,15 +7,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from .. import __version__
 from ..encoders import load_encoder
 from ..image import target_size
+from ..model import AnyUp
 from . import outputs
 from .manifest import Manifest, settings_digest
 from .preparation import describe
-from .settings import Settings
+from .settings import Settings, output_size_of
 from .sources import file_digest, find_sources, fingerprint, picture_size
 
 logger = logging.getLogger("anyup_fast")
@@ -91,7 +95,8 @@ def run(
             and perhaps bias (K,). A copy goes to the output.
         pca: for the kind "pca", the `pca.safetensors` of another run; None fits one to the low-res features of
             `pca_sample` pictures spread over the input.
-        batch_size: pictures of one size computed together; None means 1 on CPUs, 8 on GPUs.
+        batch_size: pictures of one size computed together; None means 1 on CPUs; on GPUs up to 8,
+            as many as half of the memory holds.
         workers: processes that decode; None means one less than there are CPUs, at most 4; 0 decodes in this one.
         at_a_time: batches that are computed at the same time; None means on CPUs one for each thread of PyTorch, at
             most 8, and on a GPU 1. Memory grows with it.
@@ -141,9 +146,13 @@ def run(
         digest = settings_digest(described)
         to_do = _to_do(sources, manifest, folder, digest, verify)
         summary = Summary(len(sources), skipped=len(sources) - len(to_do))
-        batch_size = batch_size or (1 if device == "cpu" else GPU_BATCH)
         if to_do:
-            patch = load_encoder(settings.encoder, weights=settings.encoder_weights).patch_size
+            encoder = load_encoder(settings.encoder, weights=settings.encoder_weights)
+            patch = encoder.patch_size
+            if batch_size is None:
+                batch_size = (
+                    1 if device == "cpu" else partial(at_once, encoder=encoder, settings=settings, device=device)
+                )
             batches = list(_batches(sources, {source.name for source in to_do}, batch_size, patch, settings))
             made = _make_engine(engine, settings, folder, device, patch, workers, at_a_time, writers, ray_address)
             weights = str(Path(settings.weights).resolve()) if Path(settings.weights).is_file() else settings.weights
@@ -277,8 +286,26 @@ def _is_done(source, manifest, folder, digest, verify, states):
     return True
 
 
+def at_once(size, encoder, settings, device):
+    """How many pictures (H, W) a GPU takes at once: what half of its memory holds, from 1 to `GPU_BATCH`.
+
+    All of its memory counts, not what happens to be free, so that every run on such a device makes the same batches.
+    """
+    grid = [max(1, n // encoder.patch_size) for n in size]
+    height, width = output_size_of(settings, size)
+    with torch.device("meta"):
+        model = AnyUp()
+    one = model.estimate_memory((1, 3, *size), (1, encoder.dim, *grid), (height, width), device=device)
+    one += height * width * encoder.dim * 4  # the answer in the dtype that is written, beside the one that is computed
+    room = getattr(torch, torch.device(device).type).get_device_properties(device).total_memory // 2
+    return max(1, min(GPU_BATCH, room // one))
+
+
 def _batches(sources, wanted, batch_size, patch, settings):
     """Pictures that are computed together: (sources, names of those to be written).
+
+    Args:
+        batch_size: how many; or a function from the size (H, W) of the pictures to that.
 
     Which pictures share a batch depends on the sources alone, not on what is done: rounding may depend on the batch,
     and a run that was interrupted gives the same files as one that was not.
@@ -291,9 +318,12 @@ def _batches(sources, wanted, batch_size, patch, settings):
             for index, (source, size) in enumerate(zip(sources, pool.map(picture_size, sources), strict=True)):
                 key = ("unreadable", index) if size is None else target_size(size, settings.size, patch)
                 groups.setdefault(key, []).append(source)
-    for group in groups.values():
-        for first in range(0, len(group), batch_size):
-            batch = tuple(group[first : first + batch_size])
+    for key, group in groups.items():
+        several = batch_size
+        if callable(batch_size):  # a picture that can't be read is a group of its own, of no size
+            several = batch_size(settings.size if key is None else key) if len(group) > 1 else 1
+        for first in range(0, len(group), several):
+            batch = tuple(group[first : first + several])
             names = frozenset(source.name for source in batch) & wanted
             if names:
                 yield batch, names

@@ -23,7 +23,9 @@ def add(commands):
     command.add_argument("--rate", type=float, metavar="FPS", help="of the film (default: the video's, else 25)")
     command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
     command.add_argument("--output-size", type=as_size, metavar="N|HxW", help="of the output (default: every pixel)")
-    command.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, 8 on GPUs)")
+    command.add_argument(
+        "--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, up to 8 on GPUs)"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs)")
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
     command.add_argument("--ray-address", metavar="ADDRESS", help="of a running Ray cluster (default: start one here)")

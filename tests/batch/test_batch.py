@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -571,3 +572,32 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, parts):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(int(result.stdout.split()[-1]))
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_a_gpu_takes_as_many_pictures_as_half_of_its_memory_holds(monkeypatch):
+    encoder, settings = SimpleNamespace(patch_size=14, dim=384), Settings(size=None)
+
+    def several(size, gibibytes):
+        memory = SimpleNamespace(total_memory=gibibytes << 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+        return runner.at_once(size, encoder, settings, "cuda")
+
+    assert several((448, 448), 80) == runner.GPU_BATCH
+    counts = [several((1512, 2016), gibibytes) for gibibytes in (24, 80, 139)]
+    assert counts[0] == 1 < counts[1] < counts[2] < runner.GPU_BATCH
+    assert several((3024, 4032), 8) == 1, "one is always tried"
+
+
+def test_groups_are_cut_by_the_size_of_their_pictures(tmp_path):
+    fill(tmp_path / "in", 9, sizes=((60, 76), (76, 60)), broken=1)
+    found = sources.find_sources(str(tmp_path / "in"))
+    asked = []
+
+    def batch_size(size):
+        asked.append(size)
+        return 2 if size[0] < size[1] else 3
+
+    names = {source.name for source in found}
+    batches = list(runner._batches(found, names, batch_size, 14, Settings(size=None)))
+    assert set().union(*(wanted for _, wanted in batches)) == names
+    assert len(asked) == 2 and sorted(len(batch) for batch, _ in batches) == [1, 1, 1, 2, 2, 3]
