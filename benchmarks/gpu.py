@@ -27,7 +27,7 @@ from dataclasses import asdict
 from checkout import ROOT, commit, use_checkout
 
 use_checkout()
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import attention_cases  # noqa: E402
 import gpu_backward  # noqa: E402

@@ -83,9 +83,17 @@ class Accesses:
         if self.owners is None:
             if (found & kind(ones * (WRITTEN_NOW | READ_NOW if store else WRITTEN_NOW))).any():
                 raise NeedOwners
+            if store and self.count > 1 and self._shared_by_ctas(selected, at):
+                raise NeedOwners
         else:
             self._owner_check(index, selected, at, width, store)
         state[places] = found | kind(ones * (WRITTEN_NOW | WRITTEN_EVER if store else READ_NOW))
+
+    def _shared_by_ctas(self, selected, at):
+        """Whether threads of several CTAs use one address at once."""
+        order = np.argsort(at, kind="stable")
+        cta, at = self._take(self.cta, selected)[order], at[order]
+        return ((at[1:] == at[:-1]) & (cta[1:] != cta[:-1])).any()
 
     def _owner_check(self, index, selected, at, width, store):
         tags = self.owners
@@ -96,14 +104,18 @@ class Accesses:
         if store:
             reader = tags.reader[places]
             bad |= (reader != 0) & (reader != cta)
+        self._race(index, selected, places, tags, store, "global race")
+        if store:
+            tags.writer[places] = cta
+            bad |= tags.writer[places] != cta
+            tags.writer[places[bad]] = -1
+        else:
+            tags.reader[places] = np.where((tags.reader[places] != 0) & (tags.reader[places] != cta), -1, cta)
+            tags.reader[places[tags.reader[places] != cta]] = -1
         if bad.any():
             n = int(np.argmax(bad.any(1)))
             what = self.memory.describe(int(at[n]))
             self._fault("global race", index, f"{what} also used by another CTA, {self._who(selected, n)}")
-        self._race(index, selected, places, tags, store, "global race")
-        (tags.writer if store else tags.reader)[places] = np.where(
-            bad if store else (tags.reader[places] != 0) & (tags.reader[places] != cta), -1, cta
-        )
 
     def _race(self, index, selected, places, tags, store, kind):
         """Compare with the last write and reads of these grains, then note this access."""

@@ -64,7 +64,7 @@ def permute_bytes(a, b, selector):
 
 def logic3(a, b, c, table):
     """Any function of three bits, by its table (lop3)."""
-    out = np.uint32(0)
+    out = np.zeros_like(a | b | c)
     for n in range(8):
         if table >> n & 1:
             out = out | ((a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c))

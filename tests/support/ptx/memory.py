@@ -1,5 +1,6 @@
 """Global memory of the machine: copies of tensors with guards between them, and what is known of every byte."""
 
+import hashlib
 import mmap
 
 import numpy as np
@@ -47,7 +48,8 @@ def seen_by(view, first, count):
 class History:
     """Remembers which bytes of the storages of torch.empty have been written, from launch to launch.
 
-    What the host writes is known by its not being the poison such memory is filled with (zeros in large storages).
+    What the host writes is known by its not being the poison such memory is filled with (zeros in large storages), 16
+    bytes at a time: a number or two may look like poison by chance.
     """
 
     def __init__(self):
@@ -68,10 +70,12 @@ class History:
         written = self.known.get(storage.data_ptr())
         if written is None or len(written) != storage.nbytes():
             return None
-        even = len(content) // 2 * 2
-        poison = 0 if storage.nbytes() >= LARGE else POISON
         written = written[first : first + len(content)]
-        written[:even] |= np.repeat(content[:even].view(np.uint16) != poison, 2)
+        pattern = np.array([0 if storage.nbytes() >= LARGE else POISON], np.uint16).view(np.uint8)
+        by_host = (content != np.resize(pattern, len(content))) & ~written
+        by_host[len(content) // 2 * 2 :] = False  # an odd byte at the end has no poison
+        pieces = np.logical_or.reduceat(by_host, np.arange(0, len(content), 16))
+        written |= np.repeat(pieces, 16)[: len(content)]
         return ~written
 
     def written(self, storage, first, new):
@@ -157,19 +161,23 @@ class GlobalMemory:
                         self.state[start + first : start + last][seen_by(view, first, last - first)] |= IN_VIEW
 
     def give_back(self):
-        """Copy what was written out again."""
+        """Copy what was written out again; a digest of it."""
+        digest = hashlib.sha256()
         for start, storage, _ in self.storages.values():
             pieces = [(0, storage.nbytes())]
             if storage.nbytes() >= LARGE:
-                pieces = [(page * PAGE - start, (page + 1) * PAGE - start) for page in self.pages]
+                pieces = [(page * PAGE - start, (page + 1) * PAGE - start) for page in sorted(self.pages)]
             for first, last in pieces:
                 first, last = max(first, 0), min(last, storage.nbytes())
                 if first >= last:
                     continue
                 new = self.state[start + first : start + last] & WRITTEN_NOW != 0
                 if new.any():
-                    bytes_of(storage)[first:last][new] = self.buffer[start + first : start + last][new]
+                    written = self.buffer[start + first : start + last][new]
+                    bytes_of(storage)[first:last][new] = written
+                    digest.update(written)
                     self.history.written(storage, first, new)
+        return digest.hexdigest()
 
     def describe(self, offset):
         """Text of what lies at an offset."""

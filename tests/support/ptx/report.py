@@ -9,7 +9,7 @@ class Fault(RuntimeError):
 
     Attributes:
         kind: "out of bounds", "outside the tensor", "misaligned", "uninitialised", "shared race", "global race",
-            "unequal copies", "proxy fence", "copies", "divergence", "barrier", "deadlock", "endless" or "unsupported".
+            "unequal copies", "proxy fence", "copies", "divergence", "barrier" or "endless".
     """
 
     def __init__(self, kind, message):
@@ -22,7 +22,7 @@ class Report:
     """What a launch did.
 
     Attributes:
-        kernel: its name. ctas: executed. seconds: it took here.
+        kernel: its name. ctas: executed. seconds: it took here. digest: of the bytes it wrote to global memory.
         faults: those found where checks collect instead of raising.
         instructions: executed by warps, per class.
         global_load, global_store: requests (of warps), sectors (32 bytes) and bytes (asked for by threads).
@@ -32,6 +32,7 @@ class Report:
     kernel: str = ""
     ctas: int = 0
     seconds: float = 0.0
+    digest: str = ""
     faults: list = field(default_factory=list)
     instructions: Counter = field(default_factory=Counter)
     global_load: Counter = field(default_factory=Counter)
