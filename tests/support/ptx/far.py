@@ -40,7 +40,7 @@ FAR = 2**31
 AXES = {"batch": 0, "rows": 1, "columns": 2, "heads": 3}
 DTYPE = torch.bfloat16
 SHAPE = dict(size=(9, 9), grid=(4, 5), channels=24, batch=3, ratio=0.2, head_dim=32)
-SMALL = dict(SHAPE, batch=1, grid=(2, 3))
+SMALL = dict(SHAPE, batch=1, grid=(1, 3), channels=56)
 
 
 def strided(x, axis):
@@ -67,7 +67,7 @@ def _tiles():
     tiles = tiling.HALF_TILES
     return {
         "window": tiles[0],
-        "heads": next(t for t in tiles if t.design == "heads" and t.block_c == 32),
+        "heads": next(t for t in tiles if t.design == "heads" and t.block_c == 64),
         "two_pass": next(t for t in tiles if t.design == "two_pass" and not any(t.needs)),
     }
 

@@ -133,7 +133,8 @@ class GlobalMemory:
                     if view.numel():
                         size = view.element_size()
                         first = self.state[start + view.storage_offset() * size :]
-                        seen = as_strided(first, (*view.shape, size), (*(s * size for s in view.stride()), 1))
+                        shape = [n if stride else 1 for n, stride in zip(view.shape, view.stride(), strict=True)]
+                        seen = as_strided(first, (*shape, size), (*(s * size for s in view.stride()), 1))
                         seen |= IN_VIEW
 
     def _copy(self, start, storage, first, last):

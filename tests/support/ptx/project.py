@@ -93,11 +93,6 @@ class Case:
         words = self.kernel, self.tile, self.dtype, self.shape, *(["truncated"] if self.truncate else [])
         return "-".join("_".join(word.split()) for word in words if word)
 
-    @property
-    def short(self):
-        """The target of the short run, by the name: every case has one, every target has its share of the cases."""
-        return TARGETS[int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % len(TARGETS)]
-
 
 def device_of(target):
     """The `tiling.Device` of a target."""
