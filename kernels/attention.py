@@ -74,6 +74,16 @@ def _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM
 
 
 @triton.jit
+def _length(q):
+    """Euclidean length of each row, (P,), the same to the bit in all threads that hold it."""
+    q = q.to(tl.float32)
+    # Without its last bit a square is no product any more that the compiler may fuse with an addition: that rounds the
+    # sum of two threads' numbers otherwise in one than in the other.
+    squares = ((q * q).to(tl.int32, bitcast=True) & -2).to(tl.float32, bitcast=True)
+    return tl.sqrt(tl.sum(squares, 1))
+
+
+@triton.jit
 def _rectangle(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1,
                BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """All keys of a tile: rows and columns (K,), which of them exist, and bits of keys (K,) and pixels (P,)."""
@@ -233,8 +243,7 @@ def _stats_kernel(
     P: tl.constexpr = BLOCK_H * BLOCK_W
     q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
     k_base = k_ptr + image.to(tl.int64) * k_b + tl.cast(head, tl.int64) * k_n
-    q32 = q.to(tl.float32)
-    offset = tl.sqrt(tl.sum(q32 * q32, 1)) * tl.load(norm_ptr + image * HEADS + head) * qk_scale
+    offset = _length(q) * tl.load(norm_ptr + image * HEADS + head) * qk_scale
     if tl.max(offset, 0) <= safe_offset:
         _, total = _stats_window(q, k_base, k_h, k_w, c0, c1, offset, qk_scale, span_r0, span_r1, all_r0, all_r1,
                                  span_c0, span_c1, r0, r1, P, HEAD_DIM, BLOCK_D, BLOCK_K, True,
@@ -410,8 +419,7 @@ def _heads_kernel(
         v_base = v_ptr + image.to(tl.int64) * v_b
         if SPLIT:
             v_base += head * n_channels
-        q32 = q.to(tl.float32)
-        offset = tl.sqrt(tl.sum(q32 * q32, 1)) * tl.load(norm_ptr + image * HEADS + head) * qk_scale
+        offset = _length(q) * tl.load(norm_ptr + image * HEADS + head) * qk_scale
         if tl.max(offset, 0) <= safe_offset:
             o = _heads_window(q, k_base, v_base, k_h, k_w, v_h, v_w, c0, c1, offset, qk_scale, n_channels,
                               span_r0, span_r1, all_r0, all_r1, span_c0, span_c1, r0, r1,

@@ -180,7 +180,7 @@ def _query_blocks_kernel(
         k_ptrs = k_base + (row * k_h + col * k_w)[None, :] + offs_d[:, None]
         sums = ()
         for h in tl.static_range(GROUP):
-            k = tl.load(k_ptrs + h * k_n, mask=mask_d[:, None] & mask_k[None, :], other=0.0)
+            k = tl.load(k_ptrs + tl.cast(h, tl.int64) * k_n, mask=mask_d[:, None] & mask_k[None, :], other=0.0)
             e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - lses[h][:, None])
             sums = sums + (deltas[h] + tl.sum(tl.where(seen, e, 0.0) * slope, 1),)
         deltas = sums
@@ -197,7 +197,7 @@ def _query_blocks_kernel(
         k_ptrs = k_base + (row * k_h + col * k_w)[None, :] + offs_d[:, None]
         gradients = ()
         for h in tl.static_range(GROUP):
-            k = tl.load(k_ptrs + h * k_n, mask=mask_d[:, None] & mask_k[None, :], other=0.0)
+            k = tl.load(k_ptrs + tl.cast(h, tl.int64) * k_n, mask=mask_d[:, None] & mask_k[None, :], other=0.0)
             e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - lses[h][:, None])
             e = tl.where(seen, e, 0.0) * (slope - deltas[h][:, None])
             gradients = gradients + (_dot_slope(e, tl.trans(k), accs[h], PRECISION),)
@@ -277,7 +277,7 @@ def _key_kernel(
         g_base += first_head * n_channels
     keys, accs = (), ()
     for h in tl.static_range(GROUP):
-        keys = keys + (tl.load(k_ptrs + h * k_n, mask=mask_key, other=0.0),)
+        keys = keys + (tl.load(k_ptrs + tl.cast(h, tl.int64) * k_n, mask=mask_key, other=0.0),)
         accs = accs + (tl.zeros((KEY_H * KEY_W, BLOCK_D), tl.float32),)
     for step in tl.range(first, last, num_stages=1):
         i, j, mask_pix, seen = _pixels(step, i0, i1, j0, j1, row, col, mask_k, row_ptr, col_ptr, BLOCK_H, BLOCK_W)
@@ -328,7 +328,7 @@ def _value_kernel(
     mask_key = mask_k[:, None] & (offs_d < HEAD_DIM)[None, :]
     keys = ()
     for h in tl.static_range(N_HEADS):
-        keys = keys + (tl.load(k_ptrs + h * k_n, mask=mask_key, other=0.0),)
+        keys = keys + (tl.load(k_ptrs + tl.cast(h, tl.int64) * k_n, mask=mask_key, other=0.0),)
     acc = tl.zeros((KEY_H * KEY_W, BLOCK_C), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         i, j, mask_pix, seen = _pixels(step, i0, i1, j0, j1, row, col, mask_k, row_ptr, col_ptr, BLOCK_H, BLOCK_W)

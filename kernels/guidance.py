@@ -382,14 +382,16 @@ def _pool_kernel(
             if ACTIVE:
                 y = tl.load(y_ptr + offs, mask=mask, other=0.0)
                 y_sum += tl.where(mask, _active(y, affine_ptr, image, offs_d, D), 0.0)
-    share = (1.0 / (rows * (right - left)).to(tl.float32))[:, None]
+    # Multiplied after the sum: fused with it, the product would be rounded otherwise in some threads than in others.
+    area = tl.max(tl.reshape((rows * (right - left)).to(tl.float32), (BLOCK_J, BLOCK_X)), 1)
+    share = (1.0 / area)[:, None]
     cells = (pid % n_blocks) * BLOCK_J + tl.arange(0, BLOCK_J)
     offs_out = (((split * n_images + image) * n_cells + cells) * D)[:, None] + offs_d[None, :]
     mask_out = (cells < n_cells)[:, None]
-    x_mean = tl.sum(tl.reshape(x_sum * share, (BLOCK_J, BLOCK_X, BLOCK_D)), 1)
+    x_mean = tl.sum(tl.reshape(x_sum, (BLOCK_J, BLOCK_X, BLOCK_D)), 1) * share
     tl.store(x_out_ptr + offs_out, _narrow(x_mean, x_out_ptr.dtype.element_ty), mask=mask_out)
     if ACTIVE:
-        y_mean = tl.sum(tl.reshape(y_sum * share, (BLOCK_J, BLOCK_X, BLOCK_D)), 1)
+        y_mean = tl.sum(tl.reshape(y_sum, (BLOCK_J, BLOCK_X, BLOCK_D)), 1) * share
         tl.store(y_out_ptr + offs_out, _narrow(y_mean, y_out_ptr.dtype.element_ty), mask=mask_out)
 
 

@@ -1,0 +1,159 @@
+"""The project's kernels as compiled for GPUs that are not there, executed: see tests/support/ptx.
+
+Triton compiles in processes of their own, for here its interpreter is on. Each reports rows, which the tests look up.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from ptx import project
+
+# Removed pieces of each kind that the default run tries.
+TRIED = 3
+SWEEP = [(case, target) for case in project.cases() for target in project.TARGETS if case.fits(target)]
+# Every kernel, tile and main dtype once, each on one of the targets; all targets have some of each kind.
+SHORT = [
+    (case, target)
+    for n, case in enumerate(case for case in project.cases() if case.main)
+    for target in [[t for t in project.TARGETS if case.fits(t)][n % sum(map(case.fits, project.TARGETS))]]
+]
+FIRST_WINS = "attention_heads-8x8_k32_c16_w4_s2-float32-shape0", "guidance-dim_32-float32-pooled"
+
+
+def rows(module, *arguments):
+    """What a module of the package prints in a process in which Triton compiles: a list of dicts."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.update(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", f"ptx.{module}", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def by_name(found):
+    return {row["name"]: row for row in found}
+
+
+@cache
+def short(target):
+    names = [case.name for case, where in SHORT if where == target]
+    return by_name(rows("project", target, "--cases", *names))
+
+
+@cache
+def sweep(target):
+    return by_name(rows("project", target, "--every"))
+
+
+@cache
+def far(target):
+    return by_name(rows("far", target))
+
+
+def complaints(row):
+    """Sentences about what is wrong with a row."""
+    found = [*row["faults"], *([row["failed"]] if row["failed"] else [])]
+    if not row["error"] <= row["limit"]:
+        found.append(f"error {row['error']:.2e} exceeds {row['limit']:.1e}")
+    return found
+
+
+def ids(pairs):
+    return [f"{target}-{case.name}" for case, target in pairs]
+
+
+@pytest.mark.parametrize(("case", "target"), SHORT, ids=ids(SHORT))
+def test_each_kernel_and_tile(case, target):
+    assert complaints(short(target)[case.name]) == []
+
+
+def test_every_kernel_is_executed():
+    executed = {kernel for target in project.TARGETS for row in short(target).values() for kernel in row["kernels"]}
+    assert executed == project.entries() and len(executed) > 20
+
+
+def test_every_target_executes_attention_and_layers():
+    for target in project.TARGETS:
+        kernels = {row["kernel"].split()[0] for row in short(target).values()}
+        assert len(kernels & {"attention", "guidance", "unification", "query"}) >= 2
+
+
+def test_which_of_two_equal_stores_wins_changes_no_bit():
+    last = by_name(rows("project", "sm_80", "--cases", *FIRST_WINS))
+    first = by_name(rows("project", "sm_80", "--cases", *FIRST_WINS, "--first-wins"))
+    assert list(last) == list(first) == list(FIRST_WINS)
+    assert [row["digest"] for row in last.values()] == [row["digest"] for row in first.values()]
+
+
+# Who finds it: memcheck, racecheck or the comparison with float64.
+FINDER = {
+    "guard": lambda row: row["memcheck"],
+    "mask": lambda row: not row["error"] <= row["limit"],
+    "barrier": lambda row: row["racecheck"],
+    "wait": lambda row: row["racecheck"],
+    "fence": lambda row: row["racecheck"],
+}
+
+
+def silent(found):
+    """Those rows in which something is taken out, the result is wrong and the checks say nothing."""
+    return [(row["what"], row["which"]) for row in found if row["what"] != "mask" and complaints(row)
+            and not row["faults"] and not row["failed"].startswith("Fault")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "things"),
+    [
+        ("sm_80", "attention window", ("guard", "mask", "barrier")),
+        ("sm_80", "attention backward window", ("wait",)),
+        ("sm_90", "attention window", ("barrier", "fence")),
+    ],
+    ids=["sm_80 window", "sm_80 backward", "sm_90 window"],
+)
+def test_what_is_taken_out_of_a_kernel_is_missed(target, kernel, things):
+    found = rows("planted", target, "--kernel", kernel, "--most", str(TRIED), "--what", *things)
+    assert silent(found) == []
+    for what in things:
+        some = [row for row in found if row["what"] == what]
+        assert some and any(map(FINDER[what], some)), f"none of {len(some)} of what was taken out was found: {what}"
+
+
+def test_far_strides_and_outputs_of_the_window():
+    names = "attention_window-bfloat16-far_heads", "attention_window-bfloat16-far_output"
+    found = by_name(rows("far", "sm_80", "--cases", *names))
+    assert list(found) == list(names)
+    assert [complaints(row) for row in found.values()] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "target"), SWEEP, ids=ids(SWEEP))
+def test_every_problem(case, target):
+    assert complaints(sweep(target)[case.name]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_beyond_2_to_the_31(target):
+    found = far(target)
+    assert len(found) == 29 and {row["shape"] for row in found.values()} >= {"far heads", "far output"}
+    assert {name: complaints(row) for name, row in found.items() if complaints(row)} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", ["attention window", "attention heads", "attention two_pass"])
+def test_whatever_is_taken_out(target, kernel):
+    found = rows("planted", target, "--kernel", kernel)
+    assert silent(found) == []
+    assert {row["what"] for row in found} >= {"guard", "barrier"}
+
+
+def test_complaints():
+    fine = dict(faults=[], failed="", error=1.0, limit=2.0)
+    assert complaints(fine) == [] and complaints({**fine, "error": float("nan")}) != []
+    for wrong in (dict(faults=["unequal copies"]), dict(failed="Unsupported"), dict(error=3.0)):
+        assert len(complaints({**fine, **wrong})) == 1
