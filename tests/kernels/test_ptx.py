@@ -109,10 +109,10 @@ def silent(found):
     ("target", "kernel", "things"),
     [
         ("sm_80", "attention window", ("guard", "mask", "barrier")),
-        ("sm_80", "attention heads", ("wait",)),
+        ("sm_80", "attention two_pass", ("wait",)),
         ("sm_90", "attention window", ("barrier", "fence")),
     ],
-    ids=["sm_80 window", "sm_80 heads", "sm_90 window"],
+    ids=["sm_80 window", "sm_80 two_pass", "sm_90 window"],
 )
 def test_what_is_taken_out_of_a_kernel_is_missed(target, kernel, things):
     found = rows("planted", target, "--kernel", kernel, "--most", str(TRIED), "--what", *things)
