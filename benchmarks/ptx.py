@@ -1,6 +1,6 @@
 """Executes the compiled kernels for GPUs that are not there, on a machine for PTX, and tables what came of it.
 
-    python benchmarks/ptx.py                          # one problem per kernel and tile, bfloat16 and float32
+    python benchmarks/ptx.py                          # one or two problems per kernel and tile
     python benchmarks/ptx.py --every --dtypes bfloat16 float16 float32      # all problems, also with sums cut off
 
 into results/ptx.csv. One row per kernel, tile, target and dtype: the error against float64 that comes closest to its
@@ -33,7 +33,7 @@ def measured(target, dtypes, every):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [ROOT / "tests" / "support", ROOT / "benchmarks", *filter(None, [environment.get("PYTHONPATH")])]
     environment.update(PYTHONPATH=os.pathsep.join(map(str, paths)), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", CHILD, target, "--dtypes", *dtypes, *(["--every"] if every else [])]
+    command = [sys.executable, "-c", CHILD, target, "--dtypes", *dtypes, "--every" if every else "--small"]
     rows = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -69,7 +69,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--every", action="store_true", help="all problems, in place of one per kernel and tile")
+    parser.add_argument("--every", action="store_true", help="all problems, in place of the small ones")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at a time")
     options = parser.parse_args(arguments)
     with ThreadPoolExecutor(options.jobs) as pool:

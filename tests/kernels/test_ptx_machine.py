@@ -119,8 +119,7 @@ ADDRESS = MINE.rpartition("st.shared")[0] + GLOBAL
         ("copies", ADDRESS + COPY),
         ("divergence", "setp.lt.u32 %p1, %r1, 7;\n@%p1 bra $L;\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\n$L:\n"),
         (None, HALF + "@%p1 bra $L;\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\n$L:\n"),
-        ("barrier", HALF + "@%p1 bra $L;\nbar.sync 0;\nbra $M;\n$L:\n$N:\nbar.sync 0;\nbra $N;\n"
-         "$M:\n"),
+        ("barrier", HALF + "@%p1 bra $L;\nbar.sync 0;\nbra $M;\n$L:\nbar.sync 0;\n$M:\n"),
     ],
 )  # fmt: skip
 def test_faults_of_made_up_programs(kind, body):

@@ -64,11 +64,11 @@ def ends(x):
 
 
 def _tiles():
-    tiles = tiling.HALF_TILES
+    tiles = [tile for tile, known in tiling.HALF_TILES.items() if {"sm_80", "sm_90"} <= set(known)]
     return {
         "window": tiles[0],
         "heads": next(t for t in tiles if t.design == "heads" and t.block_c == 64),
-        "two_pass": next(t for t in tiles if t.design == "two_pass" and not any(t.needs)),
+        "two_pass": next(t for t in tiles if t.design == "two_pass"),
     }
 
 

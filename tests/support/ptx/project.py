@@ -2,7 +2,7 @@
 
 A `Case` is one problem for one kernel or tile and one dtype; `measure` runs it for a target and gives a row of figures.
 
-    python -m ptx.project sm_80 [--cases NAME ...] [--every] [--first-wins]      # rows as JSON lines
+    python -m ptx.project sm_80 [--cases NAME ...] [--small | --every] [--first-wins]      # rows as JSON lines
 
 needs a process without TRITON_INTERPRET, and finds this package by tests/support on PYTHONPATH.
 """
@@ -62,7 +62,7 @@ SHAPES = [
     dict(size=(6, 7), grid=(5, 9), channels=8, batch=1, ratio=0.3, head_dim=32, scale=1.0),
     dict(size=(5, 30), grid=(3, 40), channels=260, batch=1, ratio=0.12, head_dim=32),
 ]
-BACKWARD_SHAPES = [SHAPES[n] for n in (0, 1, 2, 4, 5)]
+NUMBERED = {f"shape{number}": shape for number, shape in enumerate(SHAPES)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Case:
         solve: function target -> (error, limit), to be called inside `launcher`.
         fits: function target -> whether the tile can run there.
         precision: of the products, as a GPU's launcher would choose it; None where it asks `tiling.Device`.
-        main: whether it is the kernel's or tile's one case of the short run.
+        small: whether it is one of the one or two that show a kernel or tile. main: whether the short run has it.
         truncate: whether matrix units cut off.
         images: of a batch of which only the CTAs of the first and the last image are executed; None executes all.
     """
@@ -86,6 +86,7 @@ class Case:
     solve: Callable = field(repr=False)
     fits: Callable = field(repr=False, default=lambda target: True)
     precision: str | None = None
+    small: bool = False
     main: bool = False
     truncate: bool = False
     images: int | None = None
@@ -104,8 +105,13 @@ def device_of(target):
 
 
 def problem_of(shape, dtype, seed=3):
-    """An attention problem of one of the `SHAPES`."""
-    return attention_cases.make(seed, dtype, **shape)
+    """An attention problem of one of the `SHAPES`; with `aligned` its tensors are dense, so that loads are vectors."""
+    shape = dict(shape)
+    aligned = shape.pop("aligned", False)
+    problem = attention_cases.make(seed, dtype, **shape)
+    if aligned:
+        problem.query, problem.key, problem.value = (x.contiguous() for x in problem.tensors[:3])
+    return problem
 
 
 def _spans(problem):
@@ -130,32 +136,42 @@ def _attention(tile, dtype, shape):
     return dict(fits=fits, solve=solve)
 
 
-def _main_shape(tile):
-    """The least problem with every kind of turn: full and cut tiles of pixels, blocks of keys and of channels."""
+def _small_shapes(tile):
+    """The least problems with every kind of turn: full and cut tiles of pixels, blocks of keys and of channels."""
     if tile.design == "window":
         grid = {64: (5, 9), 128: (7, 13), 256: (11, 17)}[tile.block_k]
-        return dict(size=(9, 17), grid=grid, channels=tile.block_c + 8, ratio=0.5, head_dim=32)
-    channels = tile.block_c - 3 if tile.design == "heads" else tile.block_c + 8
-    return dict(size=(9, 9), grid=(3, tile.block_k + 5), channels=channels, ratio=0.4, head_dim=32)
+        shape, channels = dict(size=(9, 17), grid=grid, ratio=0.5, head_dim=32), (tile.block_c + 16, tile.block_c + 8)
+    else:
+        shape = dict(size=(9, 9), grid=(3, tile.block_k + 5), ratio=0.4, head_dim=32)
+        few = tile.block_c - 16 or 8
+        channels = (few, tile.block_c - 3) if tile.design == "heads" else (tile.block_c + 16, tile.block_c + 8)
+    return {"aligned": dict(shape, channels=channels[0], aligned=True), "odd": dict(shape, channels=channels[1])}
+
+
+def _levels(shape, dtype):
+    """Whether a case is small, and the one of the short run: dense tensors of 16 bits, float32 with odd strides."""
+    main = shape == ("odd" if dtype == torch.float32 else "aligned")
+    return dict(small=shape in ("aligned", "odd"), main=main)
 
 
 def _forward(dtype):
     precision = "tf32x3" if dtype == torch.float32 else "ieee"
     for tile in tiling.candidates(dtype):
         text = f"{tile.block_h}x{tile.block_w} k{tile.block_k} c{tile.block_c} w{tile.warps} s{tile.stages}"
-        for number, shape in enumerate([_main_shape(tile), *SHAPES]):
+        for name, shape in {**_small_shapes(tile), **NUMBERED}.items():
             case = dict(kernel=f"attention {tile.design}", tile=text, precision=precision)
-            case.update(shape=f"shape{number}", main=number == 0, **_attention(tile, dtype, shape))
+            case.update(shape=name, **_levels(name, dtype), **_attention(tile, dtype, shape))
             yield case
             if dtype == torch.float32:
-                yield dict(case, truncate=True, main=False)
+                yield dict(case, truncate=True, small=False, main=False)
 
 
 def _backward(dtype):
     # Slopes of float16 are multiplied as float32, in steps of tf32 on a GPU.
     precision = "tf32x3" if dtype == torch.float32 else "tf32"
-    small = dict(size=(9, 9), grid=(4, 5), channels=24, ratio=0.2, head_dim=32)
-    for number, shape in enumerate([small, *BACKWARD_SHAPES]):
+    small = dict(size=(9, 9), grid=(4, 5), ratio=0.2, head_dim=32)
+    shapes = {"aligned": dict(small, channels=48, aligned=True), "odd": dict(small, channels=24), **NUMBERED}
+    for name, shape in shapes.items():
         for window in (True, False):
 
             def chosen(target, window=window, shape=shape):
@@ -167,18 +183,19 @@ def _backward(dtype):
 
             def solve(target, shape=shape, chosen=chosen):
                 problem = problem_of(shape, dtype)
+                grad = problem.grad().contiguous() if shape.get("aligned") else problem.grad()
                 gradients = attention_backward.windowed_attention_bwd(
-                    problem.grad(), *problem.tensors, scale=problem.scale, head_mode=problem.head_mode,
+                    grad, *problem.tensors, scale=problem.scale, head_mode=problem.head_mode,
                     tiles=chosen(target),
                 )  # fmt: skip
                 errors, limits = problem.gradient_errors(gradients), attention_cases.GRADIENT_TOLERANCE[dtype]
                 return worst((errors[name], limits[name]) for name in errors)
 
             case = dict(kernel=f"attention backward {'window' if window else 'blocks'}", tile="as planned")
-            case.update(precision=precision, shape=f"shape{number}", main=number == 0, fits=fits, solve=solve)
+            case.update(precision=precision, shape=name, **_levels(name, dtype), fits=fits, solve=solve)
             yield case
             if dtype == torch.float32:
-                yield dict(case, truncate=True, main=False)
+                yield dict(case, truncate=True, small=False, main=False)
 
 
 def worst(pairs):
@@ -225,7 +242,7 @@ def _guidance(dtype):
                 return max(errors), GUIDANCE[dtype]
 
             main = text == "pooled" and dim == (128 if dtype == torch.bfloat16 else 32)
-            yield dict(kernel="guidance", tile=f"dim {dim}", shape=text, main=main, solve=solve)
+            yield dict(kernel="guidance", tile=f"dim {dim}", shape=text, small=text == "pooled", main=main, solve=solve)
 
 
 @contextlib.contextmanager
@@ -266,18 +283,22 @@ def _unification(dtype):
             limits = (UNIFICATION_GRADIENT[x.dtype] for x in (features, basis))
             return worst((relative(x, y), limit) for x, y, limit in zip(found, wanted, limits, strict=True))
 
-        case = dict(tile=f"{channels}/{filters}/{size}", shape=f"{batch}x{'x'.join(map(str, grid))}", main=number < 2)
+        case = dict(tile=f"{channels}/{filters}/{size}", shape=f"{batch}x{'x'.join(map(str, grid))}")
+        case.update(small=number < 2, main=number < 2)
         yield dict(case, kernel="unification", solve=solve)
         yield dict(case, kernel="unification backward", solve=gradients)
 
 
 def _projection(dtype):
-    for dim, (batch, *size) in ((128, (1, 5, 17)), (128, (2, 9, 17)), (32, (1, 17, 18)), (16, (1, 6, 33))):
+    shapes = {"aligned": (128, (1, 5, 17)), "odd": (128, (1, 5, 17)), "several tiles": (128, (2, 9, 17)),
+              "dim 32": (32, (1, 17, 18)), "dim 16": (16, (1, 6, 33))}  # fmt: skip
+    for name, (dim, (batch, *size)) in shapes.items():
 
-        def solve(target, dim=dim, batch=batch, size=size):
+        def solve(target, name=name, dim=dim, batch=batch, size=size):
             generator = torch.Generator().manual_seed(1)
             draw = partial(torch.randn, generator=generator)
-            query = attention_cases._bordered(draw(batch, *size, dim).to(dtype))
+            query = draw(batch, *size, dim).to(dtype)
+            query = query if name == "aligned" else attention_cases._bordered(query)
             conv, norm = draw(dim, dim, 3, 3) / (3 * dim**0.5), 1 + draw(dim) / 4
             weight, bias = draw(dim, dim) / dim**0.5, draw(dim)
             out = queries.project_queries_fwd(query, conv, norm, weight, bias, eps=RMS_EPS)
@@ -287,8 +308,7 @@ def _projection(dtype):
             wanted = F.linear(layer(wide), weight.double(), bias.double()).detach()
             return relative(out, wanted), PROJECTION[dtype]
 
-        yield dict(kernel="query projection", tile=f"dim {dim}", shape=f"{batch}x{size[0]}x{size[1]}",
-                   main=size == [5, 17], solve=solve)  # fmt: skip
+        yield dict(kernel="query projection", tile=f"dim {dim}", shape=name, **_levels(name, dtype), solve=solve)
 
 
 def cases():
@@ -353,13 +373,18 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--cases", nargs="+", help="names; else those of the short run of this target")
+    parser.add_argument("--small", action="store_true", help="all small ones")
     parser.add_argument("--every", action="store_true", help="all that this target can run")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--first-wins", action="store_true", help="of threads that store to one address at once")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for case in cases():
-        wanted = case.name in options.cases if options.cases else options.every or case.main
+        wanted = (
+            case.name in options.cases
+            if options.cases
+            else options.every or case.main or (options.small and case.small)
+        )
         if wanted and case.dtype in options.dtypes and case.fits(options.target):
             row = measure(case, options.target, first_wins=options.first_wins)
             print(json.dumps({"name": case.name, **row}), flush=True)
