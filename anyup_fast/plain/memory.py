@@ -12,7 +12,7 @@ __all__ = ["forward_memory", "kept", "low_res_memory", "new_empty", "nothing_kep
 FORWARD_BUFFERS = 24 << 20  # bytes that the pieces in work take during a forward
 TILE_BUFFERS = 96 << 20  # the same for a tile of a prepared image, whatever its size
 FOR_WORKER = 15 << 20  # bytes of each further worker
-PIECES = 5  # of an image that are held at once elsewhere than on CPUs: three of a desk, two of a convolution
+WALKING, CONVOLVING = 3, 5  # pieces of an image that other devices than CPUs hold at once, for they are large there
 
 
 def forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain):
@@ -33,12 +33,13 @@ def forward_memory(image_shape, features_shape, output_size, dim, dtype, device,
     keys = batch * h * w * dim * max(4, compute.itemsize)
     encoders = (2 if same_size else 3) * image + pixels * image_shape[1] * (16 + compute.itemsize)
     output = batch * height * width * channels * dtype.itemsize
-    later = max(query, output) + keys + kept(image, 2 if same_size else 3, device)
-    beside_query = max(encoders, low_res_memory(features_shape, dim, compute), later)
-    buffers = FORWARD_BUFFERS + _further_workers(device)
-    if plain:
-        buffers += _large_pieces(max(pixels, height * width), dim, compute.itemsize, device)
-    return query + beside_query + buffers
+    piece = tiles = 0
+    if plain and device.type != "cpu":
+        piece = min(max(pixels, height * width), MANY_PIXELS) * dim * compute.itemsize
+        tiles = 2 * LIMIT * compute.itemsize
+    later = max(query + CONVOLVING * piece, output + tiles) + keys + kept(image, 2 if same_size else 3, device)
+    beside_query = max(encoders + WALKING * piece, low_res_memory(features_shape, dim, compute), later)
+    return query + beside_query + FORWARD_BUFFERS + _further_workers(device)
 
 
 def low_res_memory(features_shape, dim, dtype):
@@ -63,15 +64,10 @@ def tile_memory(tile, most, batch, dim, channels, element, labels, device, plain
     piece = min(pixels, most) * wide
     answers = piece * channels + (8 * pixels if labels else pixels * channels * wide)
     buffers = TILE_BUFFERS + _further_workers(device)
-    if plain:
-        buffers += _large_pieces(min(pixels, most), dim, wide, device)
+    if plain and device.type != "cpu":
+        buffers += CONVOLVING * min(pixels, most, MANY_PIXELS) * dim * wide
     return buffers + batch * (2 * piece * dim + answers)
 
 
 def _further_workers(device):
     return (crew_size(device) - 1) * FOR_WORKER
-
-
-def _large_pieces(pixels, dim, element, device):
-    """Bytes of what other devices than CPUs work on at once: pieces of an image, then tiles of the attention."""
-    return 0 if device.type == "cpu" else max(PIECES * min(pixels, MANY_PIXELS) * dim, 2 * LIMIT) * element
