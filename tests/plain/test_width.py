@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from elsewhere import NAME, Elsewhere, There
+from tree import ROOT
 
 from anyup_fast import AnyUp, api, ops
 from anyup_fast.layers import GroupNorm, reflected
@@ -21,7 +22,7 @@ from anyup_fast.plain.convolution import ONE_PRODUCT, convolve
 from anyup_fast.plain.guidance import Colours
 from anyup_fast.plain.rotary import Rotary
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 SIZE, GRID, OTHER, FINER = (60, 75), (5, 6), (23, 31), (70, 71)  # nothing divides
 GRADIENTS = 5e-5  # Measured 9e-6, and 7e-6 on the CPU.
 UNUSED = "out_proj"
@@ -450,7 +451,7 @@ with Elsewhere():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure resident memory")
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not beside the tests")
 def test_memory_elsewhere_is_no_more_than_estimated():
-    folders = [str(BENCHMARKS), str(Path(__file__).parent)]
+    folders = [str(BENCHMARKS), str(ROOT / "tests" / "support")]
     script = MEASURE.format(folders=folders, image=(1, 3, 448, 448), features=(1, 384, 32, 32))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     measured, estimated = json.loads(result.stdout)
