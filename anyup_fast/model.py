@@ -243,6 +243,8 @@ class AnyUp(nn.Module):
         else:
             if reason is not None:
                 log_once(f"AnyUp: the fused path is not taken: {reason}")
+            elif image.device.type != "cpu":
+                log_once("AnyUp: gradients are recorded, which is slower and takes more memory than torch.no_grad()")
             query, key = self.encoded(image, features)
             if output_size != tuple(image.shape[-2:]):
                 query = pooled(query, output_size)

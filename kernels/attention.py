@@ -16,7 +16,7 @@ running maximum: what is left per logit is one multiply-add, one exponential and
 
 import os
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 
 import torch
 import triton
@@ -455,23 +455,48 @@ def _tile_table(bounds, block):
     return torch.stack((*some, *every), 1).to(torch.int32)
 
 
-@lru_cache(maxsize=256)
-def _frozen_tables(windows, block, device):
-    bounds = torch.tensor(windows, dtype=torch.int32)
+def _kept(make):
+    """Decorator of what makes tables from bounds on the CPU: each is made once and never dropped.
+
+    A captured graph holds nothing but the address of a table, and a stream may still read one that nobody asks for any
+    more. They take a few kilobytes for each size of picture. `tables` of the decorated function holds them by content.
+    """
+    tables = {}
+
+    @wraps(make)
+    def of(bounds, *arguments):
+        key = bounds.to(torch.int32).contiguous().numpy().tobytes(), *arguments
+        if key not in tables:
+            tables[key] = make(bounds.to(torch.int32), *arguments)
+        return tables[key]
+
+    of.tables = tables
+    return of
+
+
+@_kept
+def _frozen_tables(bounds, block, device):
     table = _tile_table(bounds, block)
-    return bounds.to(device), table.to(device), int((table[:, 1] - table[:, 0]).max())
+    # The caller may write to its bounds later.
+    return bounds.clone().to(device), table.to(device), int((table[:, 1] - table[:, 0]).max())
 
 
 def _tables(bounds, block, device):
     """Bounds and table of tiles on `device`, and the most keys a tile spans (None if only the device knows)."""
     if bounds.device.type == "cpu":
-        return _frozen_tables(_frozen(bounds), block, device)
+        return _frozen_tables(bounds, block, device)
     return bounds.to(torch.int32).contiguous(), _tile_table(bounds, block), None
 
 
 def _spans(row_windows, col_windows, block_h, block_w):
-    cpu = torch.device("cpu")
-    return _frozen_tables(row_windows, block_h, cpu)[2], _frozen_tables(col_windows, block_w, cpu)[2]
+    return _span(row_windows, block_h), _span(col_windows, block_w)
+
+
+@lru_cache(maxsize=256)
+def _span(windows, block):
+    """The most keys that a tile of `block` queries spans."""
+    table = _tile_table(torch.tensor(windows, dtype=torch.int32), block)
+    return int((table[:, 1] - table[:, 0]).max())
 
 
 def _norms(key):

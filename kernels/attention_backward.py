@@ -14,7 +14,7 @@ values    keys and of a block of channels of the values are two kernels, so that
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import triton
@@ -24,6 +24,7 @@ from .attention import (
     LOG2E,
     _dot,
     _frozen,
+    _kept,
     _load_query,
     _log_sum_exp,
     _on,
@@ -427,14 +428,14 @@ def _range_table(bounds, n_key, block):
     return torch.stack((torch.minimum(start, end), end), 1).to(torch.int32)
 
 
-@lru_cache(maxsize=256)
-def _frozen_ranges(windows, n_key, block, device):
-    return _range_table(torch.tensor(windows, dtype=torch.int32), n_key, block).to(device)
+@_kept
+def _frozen_ranges(bounds, n_key, block, device):
+    return _range_table(bounds, n_key, block).to(device)
 
 
 def _ranges(bounds, n_key, block, device):
     if bounds.device.type == "cpu":
-        return _frozen_ranges(_frozen(bounds), n_key, block, device)
+        return _frozen_ranges(bounds, n_key, block, device)
     return _range_table(bounds, n_key, block)
 
 

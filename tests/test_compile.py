@@ -188,3 +188,10 @@ def test_a_table_from_a_graph_is_the_callers_own():
     windows.window_bounds_op(9, 4, 0.1).zero_()
     assert torch.equal(windows.window_bounds(9, 4, 0.1), windows.window_bounds_op(9, 4, 0.1))
     assert windows.window_bounds(9, 4, 0.1).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch has no such tag")
+@pytest.mark.parametrize("name", ["window_bounds", "neighborhood_bounds", "windowed_attention"])
+def test_what_reads_tables_on_the_cpu_stays_outside_of_captured_parts(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.anyup_fast, name).default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.anyup_fast.guidance.default.tags

@@ -7,6 +7,7 @@ from ..plain import attention as plain
 from ..plain import reference
 from ..plain.width import has_float64
 from .choice import BACKENDS, attempt, check_name, choose, on_triton, requested, why_no_triton
+from .windows import UNCAPTURED
 
 
 def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
@@ -141,7 +142,7 @@ def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mo
                 raise ValueError(f"{name}: every window must satisfy 0 <= start < end <= {n_key}")
 
 
-@torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=())
+@torch.library.custom_op("anyup_fast::windowed_attention", mutates_args=(), **UNCAPTURED)
 def windowed_attention_op(
     query: Tensor,
     key: Tensor,
@@ -170,7 +171,7 @@ def _(query, key, value, row_bounds, col_bounds, scale, head_mode, backend):
     return value.new_empty(*query.shape[:3], value.shape[3])
 
 
-@torch.library.custom_op("anyup_fast::windowed_attention_backward", mutates_args=())
+@torch.library.custom_op("anyup_fast::windowed_attention_backward", mutates_args=(), **UNCAPTURED)
 def windowed_attention_backward_op(
     grad: Tensor,
     query: Tensor,

@@ -9,6 +9,10 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
+# Where the compiler cuts graphs into parts that it captures (`mode="reduce-overhead"`), what makes or reads tables on
+# the CPU stays outside of them.
+UNCAPTURED = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
 
 def _kept(rule):
     """`rule` with its last tables kept; in a graph that is traced, the operator of its name in their place."""
@@ -84,13 +88,13 @@ def neighborhood_bounds(n_query, n_key, ratio):
     return torch.stack((start, start + size), 1).to(torch.int32)
 
 
-@torch.library.custom_op("anyup_fast::window_bounds", mutates_args=())
+@torch.library.custom_op("anyup_fast::window_bounds", mutates_args=(), **UNCAPTURED)
 def window_bounds_op(n_query: int, n_key: int, ratio: float) -> Tensor:
     """`anyup_fast.ops.window_bounds` as a traced graph sees it: a table of the caller's own."""
     return window_bounds(n_query, n_key, ratio).clone()
 
 
-@torch.library.custom_op("anyup_fast::neighborhood_bounds", mutates_args=())
+@torch.library.custom_op("anyup_fast::neighborhood_bounds", mutates_args=(), **UNCAPTURED)
 def neighborhood_bounds_op(n_query: int, n_key: int, ratio: float) -> Tensor:
     """`anyup_fast.ops.neighborhood_bounds` as a traced graph sees it: a table of the caller's own."""
     return neighborhood_bounds(n_query, n_key, ratio).clone()

@@ -6,7 +6,7 @@ import random
 import attention_cases
 import pytest
 import torch
-from anyup_fast.kernels import attention, tiling
+from anyup_fast.kernels import attention, attention_backward, tiling
 from anyup_fast.kernels.tiling import Tile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -210,11 +210,11 @@ def test_nothing_of_the_size_of_the_attention_is_made(design):
 
 
 def test_bounds_are_copied_to_the_device_once():
-    attention._frozen_tables.cache_clear()
+    attention._frozen_tables.tables.clear()
     problem = attention_cases.make(15, torch.float32, (6, 6), (4, 4), 4).to(DEVICE)
     for _ in range(3):
         attention.windowed_attention_fwd(*problem.tensors, tile=Tile("window", 4, 4, 16, 16, 4))
-    assert attention._frozen_tables.cache_info().misses == 1, "rows and columns have the same windows here"
+    assert len(attention._frozen_tables.tables) == 1, "rows and columns have the same windows here"
 
 
 @pytest.mark.slow
@@ -252,3 +252,21 @@ def test_bounds_on_the_device_are_not_read_on_the_host():
     out = attention.windowed_attention_fwd(*problem.tensors[:3], *bounds)
     torch.cuda.set_sync_debug_mode("default")
     assert problem.error(out) <= attention_cases.TOLERANCE[torch.bfloat16]
+
+
+def test_tables_stay_where_they_are_however_many_sizes_follow():
+    """A captured graph reads them at the address that it was captured with."""
+    device = torch.device(DEVICE)
+    bounds = window_bounds(40, 9, 0.1).clone()
+    first = attention._tables(bounds, 4, device), attention_backward._ranges(bounds, 9, 4, device)
+    addresses = [table.data_ptr() for table in (*first[0][:2], first[1])]
+    contents = [table.clone() for table in (*first[0][:2], first[1])]
+    bounds_of_others = [window_bounds(41 + n, 9, 0.1) for n in range(300)]
+    del first
+    for other in bounds_of_others:
+        attention._tables(other, 4, device)
+        attention_backward._ranges(other, 9, 4, device)
+    again = attention._tables(bounds, 4, device), attention_backward._ranges(bounds, 9, 4, device)
+    assert [table.data_ptr() for table in (*again[0][:2], again[1])] == addresses
+    bounds.zero_()
+    assert all(torch.equal(*pair) for pair in zip((*again[0][:2], again[1]), contents, strict=True))
