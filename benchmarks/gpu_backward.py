@@ -123,4 +123,5 @@ def steps(shape, dtype, card):
             clock=clock,
             needs=("kernels",),
             rival=name == "torch",
+            repeats=name == "torch",
         )

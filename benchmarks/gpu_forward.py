@@ -247,7 +247,7 @@ def steps(shape, dtype, card, rates=None):
     yield Step(**named, what="AnyUp, called", launch=call, clock="events", repeats=True, needs=("AnyUp",))
     yield Step(**named, what="AnyUp, host", launch=call, clock="host", repeats=True, needs=("AnyUp",))
     for what, launch in _stages(model, given, side, grid, kind).items():
-        yield Step(**named, what=f"stage {what}", launch=launch, clock="graph", needs=("AnyUp",))
+        yield Step(**named, what=f"stage {what}", launch=launch, clock="graph", repeats=True, needs=("AnyUp",))
 
 
 def _given(side, grid, channels, kind, card):

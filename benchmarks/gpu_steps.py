@@ -41,7 +41,7 @@ class Step:
         needs: `what` of steps of the same part, shape and dtype without which it is not timed.
         operators: operators of the examination none of which may be wrong in its dtype.
         derive: callable from milliseconds to a dict of further columns. figures: columns that are known before.
-        repeats: `launch` is that of a step before; a card that executes nothing is spared it.
+        repeats: it launches no kernel but those of steps before; a card that executes nothing is spared it.
         rival: something else than this package: its errors are told and are no fault.
         gib: memory it needs beside its inputs; it is left out where less is free.
     """
@@ -328,9 +328,8 @@ class Run:
             else:
                 self.add(step, self._row(step))
                 if self.journal.rows[step.key]["verdict"] == "failed" and (reason := self.card.lost()):
-                    raise Stopped(
-                        f"the card can't be used any more ({reason}): start again, it goes on behind {step.key}"
-                    )
+                    behind = " ".join(step.key)
+                    raise Stopped(f"the card is lost ({reason}): start again, it goes on behind {behind}")
 
     def add(self, step, row):
         """Write and print a row that was made."""
