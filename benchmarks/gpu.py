@@ -8,10 +8,11 @@
     python benchmarks/gpu.py --rehearse sm_90             # anywhere: all of it for a GPU that isn't there
 
 What matters most comes first: what `anyup-fast check` compares; the ceilings of this card (bytes copied, products,
-exponentials); the attention, the forward and the backward at three sizes; larger sizes and float32; rivals; at last the
-sweeps over drawn problems. Each row is appended to the CSV as it is made, with device, versions, commit and a digest of
-the sources, and what is there for the same machine and sources is not made again. What raises costs its own row. The
-exit code is 1 if anything was wrong, in this run or in one that it goes on with, 2 where nothing can be measured.
+exponentials); the attention, the forward and the backward at three sizes; larger sizes and float32; sweeps over drawn
+problems; at last what else computes the same. Each row is appended to the CSV as it is made, with device, versions,
+commit and a digest of the sources; what is there for the same machine and sources is not made again. What raises costs
+its own row. The exit code is 1 if anything was wrong, in this run or in one that it goes on with, 2 where nothing can
+be measured.
 
 A time stands beside a result that was held to something more exact, or there is none. Times of kernels are those of
 replays of a captured CUDA graph, medians with 20th and 80th percentiles, the L2 cache cleared before each and the queue
@@ -54,7 +55,7 @@ from anyup_fast.ops import why_not  # noqa: E402
 
 SHAPES = gpu_attention.SHAPES
 FIRST = gpu_backward.SHAPES
-PARTS = ("check", "ceilings", "attention", "forward", "backward", "rivals", "sweeps")
+PARTS = ("check", "ceilings", "attention", "forward", "backward", "sweeps", "rivals")
 SOURCES = ("anyup_fast/**/*.py", "kernels/*.py", "kernels/tuned/*.json", "benchmarks/gpu*.py", "tests/support/*.py")
 CHECK_SHARE = 0.4  # of the time: with a cold cache the examination compiles for minutes
 COMPLETE = Step("check", "", "", "complete", None)
@@ -164,14 +165,14 @@ def plan(options, card, journal):
             yield from measured("forward", [shape], dtype)
     for dtype in ("float32", "float16"):
         yield from measured("backward", FIRST, dtype)
-    if "rivals" in options.parts and card.executes:
-        for shape in options.shapes:
-            yield gpu_attention.rival_steps(shape, card)
     if "sweeps" in options.parts:
         yield gpu_attention.problems(options.count, card)
         yield gpu_backward.problems(options.count, card)
         yield gpu_forward.problems(card)
         yield gpu_backward.unification_problems(card)
+    if "rivals" in options.parts and card.executes:
+        for shape in options.shapes:
+            yield gpu_attention.rival_steps(shape, card)
 
 
 def tiles(options, card):
