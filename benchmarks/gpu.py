@@ -24,6 +24,7 @@ beyond its inputs.
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import signal
@@ -51,6 +52,7 @@ from compile_kernels import TARGETS  # noqa: E402
 from gpu_steps import KEY, Absent, Card, Journal, Run, Step, Stopped, told  # noqa: E402
 
 from anyup_fast import examination  # noqa: E402
+from anyup_fast.files import written_aside  # noqa: E402
 from anyup_fast.ops import why_not  # noqa: E402
 
 SHAPES = gpu_attention.SHAPES
@@ -175,6 +177,24 @@ def plan(options, card, journal):
             yield gpu_attention.rival_steps(shape, card)
 
 
+def settled(cache):
+    """Make Triton's cache in a folder that was moved or copied its own: it names its files by whole paths."""
+    for group in cache.glob("*/__grp__*.json"):
+        named = json.loads(group.read_text(encoding="utf-8"))
+        there = {name: group.parent / name for name in named["child_paths"]}
+        named["child_paths"] = {name: str(path) for name, path in there.items() if path.exists()}
+        with written_aside(group) as aside:
+            aside.write_text(json.dumps(named), encoding="utf-8")
+
+
+def trimmed(cache):
+    """Leave out of Triton's cache what a run does not need; bytes of what is left."""
+    for path in cache.glob("*/*.source"):
+        path.unlink()
+    settled(cache)
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+
+
 def tiles(options, card):
     """Groups of candidate tiles, for --tune."""
     for dtype in options.dtypes:
@@ -282,6 +302,9 @@ def main(arguments=None):
         return 2
     if options.cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
+        settled(options.cache.resolve())
+    # Lines of the source in a kernel are two thirds of it, and part of what the cache knows it by.
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
     if target:
         os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
         card = Absent(target, absent.install(TARGETS[target][1], TARGETS[target][4], compiling=options.compile_only))
@@ -300,7 +323,11 @@ def main(arguments=None):
         print(f"no file to write to: {told(error)}", file=sys.stderr)
         return 2
     seconds = None if target and options.minutes is None else 60 * (options.minutes or 9)
-    return perform(options, card, journal, seconds)
+    code = perform(options, card, journal, seconds)
+    if options.compile_only and options.cache is not None:
+        size = trimmed(options.cache.resolve()) / 2**20
+        print(f"{options.cache}: {size:.1f} MiB for Triton {triton.__version__} on Python {platform.python_version()}")
+    return code
 
 
 if __name__ == "__main__":

@@ -317,19 +317,24 @@ def test_a_rehearsal(tmp_path):
 
 
 def test_kernels_are_compiled_beforehand_and_found(tmp_path):
-    command = [FOLDER / "gpu.py", "--compile-only", "--target", "sm_90", "--cache", tmp_path / "cache"]
-    command += ["--parts", "attention", "--shapes", "448/32/384", "--csv", tmp_path / "gpu.csv", "--again"]
+    """In a cache that was carried elsewhere, too."""
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    command = [FOLDER / "gpu.py", "--compile-only", "--target", "sm_90", "--csv", tmp_path / "gpu.csv", "--again"]
+    command += ["--parts", "attention", "--shapes", "448/32/384", "--cache"]
     told = []
-    for _ in range(2):
-        result = natively(*command)
+    for cache in (made, moved):
+        result = natively(*command, cache)
         assert result.returncode == 0, result.stderr[-2000:]
-        told.append(result.stdout.splitlines()[-1])
-    assert told == [
+        told.append(result.stdout.splitlines()[-2:])
+        if cache is made:
+            made.rename(moved)
+    assert [lines[0] for lines in told] == [
         "kernels: 0 found in the cache, 2 compiled; 2 launches, none executed",
         "kernels: 2 found in the cache, 0 compiled; 2 launches, none executed",
     ]
-    kept = [path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert kept.count(".cubin") == 2 and ".ttir" not in kept
+    assert told[1][1].startswith(f"{moved}: 0.") and " MiB for Triton " in told[1][1]
+    kept = [path.suffix for path in moved.rglob("*") if path.is_file()]
+    assert kept.count(".cubin") == 2 and set(kept) == {".cubin", ".json"}
 
 
 @pytest.mark.parametrize(
