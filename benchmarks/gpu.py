@@ -1,11 +1,11 @@
 """The package on a GPU: first whether it is right, then how fast it is. At most ten minutes a command.
 
-    python benchmarks/gpu.py                              # a CUDA machine with torch and triton; nothing to install
-    python benchmarks/gpu.py                              # again: goes on with what is not in the file yet
-    python benchmarks/gpu.py --tune                       # candidate tiles, into kernels/tuned/<device>.json
-    python benchmarks/gpu.py --compile-only --target sm_90 --cache DIR    # anywhere, beforehand: the kernels of a run
-    python benchmarks/gpu.py --cache DIR                  # which finds them there, with the same Triton and Python
-    python benchmarks/gpu.py --rehearse sm_90             # anywhere: all of it for a GPU that isn't there
+    python benchmarks/gpu.py                  # a CUDA machine with torch and triton; nothing to install
+    python benchmarks/gpu.py                  # again: goes on with what is not in the file yet
+    python benchmarks/gpu.py --tune           # candidate tiles, into kernels/tuned/<device>.json
+    python benchmarks/gpu.py --compile-only --target sm_90 --cache DIR --workers 16    # the kernels of a run, anywhere
+    python benchmarks/gpu.py --cache DIR      # finds them there, with the same Triton and Python
+    python benchmarks/gpu.py --rehearse sm_90 # anywhere: all of it for a GPU that isn't there
 
 What matters most comes first: what `anyup-fast check` compares; the ceilings of this card (bytes copied, products,
 exponentials); the attention, the forward and the backward at three sizes; larger sizes and float32; sweeps over drawn
@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -195,6 +196,33 @@ def trimmed(cache):
     return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
 
 
+def spread(given, workers, cache):
+    """Compile in several processes, each its share; the exit code.
+
+    Args:
+        given: arguments of the command line. workers: how many. cache: the folder they share, or None for Triton's own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        try:
+            for k in range(workers):
+                command = [sys.executable, __file__, *given, "--share", f"{k}/{workers}"]
+                with open(Path(folder) / str(k), "wb") as out:
+                    running.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+            codes = [process.wait() for process in running]
+        finally:
+            for process in running:
+                process.terminate()
+        for k, code in enumerate(codes):
+            lines = (Path(folder) / str(k)).read_text(encoding="utf-8").splitlines()
+            print(f"process {k}, code {code}: " + ("\n".join(lines[-20:]) if code else lines[-1]))
+    if cache is not None:
+        size = trimmed(cache) / 2**20
+        print(f"{cache}: {len(list(cache.glob('*/*.cubin')))} kernels, {size:.1f} MiB, for Triton {triton.__version__} "
+              f"on Python {platform.python_version()}")  # fmt: skip
+    return max(map(abs, codes))
+
+
 def tiles(options, card):
     """Groups of candidate tiles, for --tune."""
     for dtype in options.dtypes:
@@ -214,7 +242,7 @@ def perform(options, card, journal, seconds=None):
     """
     started = time.perf_counter()
     until = float("inf") if seconds is None else started + seconds
-    run, code = Run(card, journal, options.again, until), 0
+    run, code = Run(card, journal, options.again, until, options.share), 0
     try:
         with stopping(seconds):
             if "check" in options.parts and not options.tune:
@@ -263,6 +291,10 @@ def table(rows):
     return "\n".join(text) if rows else ""
 
 
+def _share(text):
+    return tuple(map(int, text.split("/")))
+
+
 def parsed(arguments=None):
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -276,6 +308,8 @@ def parsed(arguments=None):
     parser.add_argument("--count", type=int, default=16, help="drawn problems in each sweep")
     parser.add_argument("--cache", type=Path, help="Triton's cache (default: TRITON_CACHE_DIR, or what Triton takes)")
     parser.add_argument("--commit", help="name of the commit, where the checkout is no repository")
+    parser.add_argument("--workers", type=int, default=1, help="processes of --compile-only")
+    parser.add_argument("--share", type=_share, help=argparse.SUPPRESS)
     cards = [name for name in TARGETS if name.startswith("sm_")]
     parser.add_argument("--rehearse", choices=cards, metavar="sm_NN", help="for a card that isn't there, uncompiled")
     parser.add_argument("--compile-only", action="store_true", help="only compile what a run launches; see --target")
@@ -283,6 +317,8 @@ def parsed(arguments=None):
     options = parser.parse_args(arguments)
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes: need more than 0, got {options.minutes}")
+    if options.workers < 1 or options.workers > 1 and not options.compile_only:
+        parser.error(f"--workers: need 1, or more with --compile-only, got {options.workers}")
     if options.compile_only != (options.target is not None):
         parser.error("--compile-only and --target sm_NN go together")
     if options.compile_only and options.rehearse:
@@ -302,7 +338,11 @@ def main(arguments=None):
         return 2
     if options.cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
-        settled(options.cache.resolve())
+        if options.share is None:
+            settled(options.cache.resolve())
+    if options.compile_only and options.share is None:
+        given = sys.argv[1:] if arguments is None else list(map(str, arguments))
+        return spread(given, options.workers, options.cache and options.cache.resolve())
     # Lines of the source in a kernel are two thirds of it, and part of what the cache knows it by.
     os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
     if target:
@@ -323,11 +363,7 @@ def main(arguments=None):
         print(f"no file to write to: {told(error)}", file=sys.stderr)
         return 2
     seconds = None if target and options.minutes is None else 60 * (options.minutes or 9)
-    code = perform(options, card, journal, seconds)
-    if options.compile_only and options.cache is not None:
-        size = trimmed(options.cache.resolve()) / 2**20
-        print(f"{options.cache}: {size:.1f} MiB for Triton {triton.__version__} on Python {platform.python_version()}")
-    return code
+    return perform(options, card, journal, seconds)
 
 
 if __name__ == "__main__":

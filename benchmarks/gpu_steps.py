@@ -306,14 +306,16 @@ class Run:
     Args:
         card: `Card` or `Absent`. journal: `Journal`. again: take steps whose row is there as well.
         until: value of `time.perf_counter` after which no step begins.
+        share: (k, n) takes step k of every n, whatever it needs: one of n processes that only compile. None takes all.
 
     Attributes:
         counts: Counter of verdicts of this run, "there before" and "left out" besides.
         faults: rows that are wrong, those that were there before included.
     """
 
-    def __init__(self, card, journal, again=False, until=float("inf")):
-        self.card, self.journal, self.again, self.until = card, journal, again, until
+    def __init__(self, card, journal, again=False, until=float("inf"), share=None):
+        self.card, self.journal, self.again, self.until, self.share = card, journal, again, until, share
+        self._seen = 0
         self.counts, self.faults, self.made = Counter(), [], []
 
     def take(self, steps):
@@ -323,6 +325,9 @@ class Run:
             Stopped: the card is lost: it has to be started again.
         """
         for step in steps:
+            self._seen += 1
+            if self.share is not None and self._seen % self.share[1] != self.share[0]:
+                continue
             if step.key in self.journal.rows and not self.again:
                 self.counts["there before"] += 1
                 self._note(step, self.journal.rows[step.key])
@@ -357,6 +362,8 @@ class Run:
         return row
 
     def _why_not(self, step):
+        if self.share is not None:
+            return None
         for what in step.needs:
             verdict = self.journal.rows.get((*step.key[:3], what), {}).get("verdict", "missing")
             if verdict not in ("ok", "not run"):

@@ -322,17 +322,21 @@ def test_kernels_are_compiled_beforehand_and_found(tmp_path):
     command = [FOLDER / "gpu.py", "--compile-only", "--target", "sm_90", "--csv", tmp_path / "gpu.csv", "--again"]
     command += ["--parts", "attention", "--shapes", "448/32/384", "--cache"]
     told = []
-    for cache in (made, moved):
-        result = natively(*command, cache)
+    for cache, workers in ((made, "2"), (moved, "1")):
+        result = natively(*command, cache, "--workers", workers)
         assert result.returncode == 0, result.stderr[-2000:]
-        told.append(result.stdout.splitlines()[-2:])
+        told.append(result.stdout.splitlines())
         if cache is made:
             made.rename(moved)
-    assert [lines[0] for lines in told] == [
-        "kernels: 0 found in the cache, 2 compiled; 2 launches, none executed",
-        "kernels: 2 found in the cache, 0 compiled; 2 launches, none executed",
+    # The kernels are steps 1 and 3, the launchers, which launch no other, 2 and 4.
+    launched = "; 2 launches, none executed"
+    assert told[0][:2] == [
+        "process 0, code 0: kernels: 0 found in the cache, 0 compiled; 0 launches, none executed",
+        f"process 1, code 0: kernels: 0 found in the cache, 2 compiled{launched}",
     ]
-    assert told[1][1].startswith(f"{moved}: 0.") and " MiB for Triton " in told[1][1]
+    assert told[1][0] == f"process 0, code 0: kernels: 2 found in the cache, 0 compiled{launched}"
+    for lines, cache in zip(told, (made, moved), strict=True):
+        assert lines[-1].startswith(f"{cache}: 2 kernels, 0.") and " MiB, for Triton " in lines[-1]
     kept = [path.suffix for path in moved.rglob("*") if path.is_file()]
     assert kept.count(".cubin") == 2 and set(kept) == {".cubin", ".json"}
 
@@ -342,6 +346,7 @@ def test_kernels_are_compiled_beforehand_and_found(tmp_path):
     [
         (["--compile-only"], "--compile-only and --target sm_NN go together"),
         (["--rehearse", "sm_90", "--compile-only", "--target", "sm_90"], "leave --compile-only out"),
+        (["--workers", "2"], "--workers: need 1, or more with --compile-only, got 2"),
         (["--minutes", "0"], "--minutes: need more than 0, got 0.0"),
     ],
 )
