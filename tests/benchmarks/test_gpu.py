@@ -1,5 +1,6 @@
 """The run on a GPU: its steps in Triton's interpreter, its flow for a card that isn't there, what survives a stop."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -271,6 +272,42 @@ def test_the_examination_is_kept_and_not_made_again(gpu_scripts, here, journal, 
     kept = read(journal().path)
     assert [row["verdict"] for row in kept] == ["ok", "ok", "ok", "WRONG", "ok"]
     assert kept[0]["what"] == "AnyUp, triton" and not any(row["milliseconds"] for row in kept)
+
+
+@pytest.mark.parametrize("clock", ["graph", "events", "host"])
+def test_the_clock(steps, monkeypatch, clock):
+    """On a stand-in for torch.cuda: what is called how often, and what lies between two events."""
+    done, now = [], iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(now), len(done)
+
+        def elapsed_time(self, other):
+            assert done[self.at[1] : other.at[1]] == ["replayed" if clock == "graph" else "called"]
+            return float(other.at[0] - self.at[0])
+
+    class Graph:
+        def replay(self):
+            done.append("replayed")
+
+    for name, value in dict(
+        Event=Event, CUDAGraph=Graph, graph=lambda graph: contextlib.nullcontext(), synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None, empty_cache=lambda: None, memory_allocated=lambda: 2**20,
+        max_memory_allocated=lambda: 3 * 2**20,
+    ).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    card = steps.Card()
+    card.device = torch.device("cpu")
+    figures = card.timed(clock, lambda: done.append("called"), seconds=0.2, most=10)
+    if clock == "host":
+        assert done == ["called"] * 10 and 0 < figures.pop("host_us") < 1e5 and not figures
+    else:
+        assert figures == dict(milliseconds=1.0, p20=1.0, p80=1.0, peak_mib=2.0)
+        assert done[:3] == (["called"] * 2 + ["replayed"] if clock == "graph" else ["called"] * 3)
 
 
 REHEARSAL = """
