@@ -9,7 +9,7 @@ import copy
 import platform
 import time
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -113,6 +113,34 @@ def examine(device="cpu", *, progress=None):
                     found.rows.append(row)
                     told(row)
     return found
+
+
+def calls(device, backend="triton"):
+    """What `examine` computes on a back end, without judging it: to compile kernels for a device that isn't there.
+
+    Args:
+        device: a torch.device or its name. backend: "triton" or "torch".
+
+    Yields:
+        (row, call): a `Row` that is "not run", and a function without arguments that computes it once.
+
+    Raises:
+        ValueError: a device that can't be used here.
+    """
+    device = checked_device(device)
+    for operator, shape, problem in _problems():
+        for dtype in DTYPES:
+            given = [tensor.to(device, dtype) for tensor in problem.tensors]
+            row = Row(operator, shape, str(dtype).removeprefix("torch."), backend)
+            yield row, partial(_called, _values, problem, dtype, given, backend)
+            if problem.leaves and (backend != "triton" or problem.triton_gradient):
+                row = replace(row, operator=operator + GRADIENT)
+                yield row, partial(_called, _gradients, problem, dtype, given, backend)
+
+
+def _called(call, problem, dtype, tensors, backend):
+    with choice.use_backend(backend):
+        return call(problem.run, dtype, tensors, problem.leaves)
 
 
 def _usable(device):

@@ -1,54 +1,67 @@
-"""Windowed attention and the whole forward on a GPU: first whether they are right, then how fast they are.
+"""The package on a GPU: first whether it is right, then how fast it is. At most ten minutes a command.
 
-    python benchmarks/gpu.py                    # any CUDA machine with torch and triton; nothing else to install
-    python benchmarks/gpu.py --tune             # also measure the candidate tiles and write kernels/tuned/<device>.json
-    python benchmarks/gpu.py --check            # the correctness sweep alone
+    python benchmarks/gpu.py                  # a CUDA machine with torch and triton; nothing to install
+    python benchmarks/gpu.py                  # again: goes on with what is not in the file yet
+    python benchmarks/gpu.py --tune           # candidate tiles, into kernels/tuned/<device>.json
+    python benchmarks/gpu.py --compile-only --target sm_90 --cache DIR --workers 16    # the kernels of a run, anywhere
+    python benchmarks/gpu.py --cache DIR      # finds them there, with the same Triton and Python
+    python benchmarks/gpu.py --rehearse sm_90 # anywhere: all of it for a GPU that isn't there
 
-The sweep compares every design, dtype and head mode with the twin in float64, with NaN around the inputs, each twice
-for equality to the bit, and once captured in a CUDA graph; then every shape to be timed, on sampled pixels. If one
-fails, no time is printed. Times are medians of CUDA events around single calls (20th and 80th percentiles beside them)
-after a warm-up, with the L2 cache cleared before each call and the caching allocator left alone; peak memory is what a
-call allocates beyond its inputs. Rivals run where they fit: the twin, SDPA with a mask, FlexAttention (compiled) with
-the same window. The forward is measured whole, captured in a graph, and stage by stage (`gpu_forward.py`). The
-backward is compared gradient by gradient and timed alone and with the forward (`gpu_backward.py`). Rows go to
-results/gpu.csv with device, versions and commit.
+What matters most comes first: what `anyup-fast check` compares; the ceilings of this card (bytes copied, products,
+exponentials); the attention, the forward and the backward at three sizes; larger sizes and float32; sweeps over drawn
+problems; at last what else computes the same. Each row is appended to the CSV as it is made, with device, versions,
+commit and a digest of the sources; what is there for the same machine and sources is not made again. What raises costs
+its own row. The exit code is 1 if anything was wrong, in this run or in one that it goes on with, 2 where nothing can
+be measured.
+
+A time stands beside a result that was held to something more exact, or there is none. Times of kernels are those of
+replays of a captured CUDA graph, medians with 20th and 80th percentiles, the L2 cache cleared before each and the queue
+never empty; microseconds of the host until a call returns are a row of their own. `share` is the time that the card
+needs at least, at the ceilings measured in the same file, over the time taken. Peak memory is what a call allocates
+beyond its inputs.
 """
 
 import argparse
-import csv
-import itertools
+import contextlib
+import hashlib
 import json
-import math
-import statistics
+import os
+import platform
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import asdict
+from pathlib import Path
 
 from checkout import ROOT, commit, use_checkout
 
 use_checkout()
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+import absent  # noqa: E402
 import attention_cases  # noqa: E402
+import gpu_attention  # noqa: E402
 import gpu_backward  # noqa: E402
+import gpu_ceilings  # noqa: E402
 import gpu_forward  # noqa: E402
 import torch  # noqa: E402
-from anyup_fast.kernels import attention as kernel  # noqa: E402
+import triton  # noqa: E402
 from anyup_fast.kernels import tiling  # noqa: E402
-from attention import check, problem  # noqa: E402
+from compile_kernels import TARGETS  # noqa: E402
+from gpu_steps import KEY, Absent, Card, Journal, Run, Step, Stopped, told  # noqa: E402
 
+from anyup_fast import examination  # noqa: E402
 from anyup_fast.files import written_aside  # noqa: E402
-from anyup_fast.ops import reference, why_not, window_bounds, windowed_attention  # noqa: E402
+from anyup_fast.ops import why_not  # noqa: E402
 
-# Image, cells and channels; the goal for bfloat16 on an H100 in milliseconds.
-SHAPES = {"448/32/384": 0.09, "518/37/768": 0.21, "1024/64/768": 1.0, "2048/128/1024": 20.0, "2048/512/1": 100.0}
-# What an H100 was measured to do: bytes copied, bfloat16 operations and exponentials per second.
-BYTES, FLOPS, EXPS = 3.0e12, 790e12, 3.7e12
-LIMIT_S = 480
-COLUMNS = (
-    "device capability torch triton cuda commit shape dtype what milliseconds p20 p80 peak_mib gb_per_s floor_ms "
-    "share_of_floor goal_ms tile note"
-).split()
+SHAPES = gpu_attention.SHAPES
+FIRST = gpu_backward.SHAPES
+PARTS = ("check", "ceilings", "attention", "forward", "backward", "sweeps", "rivals")
+SOURCES = ("anyup_fast/**/*.py", "kernels/*.py", "kernels/tuned/*.json", "benchmarks/gpu*.py", "tests/support/*.py")
+CHECK_SHARE = 0.4  # of the time: with a cold cache the examination compiles for minutes
+COMPLETE = Step("check", "", "", "complete", None)
 
 
 def unable():
@@ -58,331 +71,299 @@ def unable():
     return why_not("triton", "cuda", torch.bfloat16)
 
 
-def power_of_two(n):
-    """The least power of two that is at least 16 and `n`."""
-    return 2 ** max(4, math.ceil(math.log2(n)))
+def sources():
+    """A digest of what decides about the rows."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-def floor_ms(shape, out_bytes=2, in_bytes=2):
-    """Milliseconds an H100 needs at least for "image/grid/channels": output bytes, products, exponentials."""
-    image, grid, channels = map(int, shape.split("/"))
-    keys = window_bounds(image, grid, 0.1).diff(dim=1).double().mean().item() ** 2
-    pixels = image * image
-    moved = pixels * (128 * in_bytes + channels * out_bytes) + grid * grid * (128 + channels) * in_bytes
-    passes = 1 if channels < 64 or keys <= 256 else 2
-    return 1e3 * max(
-        moved / BYTES, pixels * keys * 2 * (128 * passes + channels) / FLOPS, pixels * keys * 4 * passes / EXPS
-    )
+@contextlib.contextmanager
+def stopping(seconds):
+    """Raise `Stopped` within, after so many seconds (None: never) or at a signal that asks to end."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("signals arrive in the main thread: run it there")
 
+    def stop(number, _):
+        stopped = Stopped("the time is up" if number == signal.SIGALRM else f"signal {number}")
+        stopped.signal = None if number == signal.SIGALRM else number
+        raise stopped
 
-def sweep(count, device, longest=50):
-    """Run the correctness sweep on `device` (a torch.device); list of sentences about what failed."""
-    started, failed = time.perf_counter(), []
-
-    def judge(case, tile=None):
-        there = case.to(device)
-        out, again = (
-            kernel.windowed_attention_fwd(*there.tensors, scale=case.scale, head_mode=case.head_mode, tile=tile)
-            for _ in range(2)
-        )
-        error, limit = case.error(out), attention_cases.TOLERANCE[case.value.dtype]
-        if not error <= limit:
-            failed.append(f"{case.text} {tile}: error {error:.2e} exceeds {limit:.1e}")
-        elif not torch.equal(out, again):
-            failed.append(f"{case.text} {tile}: two runs differ")
-
-    for index in range(count):
-        case = attention_cases.draw(index, longest=longest)
-        judge(case)
-        judge(case, tiling.Tile("two_pass", 8, 8, 16, 32, 4, stats_block_k=16))
-        if case.value.shape[3] < 64:
-            judge(case, tiling.Tile("heads", 8, 8, 16, power_of_two(case.value.shape[3] + 1), 4))
-    for dtype in attention_cases.DTYPES.values():
-        for tile in tiling.candidates(dtype, tiling.Device.of(device)):
-            channels = 12 if tile.design == "heads" else 4 * (tile.block_c // 4 + 3)
-            judge(attention_cases.make(1, dtype, (longest - 3, longest), (7, 8), channels, head_dim=32), tile)
-    if device.type == "cuda":
-        failed += _graph_faults(device)
-    print(f"correctness: {count} problems, every tile, {len(failed)} failed, {time.perf_counter() - started:.0f} s")
-    return failed
-
-
-def _graph_faults(device):
-    arguments = problem("96/12/40", dtype=torch.bfloat16, device=device)
-    expected = kernel.windowed_attention_fwd(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = kernel.windowed_attention_fwd(*arguments)
-    graph.replay()
-    torch.cuda.synchronize()
-    return [] if torch.equal(out, expected) else ["a captured graph gives another result"]
-
-
-def timed(call, seconds=1.0, most=30):
-    """(20th, 50th, 80th percentile in ms, peak bytes) of `call`, each time with a cold L2 cache."""
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del out
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    times, deadline = [], time.perf_counter() + seconds
-    while len(times) < 5 or (len(times) < most and time.perf_counter() < deadline):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    times.sort()
-    return times[len(times) // 5], statistics.median(times), times[-1 - len(times) // 5], peak
-
-
-def _mask(arguments):
-    query, key, _, rows, cols = arguments
-    seen = reference.inside(rows, key.shape[1])[:, None, :, None] & reference.inside(cols, key.shape[2])[:, None]
-    return seen.reshape(query.shape[1] * query.shape[2], -1).to(query.device)
-
-
-def sdpa(arguments):
-    """The same result by scaled_dot_product_attention per head with a boolean mask, then the mean over the heads."""
-    query, key, value, *_ = arguments
-    mask = _mask(arguments)
-    q, k = (x.flatten(1, 2).transpose(1, 2) for x in (query, key))
-    v = value.flatten(1, 2)[:, None].expand(-1, q.shape[1], -1, -1)
-
-    def call():
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.mean(1).unflatten(1, query.shape[1:3])
-
-    return call
-
-
-def flex(arguments):
-    """The same by FlexAttention, compiled, with the window as its block mask, then the mean over the heads."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    query, key, value, rows, cols = arguments
-    width, w = query.shape[2], key.shape[2]
-    rows, cols = rows.to(query.device), cols.to(query.device)
-
-    def seen(batch, head, pixel, token):
-        i, j, r, c = pixel // width, pixel % width, token // w, token % w
-        return (r >= rows[i, 0]) & (r < rows[i, 1]) & (c >= cols[j, 0]) & (c < cols[j, 1])
-
-    q, k = (x.flatten(1, 2).transpose(1, 2) for x in (query, key))
-    v = value.flatten(1, 2)[:, None].expand(-1, q.shape[1], -1, -1)
-    block_mask = torch.compile(create_block_mask)(seen, None, None, q.shape[2], k.shape[2], device=query.device.type)
-    run = torch.compile(flex_attention)
-
-    def call():
-        return run(q, k, v, block_mask=block_mask).mean(1).unflatten(1, query.shape[1:3])
-
-    return call
-
-
-def rivals(shape, arguments):
-    """Name to (factory, GiB it needs, why it can't do this shape) of what else computes the same."""
-    image, grid, channels = map(int, shape.split("/"))
-    pairs, pixels = image * image * grid * grid / 2**30, image * image / 2**30
-    return {
-        "torch": (lambda: lambda: windowed_attention(*arguments, backend="torch"), 1, None),
-        "reference": (lambda: lambda: windowed_attention(*arguments, backend="reference"), 60 * pairs, None),
-        "sdpa": (lambda: sdpa(arguments), 3 * pairs + 16 * pixels * max(channels, 32), None),
-        "flex": (
-            lambda: flex(arguments),
-            24 * pixels * max(channels, 32),
-            "FlexAttention needs at least 16 channels" if channels < 16 else None,
-        ),
-    }
-
-
-def measure(shape, dtype, started, tune=False, device="cuda"):
-    """Yield rows (dicts) for one shape: ours, then candidate tiles, or what else fits into memory and time.
-
-    Raises:
-        RuntimeError: a result is wrong; nothing was timed then.
-    """
-    kernel_call = kernel.windowed_attention_fwd
-    arguments = problem(shape, dtype=dtype, device=device)
-    image, grid, channels = map(int, shape.split("/"))
-    size = arguments[2].element_size()
-    moved = (image * image + grid * grid) * (128 + channels) * size
-    floor = floor_ms(shape, size, size)
-    constant = dict(shape=shape, dtype=str(dtype).removeprefix("torch."), floor_ms=floor)
-    if dtype == torch.bfloat16:
-        constant["goal_ms"] = SHAPES.get(shape, "")
-
-    def row(what, call, tile=None, note=""):
-        p20, middle, p80, peak = timed(call)
-        figures = dict(milliseconds=middle, p20=p20, p80=p80, peak_mib=peak / 2**20, gb_per_s=moved / middle / 1e6)
-        text = "" if tile is None else json.dumps(asdict(tile))
-        return dict(constant, **figures, what=what, share_of_floor=floor / middle, tile=text, note=note)
-
-    error = checked(arguments, kernel_call(*arguments))
-    yield row("triton", lambda: kernel_call(*arguments), note=f"error {error:.1e}")
-    if tune:
-        for tile in tuning_tiles(dtype, channels, arguments[3:]):
-            if time.perf_counter() - started > 4 * LIMIT_S:
-                yield dict(constant, what="tile", note="the remaining ones left out: the time was up")
-                return
-            card = tiling.Device.of(torch.device(device))
-            if tiling.shared_memory(tile, card, dtype) <= card.shared_memory:
-                checked(arguments, kernel_call(*arguments, tile=tile))
-                yield row("tile", lambda tile=tile: kernel_call(*arguments, tile=tile), tile)
-    elif dtype == torch.bfloat16:
-        for name, (factory, needs, reason) in rivals(shape, arguments).items():
-            free = torch.cuda.mem_get_info()[0] / 2**30
-            if reason is None and needs > 0.9 * free:
-                reason = f"needs about {needs:.0f} GiB, {free:.0f} are free"
-            if reason is None and time.perf_counter() - started > 0.75 * LIMIT_S:
-                reason = "left out: the time was up"
-            yield dict(constant, what=name, note=reason) if reason else rival(name, factory, row, constant)
-
-
-def rival(name, factory, row, constant):
-    """The row of a rival; one that raises gets its error in place of a time."""
+    numbers = signal.SIGALRM, signal.SIGTERM, signal.SIGINT
+    before = [signal.signal(number, stop) for number in numbers]
     try:
-        return row(name, factory())
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        return dict(constant, what=name, note=f"raised {type(error).__name__}: {' '.join(str(error).split())[:80]}")
+        if seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-def tuning_tiles(dtype, channels, bounds):
-    """The tiles that --tune tries for one problem."""
-    windows = [kernel._frozen(b) for b in bounds]
-    tiles = []
-    for (block_h, block_w), warps, stages in itertools.product(((8, 8), (8, 16), (16, 16)), (4, 8), (2, 3)):
-        rows, cols = kernel._spans(*windows, block_h, block_w)
-        keys, width = power_of_two(rows * cols), power_of_two(cols)
-        shape = block_h, block_w
-        if block_h * block_w * keys <= 4096 * warps and keys <= 256:
-            tiles += [tiling.Tile("window", *shape, keys, c, warps, stages) for c in (32, 64, 128)]
-        if keys > 128 and channels < 64:
-            block_c = power_of_two(channels + 1)
-            tiles += [tiling.Tile("heads", *shape, k, block_c, warps, stages) for k in (32, 64, 128) if k <= width]
-        elif keys > 128 and block_h * block_w < 256:
-            tiles += [
-                tiling.Tile("two_pass", *shape, k, c, warps, stages, stats_block_k=min(width, 64))
-                for k, c in ((16, 32), (16, 64), (32, 64), (16, 256), (32, 128), (32, 256), (32, 512))
-                if (c <= 64) == (dtype == torch.float32)
-            ]
-    return [tile for tile in tiles if dtype != torch.float32 or tile.block_c <= 64]
+class _CheckIsUp(Stopped):
+    pass
 
 
-def checked(arguments, out):
-    """Error of `out` on sampled rows against the twin; RuntimeError beyond the tolerance of its dtype."""
-    error, limit = check(arguments, out, rows=2, columns=16), attention_cases.TOLERANCE[out.dtype]
-    if not error <= limit:
-        raise RuntimeError(f"wrong by {error:.2e}, allowed are {limit:.1e}: nothing is timed")
-    return error
+def check(run, until):
+    """The rows of `anyup-fast check`, as many as there is time for."""
+    if COMPLETE.key in run.journal.rows and not run.again:
+        run.take(_examined(row["shape"], row["dtype"], row["what"]) for row in _there(run.journal))
+        return
+
+    def progress(row):
+        step = _examined(row.shape, row.dtype, f"{row.operator}, {row.backend}")
+        if step.key not in run.journal.rows or run.again:
+            run.add(step, dict(verdict=row.verdict, error=row.error, limit=row.limit, note=row.reason))
+        if time.perf_counter() > until:
+            raise _CheckIsUp("the time of the check is up")
+
+    try:
+        found = examination.examine(run.card.device, progress=progress)
+    except _CheckIsUp as stopped:
+        print(f"{stopped}: the rest of it is left to the next run", flush=True)
+        run.counts["left out"] += 1
+        return
+    print("\n".join(found.machine), flush=True)
+    run.add(COMPLETE, dict(verdict="ok" if run.card.executes else "not run"))
+
+
+def _examined(shape, dtype, what):
+    return Step("check", shape, dtype, what, None)
+
+
+def _there(journal):
+    return [row for row in list(journal.rows.values()) if row["part"] == "check"]
+
+
+def launched(card):
+    """Steps that launch what the examination would, for a card that executes nothing and is therefore not examined."""
+    for row, call in examination.calls(card.device):
+        yield Step("examined", row.shape, row.dtype, row.operator, call)
+
+
+def plan(options, card, journal):
+    """Yield groups of steps, what matters most first; a group's tensors are gone when the next is made."""
+
+    def measured(part, shapes, dtype):
+        for shape in shapes:
+            if part in options.parts and shape in options.shapes and dtype in options.dtypes:
+                if part == "backward":
+                    yield gpu_backward.steps(shape, dtype, card)
+                else:
+                    module = dict(attention=gpu_attention, forward=gpu_forward)[part]
+                    yield module.steps(shape, dtype, card, gpu_ceilings.rates(journal, dtype))
+
+    rest = [shape for shape in SHAPES if shape not in FIRST]
+    if "ceilings" in options.parts:
+        yield gpu_ceilings.steps(card)
+    for shape in FIRST:
+        yield from measured("attention", [shape], "bfloat16")
+        yield from measured("forward", [shape], "bfloat16")
+    yield from measured("backward", FIRST, "bfloat16")
+    for dtype, shapes in (("bfloat16", rest), ("float32", list(SHAPES)), ("float16", list(SHAPES))):
+        for shape in shapes:
+            yield from measured("attention", [shape], dtype)
+            yield from measured("forward", [shape], dtype)
+    for dtype in ("float32", "float16"):
+        yield from measured("backward", FIRST, dtype)
+    if "sweeps" in options.parts:
+        yield gpu_attention.problems(options.count, card)
+        yield gpu_backward.problems(options.count, card)
+        yield gpu_forward.problems(card)
+        yield gpu_backward.unification_problems(card)
+    if "rivals" in options.parts and card.executes:
+        for shape in options.shapes:
+            yield gpu_attention.rival_steps(shape, card)
+
+
+def settled(cache):
+    """Make Triton's cache in a folder that was moved or copied its own: it names its files by whole paths."""
+    for group in cache.glob("*/__grp__*.json"):
+        named = json.loads(group.read_text(encoding="utf-8"))
+        there = {name: group.parent / name for name in named["child_paths"]}
+        named["child_paths"] = {name: str(path) for name, path in there.items() if path.exists()}
+        with written_aside(group) as aside:
+            aside.write_text(json.dumps(named), encoding="utf-8")
+
+
+def trimmed(cache):
+    """Leave out of Triton's cache what a run does not need; bytes of what is left."""
+    for path in cache.glob("*/*.source"):
+        path.unlink()
+    settled(cache)
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+
+
+def spread(given, workers, cache):
+    """Compile in several processes, each its share; the exit code.
+
+    Args:
+        given: arguments of the command line. workers: how many. cache: the folder they share, or None for Triton's own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        try:
+            for k in range(workers):
+                command = [sys.executable, __file__, *given, "--share", f"{k}/{workers}"]
+                with open(Path(folder) / str(k), "wb") as out:
+                    running.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+            codes = [process.wait() for process in running]
+        finally:
+            for process in running:
+                process.terminate()
+        for k, code in enumerate(codes):
+            lines = (Path(folder) / str(k)).read_text(encoding="utf-8").splitlines()
+            print(f"process {k}, code {code}: " + ("\n".join(lines[-20:]) if code else lines[-1]))
+    if cache is not None:
+        size = trimmed(cache) / 2**20
+        print(f"{cache}: {len(list(cache.glob('*/*.cubin')))} kernels, {size:.1f} MiB, for Triton {triton.__version__} "
+              f"on Python {platform.python_version()}")  # fmt: skip
+    return max(map(abs, codes))
+
+
+def tiles(options, card):
+    """Groups of candidate tiles, for --tune."""
+    for dtype in options.dtypes:
+        for shape in options.shapes:
+            yield gpu_attention.tuning_steps(shape, dtype, card)
+
+
+def perform(options, card, journal, seconds=None):
+    """Take every step there is time for, and say what came of it.
+
+    Args:
+        options: as of the command line. card: `gpu_steps.Card`. journal: `gpu_steps.Journal`.
+        seconds: when to stop; None means never.
+
+    Returns:
+        Exit code: 0, 1 if something was wrong, 128 and the number of a signal that stopped it.
+    """
+    started = time.perf_counter()
+    until = float("inf") if seconds is None else started + seconds
+    run, code = Run(card, journal, options.again, until, options.share), 0
+    try:
+        with stopping(seconds):
+            if "check" in options.parts and not options.tune:
+                if not options.compile_only:
+                    check(run, until if seconds is None else started + CHECK_SHARE * seconds)
+                if not card.executes:
+                    run.take(launched(card))
+            for steps in tiles(options, card) if options.tune else plan(options, card, journal):
+                run.take(steps)
+                card.tidy()
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", flush=True)
+        code = 128 + stopped.signal if getattr(stopped, "signal", None) else int("lost" in str(stopped))
+    if options.tune and card.executes:
+        tuned = [row for row in journal.rows.values() if row["part"] == "tiles"]
+        print(f"tiles written to {gpu_attention.save_tuned(tuned, tiling.Device.of(card.device))}")
+    print(summary(run, time.perf_counter() - started))
+    return code or int(bool(run.faults))
+
+
+def summary(run, seconds):
+    """What a run has come to, as text: what is timed, what is wrong, counts."""
+    lines = ["", table([row for row in run.journal.rows.values() if row["milliseconds"] or row["host_us"]])]
+    for row in run.faults:
+        name = " ".join(row[column] for column in KEY)
+        lines.append(
+            f"{row['verdict']}: {name}; error {row['error'] or 'none'}, limit {row['limit'] or 'none'}; {row['note']}"
+        )
+    counts = ", ".join(f"{number} {verdict}" for verdict, number in sorted(run.counts.items()))
+    lines.append(f"{run.journal.path}: {counts or 'no row'}; {seconds:.0f} s")
+    compiled = dict(absent.COMPILED)
+    lines.append(
+        f"kernels: {compiled.get('hit', 0)} found in the cache, {compiled.get('miss', 0)} compiled"
+        + (f", {compiled['left out']} not compiled" if "left out" in compiled else "")
+        + (f"; {sum(absent.LAUNCHED.values())} launches, none executed" if not run.card.executes else "")
+    )
+    return "\n".join(lines)
 
 
 def table(rows):
-    """Text of the rows, aligned."""
-    heads = ("shape", "dtype", "what", "milliseconds", "peak_mib", "gb_per_s", "floor_ms", "goal_ms", "note")
-    lines = [heads]
-    for row in rows:
-        lines.append([f"{v:.3f}" if isinstance(v := row.get(name, ""), float) else str(v) for name in heads])
+    """Text of the rows that have times, aligned; "" if there is none."""
+    heads = "part shape dtype what milliseconds host_us peak_mib floor_ms share goal_ms".split()
+    lines = [heads, *([row[name] for name in heads] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)) for line in lines)
+    text = ["  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(text) if rows else ""
 
 
-def save_csv(path, rows):
-    """Append to the CSV at `path`, made anew aside and renamed."""
-    old = []
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            old = list(csv.DictReader(file))
-    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([*old, *rows])
+def _share(text):
+    return tuple(map(int, text.split("/")))
 
 
-def save_tuned(rows, card):
-    """Write the fastest tile of each problem for a `tiling.Device`, beside those of other problems there."""
-    best = {(e["dtype"], e["keys"], e["channels"]): e for e in tiling.load_tuned(card.name)}
-    measured = [row for row in rows if row["what"] == "tile" and "milliseconds" in row]
-    for row in sorted(measured, key=lambda row: -row["milliseconds"]):
-        image, grid, channels = map(int, row["shape"].split("/"))
-        keys = int(window_bounds(image, grid, 0.1).diff(dim=1).max()) ** 2
-        best[row["dtype"], keys, channels] = dict(
-            dtype=row["dtype"],
-            keys=keys,
-            channels=channels,
-            milliseconds=row["milliseconds"],
-            tile=tiling.Tile(**json.loads(row["tile"])),
-        )
-    path = tiling.tuned_path(card.name)
-    with written_aside(path) as aside:
-        aside.write_text(tiling.dump_tuned(card, list(best.values())), encoding="utf-8")
-    tiling.forget_tuned()
-    return path
+def parsed(arguments=None):
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="when to stop (default: 9; without a card never)")
+    parser.add_argument("--csv", type=Path, help="the file that rows are appended to (default: results/gpu.csv)")
+    parser.add_argument("--again", action="store_true", help="also make rows that are there")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--tune", action="store_true", help="candidate tiles alone, and write the fastest down")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(attention_cases.DTYPES))
+    parser.add_argument("--count", type=int, default=16, help="drawn problems in each sweep")
+    parser.add_argument("--cache", type=Path, help="Triton's cache (default: TRITON_CACHE_DIR, or what Triton takes)")
+    parser.add_argument("--commit", help="name of the commit, where the checkout is no repository")
+    parser.add_argument("--workers", type=int, default=1, help="processes of --compile-only")
+    parser.add_argument("--share", type=_share, help=argparse.SUPPRESS)
+    cards = [name for name in TARGETS if name.startswith("sm_")]
+    parser.add_argument("--rehearse", choices=cards, metavar="sm_NN", help="for a card that isn't there, uncompiled")
+    parser.add_argument("--compile-only", action="store_true", help="only compile what a run launches; see --target")
+    parser.add_argument("--target", choices=cards, metavar="sm_NN", help="the card to compile for")
+    options = parser.parse_args(arguments)
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes: need more than 0, got {options.minutes}")
+    if options.workers < 1 or options.workers > 1 and not options.compile_only:
+        parser.error(f"--workers: need 1, or more with --compile-only, got {options.workers}")
+    if options.compile_only != (options.target is not None):
+        parser.error("--compile-only and --target sm_NN go together")
+    if options.compile_only and options.rehearse:
+        parser.error("--rehearse compiles nothing: leave --compile-only out")
+    return options
 
 
 def main(arguments=None):
-    """Command line; returns 2 where there is nothing to measure on and 1 where a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="the correctness sweep alone")
-    parser.add_argument("--tune", action="store_true", help="measure tiles and write the fastest down")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(attention_cases.DTYPES))
-    parser.add_argument("--count", type=int, default=16, help="problems in the sweep")
-    options = parser.parse_args(arguments)
-    if reason := unable():
+    """Command line; returns the exit code."""
+    options = parsed(arguments)
+    target = options.rehearse or options.target
+    if target and os.environ.get("TRITON_INTERPRET", "0") != "0":
+        print("nothing to compile: TRITON_INTERPRET is set, which compiles nothing; unset it", file=sys.stderr)
+        return 2
+    if target is None and (reason := unable()):
         print(f"nothing to measure on: {reason}", file=sys.stderr)
         return 2
-    import triton
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    started = time.perf_counter()
-    device = torch.device("cuda")
-    failed = sweep(options.count, device) or gpu_forward.sweep(device) or gpu_backward.sweep(options.count, device)
-    if failed:
-        print("\n".join(failed), file=sys.stderr)
-        return 1
-    if options.check:
-        return 0
-    constant = dict(
-        device=torch.cuda.get_device_name(),
-        capability="{}.{}".format(*torch.cuda.get_device_capability()),
-        torch=torch.__version__,
-        triton=triton.__version__,
-        cuda=torch.version.cuda or torch.version.hip,
-        commit=commit(),
-    )
-    problems = [(shape, attention_cases.DTYPES[dtype]) for dtype in options.dtypes for shape in options.shapes]
-    for shape, dtype in problems:
-        arguments = problem(shape, dtype=dtype, device="cuda")
-        checked(arguments, kernel.windowed_attention_fwd(*arguments))
-    del arguments
-    rows = []
-    for shape, dtype in problems:
-        for row in measure(shape, dtype, started, options.tune):
-            rows.append(row)
-            print(row["shape"], row["dtype"], row["what"], row.get("milliseconds", "-"), row["note"], flush=True)
-        torch.cuda.empty_cache()
-        if shape in gpu_backward.SHAPES and not options.tune:
-            for row in gpu_backward.measure(shape, dtype, timed):
-                rows.append(row)
-                print(row["shape"], row["dtype"], row["what"], row["milliseconds"], row["note"], flush=True)
-            torch.cuda.empty_cache()
-        if shape in gpu_forward.GOALS_MS and not options.tune:
-            for row in gpu_forward.measure(shape, dtype, timed):
-                rows.append(row)
-                print(row["shape"], row["dtype"], row["what"], row["milliseconds"], row["note"], flush=True)
-            torch.cuda.empty_cache()
-    save_csv(ROOT / "benchmarks" / "results" / "gpu.csv", [{**constant, **row} for row in rows])
-    if options.tune:
-        print(f"tiles written to {save_tuned(rows, tiling.Device.of(device))}")
-    print(table(rows))
-    return 0
+    if options.cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
+        if options.share is None:
+            settled(options.cache.resolve())
+    if options.compile_only and options.share is None:
+        given = sys.argv[1:] if arguments is None else list(map(str, arguments))
+        return spread(given, options.workers, options.cache and options.cache.resolve())
+    # Lines of the source in a kernel are two thirds of it, and part of what the cache knows it by.
+    os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
+    if target:
+        os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
+        card = Absent(target, absent.install(TARGETS[target][1], TARGETS[target][4], compiling=options.compile_only))
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        absent.count_compilations()
+        card = Card()
+    machine = dict(card.machine(), python=platform.python_version(), torch=torch.__version__, triton=triton.__version__)
+    machine.update(commit=options.commit or commit(), sources=sources())
+    path = options.csv or ROOT / "benchmarks" / "results" / "gpu.csv"
+    if target and options.csv is None:
+        path = Path(tempfile.mkdtemp(prefix="anyup-fast-")) / "gpu.csv"
+    try:
+        journal = Journal(path, machine)
+    except (ValueError, OSError) as error:
+        print(f"no file to write to: {told(error)}", file=sys.stderr)
+        return 2
+    seconds = None if target and options.minutes is None else 60 * (options.minutes or 9)
+    return perform(options, card, journal, seconds)
 
 
 if __name__ == "__main__":

@@ -534,13 +534,14 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(batch, height, width, channels, dtype=value.dtype, device=value.device)
     split = head_mode == "split"
+    card = Device.of(query.device)
     if tile is None:
         spans = None
         if row_bounds.device.type == col_bounds.device.type == "cpu":
             spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds))
         dtype = value.dtype if value.dtype == query.dtype else torch.float32
         each = channels // heads if split else channels
-        tile = choose_tile(Device.of(query.device), dtype, each, spans, head_dim=head_dim, heads=heads)
+        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads)
     rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
     cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
     if tile.design == "window" and (span_h is None or span_w is None):
@@ -549,7 +550,7 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
     pointers = rows, cols, row_tiles, col_tiles
     sizes = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
     sizes.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
-    wide = torch.float32 in (query.dtype, value.dtype) and query.device.type == "cuda" and torch.version.hip is None
+    wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
     sizes.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
     options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     # Not zero, which would make NaN of the minus infinity of keys outside the window.

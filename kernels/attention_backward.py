@@ -473,17 +473,17 @@ def windowed_attention_bwd(
     grad, query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, query, key, value))
     split = head_mode == "split"
     on_cpu = row_bounds.device.type == col_bounds.device.type == "cpu"
+    card = Device.of(query.device)
     if tiles is None:
         spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds)) if on_cpu else None
         dtype = value.dtype if value.dtype == query.dtype else torch.float32
-        tiles = plan(Device.of(query.device), dtype, spans)
+        tiles = plan(card, dtype, spans)
     if tiles.window and not on_cpu:
         raise ValueError("tiles: one block for the whole window needs bounds on the CPU")
-    cuda = query.device.type == "cuda" and torch.version.hip is None
     wide = torch.float32 in (query.dtype, value.dtype)
     sizes = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
     # Slopes of float16 are multiplied as float32.
-    sizes["PRECISION"] = (tiles.precision or ("tf32x3" if wide else "tf32")) if cuda else "ieee"
+    sizes["PRECISION"] = (tiles.precision or ("tf32x3" if wide else "tf32")) if card.kind == "cuda" else "ieee"
     most = 1 if split else max(1, tiles.width // sizes["BLOCK_D"])
     group = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
     qk_scale = max(scale, 1e-30) * LOG2E

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from anyup_fast.examination import DTYPES, examine
 from anyup_fast.ops import choice
 from anyup_fast.plain import attention, unification
 
+SUPPORT = Path(__file__).parent / "support"
 OPERATORS = {
     "windowed_attention", "windowed_attention gradient", "feature_unification", "feature_unification gradient",
     "guidance", "project_queries", "project_queries gradient", "AnyUp", "AnyUp gradient",
@@ -103,43 +105,28 @@ def test_a_driver_that_executes_nothing_is_not_taken_for_right(monkeypatch):
 
 
 ABSENT = """
-import json, types
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Launcher:
-    def __init__(self, source, metadata):
-        pass
-    def __call__(self, *arguments):
-        pass
-
-properties = dict(max_shared_mem=232448, multiprocessor_count=132, warpSize=32, max_num_regs=65536)
-utils = types.SimpleNamespace(
-    load_binary=lambda *_: (1, 1, 0, 0, 1024), get_device_properties=lambda _: properties
-)
-driver.set_active(types.SimpleNamespace(
-    launcher_cls=Launcher, utils=utils, binary_ext="cubin", get_current_device=lambda: 0,
-    get_current_stream=lambda device=None: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    get_active_torch_device=lambda: torch.device("cpu"), set_current_device=lambda device: None,
-))
-from anyup_fast.examination import examine
-from anyup_fast.ops import choice
-choice._GPUS = ("cpu",)
-choice.VENDORS["cpu"] = "nvidia"
-choice._installation_fault = lambda kind: None
+import json
+import absent
+absent.install()
+from anyup_fast.examination import calls, examine
 found = examine("cpu")
-print(json.dumps([[row.backend, row.verdict] for row in found.rows]))
+for row, call in calls("cpu"):
+    if row.operator == "feature_unification" and row.dtype == "float32":
+        call()
+print(json.dumps([[[row.backend, row.verdict] for row in found.rows], absent.LAUNCHED]))
 """
 
 
 def test_under_a_driver_without_a_device(tmp_path):
     """The kernels compile and are launched, and nothing runs: "not run", not "ok"."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(SUPPORT))
     command = [sys.executable, "-c", ABSENT]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    assert {tuple(pair) for pair in json.loads(printed)} == {("triton", "not run"), ("torch", "ok")}
+    verdicts, launched = json.loads(printed)
+    assert {tuple(pair) for pair in verdicts} == {("triton", "not run"), ("torch", "ok")}
+    assert launched.pop("_probe_kernel") > 0
+    assert launched == {"_grouped_kernel": 1, "_gathered_kernel": 2}
 
 
 @pytest.mark.slow

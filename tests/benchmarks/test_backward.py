@@ -12,13 +12,9 @@ if not (FOLDER / "gpu_backward.py").is_file():
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(gpu_scripts, monkeypatch):
     """gpu_backward.py, with kernels of small blocks that few programs share."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import gpu_backward
-
-    if torch.cuda.is_available():
-        pytest.skip("meant for the interpreter")
+    gpu_backward = gpu_scripts("gpu_backward")
     small = gpu_backward.kernel.Blocks(4, 4, 16, 16, 4)
     monkeypatch.setattr(gpu_backward, "SMALL", gpu_backward.kernel.Plan(False, small, small, small))
     monkeypatch.setattr(gpu_backward.kernel, "plan", lambda *_: gpu_backward.SMALL)
@@ -28,23 +24,23 @@ def script(monkeypatch):
     return gpu_backward
 
 
-def test_the_sweep_passes_and_fails(script, monkeypatch):
-    assert script.sweep(1, torch.device("cpu"), longest=4) == []
+def test_the_sweep_passes_and_fails(script, here, taken, monkeypatch):
+    def rows():
+        return taken([*script.problems(1, here, longest=4), *script.unification_problems(here)])
+
+    assert [row["verdict"] for row in rows()] == ["ok"] * 3
     right = script.kernel.windowed_attention_bwd
     monkeypatch.setattr(script.kernel, "windowed_attention_bwd", lambda *a, **k: [x * 1.1 for x in right(*a, **k)])
     unified = script.unification.feature_unification_bwd
     monkeypatch.setattr(script.unification, "feature_unification_bwd", lambda *a: [x * 1.1 for x in unified(*a)])
-    failed = script.sweep(1, torch.device("cpu"), longest=4)
-    assert any("gradient of value: error" in sentence for sentence in failed)
-    assert any("unification of 24 channels: gradient of basis" in sentence for sentence in failed)
+    failed = rows()
+    assert [row["verdict"] for row in failed] == ["WRONG"] * 3
+    assert all("gradient of value: error" in row["note"] for row in failed[:2])
+    assert "gradient of basis: error" in failed[2]["note"] and failed[2]["shape"].startswith("24 channels")
 
 
-def test_rows(script, monkeypatch):
+def test_rows(script, here, taken, monkeypatch):
     ran = []
-
-    def timed(call):
-        ran.append(call())
-        return 1.0, 2.0, 3.0, 2**20
 
     # The operator refuses the back end "triton" on a CPU; the registered one under it does not.
     monkeypatch.setattr(
@@ -52,16 +48,23 @@ def test_rows(script, monkeypatch):
         "windowed_attention",
         lambda *a, backend: windowed_attention_op(*a, a[0].shape[-1] ** -0.5, "mean", backend),
     )
-    rows = list(script.measure("6/3/4", torch.float32, timed, device="cpu"))
-    assert [row["what"] for row in rows] == ["backward", "forward+backward, triton", "forward+backward, torch"]
-    assert all(row["milliseconds"] == 2.0 and row["peak_mib"] == 1.0 for row in rows)
-    for gradients in zip(*ran, strict=True):
-        torch.testing.assert_close(gradients[0], gradients[2], rtol=0, atol=1e-5)
-        assert torch.equal(gradients[0], gradients[1])
+    monkeypatch.setattr(here, "timed", lambda clock, call: ran.append((clock, call())) or dict(here.said))
+    rows = taken(script.steps("6/3/4", "float32", here))
+    assert [row["what"] for row in rows] == [
+        *("kernels", "launcher", "forward+backward, triton", "forward+backward, torch")
+    ]
+    assert all((row["verdict"], row["milliseconds"], row["peak_mib"]) == ("ok", "2", "1") for row in rows)
+    assert [clock for clock, _ in ran] == ["graph", "host", "graph", "events"]
+    for gradients in zip(*(result for _, result in ran), strict=True):
+        torch.testing.assert_close(gradients[0], gradients[3], rtol=0, atol=1e-5)
+        assert torch.equal(gradients[0], gradients[2])
 
 
-def test_a_wrong_gradient_is_not_timed(script, monkeypatch):
+def test_a_wrong_gradient_is_not_timed(script, here, taken, monkeypatch):
     right = script.kernel.windowed_attention_bwd
     monkeypatch.setattr(script.kernel, "windowed_attention_bwd", lambda *a, **k: [x * 1.1 for x in right(*a, **k)])
-    with pytest.raises(RuntimeError, match=r"gradient of query wrong by 1\.00e-01: nothing is timed"):
-        next(script.measure("6/3/4", torch.float32, pytest.fail, device="cpu"))
+    monkeypatch.setattr(here, "timed", lambda *_: pytest.fail("timed"))
+    rows = taken(script.steps("6/3/4", "float32", here))
+    assert [row["verdict"] for row in rows] == ["WRONG", *["not timed"] * 3]
+    assert "gradient of query wrong by 1.00e-01" in rows[0]["note"]
+    assert all(not row["milliseconds"] and not row["host_us"] for row in rows)

@@ -79,17 +79,30 @@ def test_streams_are_checked_and_measured():
         assert row["error"] < 1e-5 and row["statistics_s"] < row["seconds"] and row["peak_gib"] > row["beyond_gib"] >= 0
 
 
-def test_the_sweep_for_gpus_sees_what_is_wrong(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import gpu_forward
-
-    case = ((24, 30), (3, 4), 12, None, 1)
-    monkeypatch.setattr(gpu_forward, "CASES", (case,))
-    assert gpu_forward.sweep(torch.device("cpu")) == []
+def test_the_sweep_for_gpus_sees_what_is_wrong(gpu_scripts, here, taken, monkeypatch):
+    gpu_forward = gpu_scripts("gpu_forward")
+    monkeypatch.setattr(gpu_forward, "CASES", (((24, 30), (3, 4), 12, None, 1),))
+    assert {row["verdict"] for row in taken(gpu_forward.problems(here))} == {"ok"}
     right = gpu_forward.AnyUp.projected_queries
     monkeypatch.setattr(gpu_forward.AnyUp, "projected_queries", lambda *arguments: right(*arguments) * 1.3)
-    faults = gpu_forward.sweep(torch.device("cpu"))
-    assert sum("first run: error" in fault for fault in faults) == 3
-    for part in ("stream: error", "gradient of"):
-        assert any(f"float32, {part}" in fault for fault in faults)
-    assert f"{len(faults)} failed" in capsys.readouterr().out
+    verdicts = {(row["dtype"], row["what"]): (row["verdict"], row["note"]) for row in taken(gpu_forward.problems(here))}
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert verdicts[dtype, "forward"][0] == "WRONG" and "first run: error" in verdicts[dtype, "forward"][1]
+    for what, note in (("parts", "stream: error"), ("gradients", "gradient of")):
+        verdict, told = verdicts["float32", what]
+        assert verdict == "WRONG" and told.startswith(note)
+    assert verdicts["float32", "operators"] == ("ok", "")
+
+
+def test_the_forward_is_held_to_single_pixels_before_it_is_timed(gpu_scripts, here, taken, monkeypatch):
+    gpu_forward = gpu_scripts("gpu_forward")
+    rows = taken(gpu_forward.steps("20/4/6", "float32", here, rates=(1e9, 1e9, 1e9)))
+    assert [row["what"] for row in rows[:3]] == ["AnyUp", "AnyUp, called", "AnyUp, host"] and len(rows) == 7
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert 0 < float(rows[0]["error"]) < 5e-6
+    assert float(rows[0]["share"]) == pytest.approx(float(rows[0]["floor_ms"]) / 2, rel=1e-5)
+    right = gpu_forward.AnyUp.forward
+    monkeypatch.setattr(gpu_forward.AnyUp, "forward", lambda *arguments: right(*arguments) * 1.0001)
+    rows = taken(gpu_forward.steps("20/4/6", "float32", here))
+    assert [row["verdict"] for row in rows] == ["WRONG", *["not timed"] * 6]
+    assert not any(row["milliseconds"] or row["host_us"] for row in rows)

@@ -168,6 +168,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="reads outside of what is there")
 @pytest.mark.parametrize(("design", "old", "new"), BROKEN)
 def test_a_broken_mask_is_caught(design, old, new, broken):
     problem = attention_cases.make(12, torch.float32, (7, 6), (9, 9), 8, ratio=0.2)
@@ -236,10 +237,12 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing():
     attention.windowed_attention_fwd(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = attention.windowed_attention_fwd(*arguments)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention.windowed_attention_fwd(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert problem.error(out) <= attention_cases.TOLERANCE[torch.bfloat16]
 
@@ -249,8 +252,10 @@ def test_bounds_on_the_device_are_not_read_on_the_host():
     problem = attention_cases.make(18, torch.bfloat16, (40, 40), (12, 12), 32).to(DEVICE)
     bounds = [window_bounds(40, 12, 0.1).to(DEVICE) for _ in range(2)]
     torch.cuda.set_sync_debug_mode("error")
-    out = attention.windowed_attention_fwd(*problem.tensors[:3], *bounds)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        out = attention.windowed_attention_fwd(*problem.tensors[:3], *bounds)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert problem.error(out) <= attention_cases.TOLERANCE[torch.bfloat16]
 
 

@@ -295,9 +295,11 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing():
     kernels.windowed_attention_bwd(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        gradients = kernels.windowed_attention_bwd(*arguments)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gradients = kernels.windowed_attention_bwd(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert not problem.gradient_faults(gradients)

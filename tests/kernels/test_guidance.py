@@ -271,6 +271,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="reads outside of what is there")
 @pytest.mark.parametrize(("old", "new"), BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_kernel_is_caught(old, new, broken):
     assert Path(guidance.__file__).read_text(encoding="utf-8").count(old) == 1
@@ -296,9 +297,11 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing():
     wanted = guidance.guidance_fwd(image, weights, (60, 50), (5, 4), dtype=torch.bfloat16)[:2]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = guidance.guidance_fwd(image, weights, (60, 50), (5, 4), dtype=torch.bfloat16)[:2]
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = guidance.guidance_fwd(image, weights, (60, 50), (5, 4), dtype=torch.bfloat16)[:2]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))

@@ -186,9 +186,11 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing(channels):
     expected = solve(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = solve(*arguments)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = solve(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert torch.equal(out, expected)

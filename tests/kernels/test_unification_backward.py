@@ -163,9 +163,11 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing(channels):
     expected = kernels.feature_unification_bwd(grad, features, basis)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        gradients = kernels.feature_unification_bwd(grad, features, basis)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gradients = kernels.feature_unification_bwd(grad, features, basis)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
