@@ -134,6 +134,7 @@ def test_inductor_keeps_the_windows():
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.slow
 @needs_compiler
 @torch.no_grad()
 def test_inductor_pools_to_sizes_that_stay_open():

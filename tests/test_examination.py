@@ -11,7 +11,7 @@ import pytest
 import torch
 from anyup_fast.kernels import probe
 
-from anyup_fast import cli
+from anyup_fast import cli, examination
 from anyup_fast.examination import DTYPES, examine
 from anyup_fast.ops import choice
 from anyup_fast.plain import attention, unification
@@ -26,6 +26,12 @@ OPERATORS = {
 @pytest.fixture(scope="module")
 def found():
     return examine("cpu")
+
+
+@pytest.fixture
+def one_dtype(monkeypatch):
+    """Float32 alone, where that is enough."""
+    monkeypatch.setattr(examination, "DTYPES", (torch.float32,))
 
 
 def test_plain_pytorch_is_right_and_triton_is_not_judged(found):
@@ -49,7 +55,7 @@ def test_the_table_has_a_line_for_each_operator_and_dtype(found):
     assert "taken by itself: plain PyTorch, for Triton needs a GPU" in found.machine[-1]
 
 
-def test_a_wrong_operator_is_told_and_the_command_fails(monkeypatch, capsys):
+def test_a_wrong_operator_is_told_and_the_command_fails(one_dtype, monkeypatch, capsys):
     right = attention.windowed_attention
     monkeypatch.setattr(attention, "windowed_attention", lambda *a, **k: right(*a, **k) * 1.001)
     assert cli.main(["check", "--device", "cpu"]) == 1
@@ -61,7 +67,7 @@ def test_a_wrong_operator_is_told_and_the_command_fails(monkeypatch, capsys):
     assert "are off: please report what stands between the marks" in printed
 
 
-def test_an_operator_that_raises_costs_its_own_rows_only(monkeypatch):
+def test_an_operator_that_raises_costs_its_own_rows_only(one_dtype, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("out of resource\nand more")
 
@@ -73,7 +79,7 @@ def test_an_operator_that_raises_costs_its_own_rows_only(monkeypatch):
     assert [row for row in found.faults if row not in failed] == []
 
 
-def test_not_a_number_is_wrong(monkeypatch):
+def test_not_a_number_is_wrong(one_dtype, monkeypatch):
     right = attention.windowed_attention
     monkeypatch.setattr(attention, "windowed_attention", lambda *a, **k: right(*a, **k) * float("nan"))
     assert {row.error for row in examine("cpu").faults} == {float("inf")}
@@ -94,7 +100,7 @@ def test_a_device_that_is_not_there(capsys):
     assert "0 comparisons are right" in capsys.readouterr().out
 
 
-def test_a_driver_that_executes_nothing_is_not_taken_for_right(monkeypatch):
+def test_a_driver_that_executes_nothing_is_not_taken_for_right(one_dtype, monkeypatch):
     monkeypatch.setattr(choice, "_GPUS", ("cpu",))
     monkeypatch.setattr(choice, "_installation_fault", choice.cache(lambda kind: None))
     monkeypatch.setattr(probe, "runs", lambda device: False)

@@ -52,5 +52,6 @@ def _version(package):
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        others = metadata.packages_distributions().get(package, ())  # Triton goes by several names
-        return ", ".join(f"{metadata.version(name)} ({name})" for name in others) or "not installed"
+        names = metadata.packages_distributions().get(package, ())  # Triton goes by several
+        others = [f"{metadata.version(name)} ({name})" for name in names if name != package]
+        return ", ".join(others) or "not installed"

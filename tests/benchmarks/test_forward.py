@@ -33,6 +33,7 @@ def run(script, *arguments):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_forward_prints_one_json_object():
     report = run("forward.py", "--json", "--shapes", "64/8/12", "--rivals", "eager", "chunks", "--repeats", "1")
     (row,) = report["results"]

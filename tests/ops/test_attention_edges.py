@@ -186,7 +186,8 @@ def test_reasons_against_triton_on_a_gpu(options, words, monkeypatch):
     options = {"capability": (9, 0), "installed": True, **options}
     capability, installed = options.pop("capability"), options.pop("installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(choice, "find_spec", lambda name: name if installed else None)
+    missing = "needs the package triton, which is not installed"
+    monkeypatch.setattr(choice, "_installation_fault", lambda kind: None if installed else missing)
     reason = ops.why_not("triton", "cuda", **options)
     assert reason is None if words is None else words in reason and "\n" not in reason
 

@@ -308,9 +308,9 @@ def measured_memory(arguments, limit=None, threads=1):
     "threads, arguments",
     [
         (1, ((1, 3, 320, 320), (1, 384, 24, 24), None)),
-        (2, ((1, 3, 320, 320), (1, 384, 24, 24), None)),
+        pytest.param(2, ((1, 3, 320, 320), (1, 384, 24, 24), None), marks=pytest.mark.slow),
         pytest.param(1, ((2, 3, 256, 256), (2, 21, 16, 16), None), marks=pytest.mark.slow),
-        (1, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80))),
+        pytest.param(1, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow),
         pytest.param(2, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow),
         pytest.param(1, ((1, 3, 320, 320), (1, 1, 128, 128), None), marks=pytest.mark.slow),
         pytest.param(1, ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64)), marks=pytest.mark.slow),
