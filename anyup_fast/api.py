@@ -177,9 +177,10 @@ def _loaded_model(path, version, device):
 
 def _moved(name, tensor, device):
     """`tensor` on the device, float64 as float32 where there is none; a ValueError if it is not finite."""
+    tensor = _finite(name, tensor)  # where it lies: on the CPU that waits for no device
     if tensor.dtype == torch.float64 and not has_float64(device):
-        tensor = _finite(name, tensor).float()
-    return _finite(name, tensor.to(device))
+        tensor = tensor.float()
+    return tensor.to(device)
 
 
 def _finite(name, tensor):

@@ -51,7 +51,8 @@ class LocalEngine:
         self.waits = {}
 
     def __call__(self, batches, stopped, done):
-        # The processes are made before threads and models are: where they are forked they inherit neither.
+        # The processes are made before threads and models are: where they are forked they inherit neither. On a GPU its
+        # context is there already, which they make no use of.
         ahead = {"prefetch_factor": AHEAD, "worker_init_fn": _calm} if self.workers else {}
         loader = DataLoader(
             _Batches(batches, self.reader), batch_size=None, collate_fn=_as_it_is, num_workers=self.workers, **ahead

@@ -42,9 +42,9 @@ def weights_at(query, key, rows, cols):
 
 def _window(bounds, device):
     """Indices (n, p) of windows (n, 2), p the longest of them, and which belong to the window."""
-    bounds = bounds.to(device, torch.int64)
-    at = bounds[:, :1] + torch.arange(int(bounds.diff(dim=1).max()), device=device)
-    return at.minimum(bounds[:, 1:] - 1), at < bounds[:, 1:]
+    bounds = bounds.to(torch.int64)  # on the CPU: what is read off them waits for no device
+    at = bounds[:, :1] + torch.arange(int(bounds.diff(dim=1).max()), device=bounds.device)
+    return at.minimum(bounds[:, 1:] - 1).to(device), (at < bounds[:, 1:]).to(device)
 
 
 def weighted(weights, rows, cols, value):

@@ -461,3 +461,47 @@ def test_the_command_line_asks(tmp_path, monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "torch")
     assert cli.main(command[:-2]) == 0 and cli.main(command) == 0 and choice.requested() == "torch"
     assert seen == ["auto", "triton", "torch", "triton"]
+
+
+def test_too_little_shared_memory_is_answered_by_plain_pytorch(on_cpu, monkeypatch, caplog):
+    from anyup_fast.kernels import tiling
+
+    tiny_card = tiling.Device("cuda", (8, 6), 1000, "a card with a kilobyte")
+    monkeypatch.setattr(tiling.Device, "of", classmethod(lambda cls, device: tiny_card))
+    expected = small(backend="torch")
+    with caplog.at_level(logging.WARNING, "anyup_fast.ops"):
+        assert torch.equal(small(), expected)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "1000 bytes of shared memory are too few" in said
+    with pytest.raises(RuntimeError, match="1000 bytes of shared memory are too few"):
+        small(backend="triton")
+
+
+def test_launches_are_made_under_the_device_of_the_tensors(monkeypatch):
+    """Tensors on cuda:1 while cuda:0 is the current one."""
+    from anyup_fast.kernels import attention
+
+    entered = []
+    module = types.SimpleNamespace(device=lambda device: entered.append(device) or "guard")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert attention._on(torch.device("cuda", 1)) == "guard" and entered == [torch.device("cuda", 1)]
+
+
+HIDDEN = """
+import torch, anyup_fast
+try:
+    anyup_fast.upsample_features_with_anyup(torch.zeros(3, 28, 28), torch.ones(4, 2, 2), device="cuda")
+except ValueError as error:
+    print(error)
+print(tuple(anyup_fast.upsample_features_with_anyup(torch.zeros(3, 28, 28), torch.ones(4, 2, 2)).shape))
+"""
+
+
+def test_hidden_gpus_are_told_in_one_sentence():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", HIDDEN]
+    told, shape = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout.splitlines()
+    assert told.startswith("device: 'cuda' cannot be used here (") and told.endswith("'cpu' always can")
+    assert shape == "(4, 28, 28)"
