@@ -13,6 +13,7 @@ values    keys and of a block of channels of the values are two kernels, so that
           tiles of keys share the pixels between several programs, whose sums are added at the end.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -407,7 +408,7 @@ def plan(device, dtype, spans):
         query, key = Blocks(8, 8, 32 if roomy else 16, 16, 8), Blocks(2, 8, 64, 16, 8 if generation == 10 else 4)
         value = Blocks(4 if roomy else 2, 8, 64, 32, 8 if generation == 10 else 4)
     else:
-        # On sm_90 eight warps on 64 rows would compute rows twice.
+        # On sm_90 eight warps on 64 rows would compute rows twice; four spill 72 bytes, where 128 rows do not fit.
         windows = {**dict.fromkeys((16, 32, 64), (64, 4)), 128: (64, 8 if cuda and generation != 9 else 4)}
         if dtype == torch.float16 and device.family == "sm_90":
             del windows[128]
@@ -416,6 +417,8 @@ def plan(device, dtype, spans):
     if keys in windows:
         block_c, warps = windows[keys]
         query = Blocks(8, 8, keys, block_c, warps, query.stages)
+        if device.family == "sm_90" and keys == 128 and math.prod(spans(16, 8)) <= keys:
+            query = Blocks(16, 8, keys, block_c, 8, query.stages)
     return Plan(keys in windows, query, key, value, width)
 
 

@@ -303,3 +303,10 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert not problem.gradient_faults(gradients)
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(10, Blocks(16, 8, 128, 64, 8)), (15, Blocks(8, 8, 128, 64, 4))])
+def test_windows_of_128_keys_take_twice_the_pixels_where_they_fit(rows, tile):
+    """On Hopper four warps on 64 pixels spill; eight need 128 rows."""
+    hopper = Device("cuda", (9, 0), 232448, "H100")
+    assert kernels.plan(hopper, torch.bfloat16, lambda height, width: (rows if height == 16 else 9, 9)).query == tile

@@ -101,11 +101,6 @@ def test_every_tile_with_heads_that_split_channels(target):
 MOST_SPILT_SPLIT = 64
 
 
-# 64 pixels and 128 keys by four warps: 72 bytes. Eight warps, which compute each row twice, spill 56; half the channels
-# at a time 80, a single stage 96.
-MOST_SPILT_SLOPES = 72
-
-
 @pytest.mark.parametrize("dtype", some(DTYPES, ("bfloat16",)))
 @pytest.mark.parametrize("target", some(TARGETS, ("sm_90",)))
 def test_backward(target, dtype):
@@ -114,9 +109,7 @@ def test_backward(target, dtype):
     rows = compiled("--targets", target, "--groups", "backward", "--dtypes", dtype)
     assert {row["kernel"] for row in rows} == {"query_window", "query_blocks", "key", "value"}
     assert {grid for row in rows for grid in row["default_for"].split()} == {*GRIDS, "any"}
-    slopes = [row for row in rows if (target, row["kernel"], row["block_k"]) == ("sm_90", "query_window", 128)]
-    assert faults([row for row in rows if row not in slopes]) == []
-    assert not slopes or faults(slopes, MOST_SPILT_SLOPES) == []
+    assert faults(rows) == []
 
 
 @pytest.mark.parametrize("target", some([t for t in TARGETS if t not in RDNA], ("sm_90", "gfx942")))
