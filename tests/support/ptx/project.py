@@ -151,7 +151,8 @@ def _small_shapes(tile):
 def _levels(shape, dtype):
     """Whether a case is small, and the one of the short run: dense tensors of 16 bits, float32 with odd strides."""
     main = shape == ("odd" if dtype == torch.float32 else "aligned")
-    return dict(small=shape in ("aligned", "odd"), main=main)
+    main |= shape == "many keys" and dtype == torch.bfloat16
+    return dict(small=shape in ("aligned", "odd", "many keys"), main=main)
 
 
 def _forward(dtype):
@@ -170,7 +171,10 @@ def _backward(dtype):
     # Slopes of float16 are multiplied as float32, in steps of tf32 on a GPU.
     precision = "tf32x3" if dtype == torch.float32 else "tf32"
     small = dict(size=(9, 9), grid=(4, 5), ratio=0.2, head_dim=32)
-    shapes = {"aligned": dict(small, channels=48, aligned=True), "odd": dict(small, channels=24), **NUMBERED}
+    # 128 keys in one block where a plan has such, and more pixels than one of its tiles.
+    many = dict(size=(17, 9), grid=(7, 13), ratio=0.5, head_dim=32, channels=48, aligned=True)
+    shapes = {"aligned": dict(small, channels=48, aligned=True), "odd": dict(small, channels=24), "many keys": many}
+    shapes.update(NUMBERED)
     for name, shape in shapes.items():
         for window in (True, False):
 
