@@ -8,6 +8,7 @@ temporary one; 0.6 GB each.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,9 +68,13 @@ def test_the_installed_release(tmp_path):
 
 @pytest.fixture(scope="session")
 def releases(tmp_path_factory):
-    """The folder for releases of Triton."""
-    given = os.environ.get("TRITON_RELEASES")
-    return Path(given) if given else tmp_path_factory.mktemp("triton")
+    """The folder for releases of Triton; one that nobody named goes away at the end."""
+    if given := os.environ.get("TRITON_RELEASES"):
+        yield Path(given)
+        return
+    folder = tmp_path_factory.mktemp("triton")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.mark.releases
