@@ -96,7 +96,7 @@ def test_a_device_that_is_not_there(capsys):
     found = examine("cuda")
     assert {row.verdict for row in found.rows} == {"not run"}
     assert all("cannot be used here" in row.reason for row in found.rows)
-    assert cli.main(["check", "--device", "cuda"]) == 0
+    assert cli.main(["check", "--device", "cuda"]) == 1, "nothing was judged"
     assert "0 comparisons are right" in capsys.readouterr().out
 
 

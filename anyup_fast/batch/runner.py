@@ -297,8 +297,13 @@ def at_once(size, encoder, settings, device):
         model = AnyUp()
     one = model.estimate_memory((1, 3, *size), (1, encoder.dim, *grid), (height, width), device=device)
     one += height * width * encoder.dim * 4  # the answer in the dtype that is written, beside the one that is computed
-    room = getattr(torch, torch.device(device).type).get_device_properties(device).total_memory // 2
-    return max(1, min(GPU_BATCH, room // one))
+    return max(1, min(GPU_BATCH, _memory_of(torch.device(device)) // 2 // one))
+
+
+def _memory_of(device):
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return getattr(torch, device.type).get_device_properties(device).total_memory
 
 
 def _batches(sources, wanted, batch_size, patch, settings):

@@ -221,7 +221,7 @@ def attempt(operator, backend, device, kernel, plain):
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if "CUDA error" in str(error) or "Triton Error" in str(error):  # the device is lost, or what is on it is wrong
+        if _of_the_device(error):
             raise
         reason = f"failed to compile or launch {_kernel_of(error)}: {type(error).__name__}: {first_line(error)}"
         out = plain()
@@ -240,6 +240,15 @@ def why_not_executed(device):
     if probe.runs(device):
         return None
     return "a kernel that was launched wrote nothing: the driver executes nothing"
+
+
+def _of_the_device(error):
+    """Whether an error says that the device is lost or out of memory, or that a kernel went wrong while it ran.
+
+    A kernel that the device does not take ("no kernel image ...", "device kernel image is invalid") has not run.
+    """
+    text = str(error)
+    return "CUDA error" in text or ("Triton Error" in text and "kernel image" not in text)
 
 
 def forget_faults():

@@ -586,6 +586,8 @@ def test_a_gpu_takes_as_many_pictures_as_half_of_its_memory_holds(monkeypatch):
     counts = [several((1512, 2016), gibibytes) for gibibytes in (24, 80, 139)]
     assert counts[0] == 1 < counts[1] < counts[2] < runner.GPU_BATCH
     assert several((3024, 4032), 8) == 1, "one is always tried"
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 48 << 30)
+    assert 1 < runner.at_once((1008, 1344), encoder, settings, "mps") <= runner.GPU_BATCH
 
 
 def test_groups_are_cut_by_the_size_of_their_pictures(tmp_path):

@@ -194,6 +194,22 @@ def test_a_kernel_that_fails_is_answered_by_plain_pytorch_after_one_warning(kern
     assert choice.why_no_triton("guidance", torch.device("cpu"), torch.float32) is None, "another operator"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Triton Error [CUDA]: no kernel image is available for execution on the device",
+        "Triton Error [CUDA]: device kernel image is invalid",
+        "PTXAS error: ptxas fatal: Value 'sm_121a' is not defined for option 'gpu-name'",
+    ],
+)
+def test_code_that_the_device_does_not_take_is_answered_by_plain_pytorch(kernel, caplog, text):
+    """An assembler older than the chip."""
+    kernel(RuntimeError(text))
+    with caplog.at_level(logging.WARNING, "anyup_fast.ops"):
+        assert torch.equal(small(), small(backend="torch"))
+    assert len(caplog.records) == 1 and text.split(":")[0] in caplog.records[0].getMessage()
+
+
 def test_the_warning_names_the_kernel():
     class Kernel:
         def __init__(self, fn):
