@@ -248,6 +248,7 @@ class AnyUp(nn.Module):
             query, key = self.encoded(image, features)
             if output_size != tuple(image.shape[-2:]):
                 query = pooled(query, output_size)
+        query = self.projected_queries(query)
         return self._attended(query, key, features, vis_attn, q_chunk_size)
 
     def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
@@ -280,6 +281,7 @@ class AnyUp(nn.Module):
                 query, key = self._encoded_branches(query, from_image, feats, weights)
         if out_size != tuple(enc_img.shape[-2:]):
             query = pooled(query, out_size)
+        query = self.projected_queries(query)
         return self._attended(query, key, feats, vis_attn, q_chunk_size)
 
     def _coloured(self, features, vis_attn):
@@ -289,8 +291,7 @@ class AnyUp(nn.Module):
         return torch.cat((features, cell_colours(features).to(features.dtype)), 1)
 
     def _attended(self, query, key, features, vis_attn, q_chunk_size):
-        """What `forward` returns, from queries (B, H', W', qk_dim) and projected keys."""
-        query = self.projected_queries(query)
+        """What `forward` returns, from projected queries and keys: the queries before that are gone when it is called."""
         key = key.to(query.dtype)
         query, key, maps = broadcast(query, key, self._coloured(features, vis_attn))
         out = self.cross_decode.attend(query, key, maps, q_chunk_size)

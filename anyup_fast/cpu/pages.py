@@ -1,5 +1,6 @@
 """Large buffers on large pages of memory, some of which are kept for the next time."""
 
+import collections
 import contextlib
 import math
 import mmap
@@ -22,12 +23,13 @@ def _from_environment(name, default):
 
 LEAST = 4 << 20  # bytes of a buffer that is worth it
 LARGE_PAGE = 2 << 20
-KEPT = _from_environment("ANYUP_FAST_KEPT_BYTES", 192 << 20)  # at most, of what is in nobody's use
-TRAINING = 4  # times as much may stay between the steps of a training
+KEPT = _from_environment("ANYUP_FAST_KEPT_BYTES", 192 << 20)
+MOST = 6  # times as much may be kept, where so much has been in use at once
 
-_lock = threading.RLock()  # a region may be given back by the garbage collector, wherever that strikes
-_kept = []  # regions in nobody's use, the one longest so first
-_used = {"now": 0, "most": 0}  # bytes of regions that training holds
+_lock = threading.Lock()
+_returned = collections.deque()  # (span, recorded) of tensors that are gone; the garbage collector strikes anywhere
+_regions = []
+_used = {"now": 0, "most": 0, "recorded": 0}  # bytes in use, the most at once, and those that training holds
 _strict = 0  # calls at work that must stay within given bytes
 
 
@@ -35,107 +37,197 @@ def new_empty(like, shape, dtype=None, *, recorded=False):
     """`like.new_empty(shape, dtype=dtype)`, in memory that costs less to touch if it is large.
 
     A fresh image of 100 MB costs 25,000 interruptions on first use and the zeros that the system fills it with, a tenth
-    of a forward pass on a CPU. So the system is asked for large pages, and up to `KEPT` bytes stay with the process
-    when their tensors are gone, marked as free for the system to take should it run short. The environment variable
-    ANYUP_FAST_KEPT_BYTES sets another limit. Only CPUs under Linux are concerned.
+    of a forward pass on a CPU and a third on a virtual machine whose host takes freed memory back. So the system is
+    asked for large pages, and memory stays with the process when its tensors are gone, marked as free for the system to
+    take should it run short. A result of the size of a former one comes where that one was, once nobody has it any more.
 
-    What layers whose gradients are recorded allocate (`recorded`) comes back with every step of training: of it so much
-    stays that it and what is in use are together no more than once were in use, and at most four times `KEPT`.
+    What is kept and what is in use are together no more than once were in use plus `KEPT` bytes, and at most `MOST`
+    times `KEPT` are kept; the environment variable ANYUP_FAST_KEPT_BYTES sets another `KEPT`. While training holds
+    memory (`recorded`: by layers whose gradients are recorded) they are no more than once were in use. Only CPUs under
+    Linux are concerned.
     """
     dtype = dtype or like.dtype
     size = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or size < LEAST or not _possible():
         return like.new_empty(shape, dtype=dtype)
-    region = _taken(size) or _mapped(size)
-    counted = len(region) if recorded else 0
-    with _lock:
-        _used["now"] += counted
-        _used["most"] = max(_used["most"], _used["now"])
-        _drop()
-    view = memoryview(region)[_start(region) :][:size]
-    weakref.finalize(view, _give_back, region, counted).atexit = False
+    with _locked():
+        span = _taken(-(-size // LARGE_PAGE) * LARGE_PAGE)
+        _count(len(span), recorded)
+    view = memoryview(span.region.memory)[span.start :][:size]
+    weakref.finalize(view, _give_back, span, recorded).atexit = False
     return torch.frombuffer(view, dtype=dtype).view(shape)
 
 
 def kept(size, count, device):
-    """Bytes that stay when `count` buffers of `size` bytes each are gone."""
+    """Bytes that stay when `count` buffers of `size` bytes each are gone and others are in use."""
     if device.type != "cpu" or size < LEAST or not _possible():
         return 0
-    return min(count, KEPT // (size + LARGE_PAGE)) * size
+    return min(count, KEPT // (-(-size // LARGE_PAGE) * LARGE_PAGE)) * size
 
 
 def release():
-    """Give what is kept back to the system, and forget how much training took."""
-    with _lock:
+    """Give what is kept back to the system, and forget how much was in use."""
+    with _locked():
         _used["most"] = _used["now"]
-        _kept.clear()
+        _drop(0)
 
 
 @contextlib.contextmanager
 def nothing_kept():
     """While this lasts nothing is kept, and what was is given back: for who must stay within given bytes."""
     global _strict
-    with _lock:
+    with _locked():
         _strict += 1
-        _drop()
     try:
         yield
     finally:
-        with _lock:
+        with _locked():
             _strict -= 1
+
+
+def bytes_kept():
+    """Bytes that are in nobody's use and may still be the process's."""
+    with _locked():
+        return sum(len(span) for span in _hot())
+
+
+class _Span:
+    """Bytes [start, stop) of a region; whether they are free, and whether they may still be the process's."""
+
+    def __init__(self, region, start, stop):
+        self.region, self.start, self.stop = region, start, stop
+        self.free = self.hot = False
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+class _Region:
+    """Memory from the system, cut into spans that lie side by side."""
+
+    def __init__(self, size):
+        self.memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _advise(self.memory, mmap.MADV_HUGEPAGE)
+        start = -torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr() % LARGE_PAGE
+        self.spans = [_Span(self, start, start + size)]
+
+    def cut(self, span, size):
+        """The first bytes of a span as one of its own."""
+        rest = _Span(self, span.start + size, span.stop)
+        rest.free, rest.hot = span.free, span.hot
+        span.stop = rest.start
+        if len(rest):
+            self.spans.insert(self.spans.index(span) + 1, rest)
+
+    def merge(self, span):
+        """Make one of a free span and its free neighbours, the last to be given to the system."""
+        at = self.spans.index(span)
+        for other in (self.spans[at + 1 : at + 2] + self.spans[max(at - 1, 0) : at]):
+            if other.free:
+                span.start, span.stop = min(span.start, other.start), max(span.stop, other.stop)
+                self.spans.remove(other)
 
 
 def _possible():
     return sys.platform.startswith("linux") and hasattr(mmap, "MADV_FREE")
 
 
-def _taken(size):
-    """The smallest region that is kept, large enough and not much larger, or None."""
+@contextlib.contextmanager
+def _locked():
     with _lock:
-        fitting = [i for i, region in enumerate(_kept) if size <= len(region) - LARGE_PAGE <= size + size // 8]
-        return _kept.pop(min(fitting, key=lambda i: len(_kept[i]))) if fitting else None
+        _take_back()
+        yield
+        _take_back()
+        _drop()
+    _settle()
 
 
-def _mapped(size):
-    region = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _advise(region, mmap.MADV_HUGEPAGE)
-    return region
+def _settle():
+    """Take back what came while another thread, or this one at a garbage collection, held the lock."""
+    while _returned and _lock.acquire(blocking=False):
+        try:
+            _take_back()
+            _drop()
+        finally:
+            _lock.release()
 
 
-def _start(region):
-    """Offset of the first large page."""
-    address = torch.frombuffer(region, dtype=torch.uint8, count=1).data_ptr()
-    return -address % LARGE_PAGE
+def _give_back(span, recorded):
+    _returned.append((span, recorded))
+    _settle()
 
 
-def _advise(region, advice):
+def _take_back():
+    while _returned:
+        span, recorded = _returned.popleft()
+        _advise(span.region.memory, mmap.MADV_FREE, span.start, len(span))
+        _count(-len(span), recorded)
+        span.free = span.hot = True
+        span.region.merge(span)
+        _regions.remove(span.region)
+        _regions.append(span.region)  # the one that has been left alone longest is the first to go
+
+
+def _count(size, recorded):
+    _used["now"] += size
+    _used["most"] = max(_used["most"], _used["now"])
+    _used["recorded"] += size if recorded else 0
+
+
+def _taken(size):
+    """The smallest free span that is large enough, cut to size, or a new one."""
+    fitting = [span for region in _regions for span in region.spans if span.free and len(span) >= size]
+    if fitting:
+        span = min(fitting, key=lambda span: (len(span), not span.hot))
+        span.region.cut(span, size)
+    else:
+        _drop(coming=size)
+        region = _Region(size)
+        _regions.append(region)
+        (span,) = region.spans
+    span.free = span.hot = False
+    return span
+
+
+def _hot():
+    return [span for region in _regions for span in region.spans if span.free and span.hot]
+
+
+def _limit(coming=0):
+    if _strict:
+        return 0
+    now = _used["now"] + coming
+    room = max(_used["most"], now) - now + (0 if _used["recorded"] else KEPT)
+    return min(room, MOST * KEPT)
+
+
+def _drop(limit=None, coming=0):
+    """Give spans to the system until no more than the limit is kept: whole regions where nothing of them is in use."""
+    limit = _limit(coming) if limit is None else limit
+    spans = _hot()
+    excess = sum(map(len, spans)) - limit
+    for span in spans:
+        if excess <= 0:
+            break
+        excess -= len(span)
+        span.hot = False
+        if len(span.region.spans) == 1:
+            _regions.remove(span.region)
+            span.region.memory = None  # now, for regions and spans refer to each other
+        else:
+            _advise(span.region.memory, mmap.MADV_DONTNEED, span.start, len(span))
+
+
+def _advise(memory, advice, *where):
     try:
-        region.madvise(advice)
+        memory.madvise(advice, *where)
     except OSError as error:  # it is advice: results are the same without
         log_once(f"memory: the system takes no advice on large buffers, which costs time: {error}")
 
 
-def _give_back(region, counted):
-    _advise(region, mmap.MADV_FREE)
-    with _lock:
-        _used["now"] -= counted
-        _kept.append(region)
-        _drop()
-
-
-def _drop():
-    limit = min(_used["most"] - _used["now"], TRAINING * KEPT)
-    if not _used["now"]:
-        limit = max(limit, KEPT)
-    if _strict:
-        limit = 0
-    while sum(map(len, _kept)) > limit:
-        _kept.pop(0)
-
-
 def _forget():
     global _lock
-    _lock = threading.RLock()  # another thread may have held it when the process was forked
+    _lock = threading.Lock()  # another thread may have held it when the process was forked
 
 
 if hasattr(os, "register_at_fork"):

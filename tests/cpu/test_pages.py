@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from anyup_fast.cpu import pages
 from anyup_fast.cpu.pages import LARGE_PAGE, LEAST, new_empty
 from anyup_fast.logs import log_once
 
+ROOM = 6 << 20  # a whole number of large pages
 SIDE = 1100  # squared, in float32: more than LEAST
 LIKE = torch.empty(0)
 
@@ -75,79 +77,107 @@ def test_memory_is_used_again_when_its_tensor_is_gone_and_not_before():
     del view
     again = new_empty(LIKE, (SIDE, SIDE - 9))
     assert again.data_ptr() == place
-    del again
-    assert new_empty(LIKE, (SIDE // 2 + 400, SIDE)).data_ptr() != place  # too small to take a whole one's place
-    assert new_empty(LIKE, (SIDE + 200, SIDE)).data_ptr() != place
-    small = new_empty(LIKE, (LEAST // 4 - 1,))
-    assert small.data_ptr() != place
+    assert new_empty(LIKE, (LEAST // 4 - 1,)).data_ptr() != place
 
 
 @linux
-def test_no_more_is_kept_than_the_limit(monkeypatch):
-    size = SIDE * SIDE * 4 + LARGE_PAGE
-    monkeypatch.setattr(pages, "KEPT", 2 * size)
-    tensors = [new_empty(LIKE, (SIDE, SIDE)) for _ in range(4)]
-    places = [x.data_ptr() for x in tensors]
+def test_a_large_span_is_cut_for_several_and_whole_again_afterwards(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT", 1 << 30)
+    large = new_empty(LIKE, (4 * ROOM,), torch.uint8)
+    place = large.data_ptr()
+    del large
+    parts = [new_empty(LIKE, (ROOM - 5,), torch.uint8) for _ in range(4)]
+    assert [x.data_ptr() for x in parts] == [place + i * ROOM for i in range(4)]
+    for i, part in enumerate(parts):
+        part.fill_(i)
+    assert all(part.eq(i).all() for i, part in enumerate(parts))
+    assert new_empty(LIKE, (ROOM,), torch.uint8).data_ptr() not in range(place, place + 4 * ROOM)
+    del parts[2], parts[0], part
+    pages.release()  # what is free of the region is given back, the rest stays as it is
+    assert pages.bytes_kept() == 0 and parts[0].eq(1).all() and parts[1].eq(3).all()
+    parts.clear()
+    assert new_empty(LIKE, (4 * ROOM,), torch.uint8).data_ptr() == place
+
+
+@linux
+def test_no_more_is_kept_than_were_in_use_at_once_and_the_limit(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT", ROOM)
+    held = new_empty(LIKE, (ROOM,), torch.uint8)
+    tensors = [new_empty(LIKE, (ROOM,), torch.uint8) for _ in range(3)]
+    last = tensors[-1].data_ptr()
     while tensors:
         del tensors[0]
-    assert sum(map(len, pages._kept)) == 2 * size
-    assert new_empty(LIKE, (SIDE, SIDE)).data_ptr() in places[2:]
+    assert pages.bytes_kept() == 3 * ROOM  # four were in use
+    taken = new_empty(LIKE, (3 * ROOM,), torch.uint8)
+    assert pages.bytes_kept() == ROOM  # again four, and the limit
+    assert new_empty(LIKE, (ROOM,), torch.uint8).data_ptr() == last  # what was in use first has gone first
+    del taken, held
+    tensors = [new_empty(LIKE, (ROOM,), torch.uint8) for _ in range(9)]
+    tensors.clear()
+    assert pages.bytes_kept() == pages.MOST * ROOM
     pages.release()
-    new_empty(LIKE, (3 * SIDE, SIDE))
-    assert not pages._kept
+    assert pages.bytes_kept() == 0 and pages._used["most"] == 0
     monkeypatch.setattr(pages, "KEPT", 0)
-    new_empty(LIKE, (SIDE, SIDE))
-    assert not pages._kept
+    new_empty(LIKE, (ROOM,), torch.uint8)
+    assert pages.bytes_kept() == 0
 
 
 @linux
 def test_nothing_is_kept_where_bytes_are_counted():
     new_empty(LIKE, (SIDE, SIDE))
-    assert pages._kept
+    assert pages.bytes_kept()
     with pages.nothing_kept():
-        assert not pages._kept
+        assert not pages.bytes_kept()
         with pytest.raises(KeyError), pages.nothing_kept():
             raise KeyError
         new_empty(LIKE, (SIDE, SIDE))
-        assert not pages._kept
+        assert not pages.bytes_kept()
     new_empty(LIKE, (SIDE, SIDE))
-    assert pages._kept
+    assert pages.bytes_kept()
 
 
 @linux
-def test_training_keeps_what_it_needed_at_most(monkeypatch):
-    size = SIDE * SIDE * 4 + LARGE_PAGE
-    monkeypatch.setattr(pages, "KEPT", size)
-    tensors = [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(9)]
-    tensors.clear()
-    assert sum(map(len, pages._kept)) == pages.TRAINING * size
-    pages.release()
-    tensors = [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(5)]
-    assert not pages._kept and pages._used == {"now": 5 * size, "most": 5 * size}
+def test_while_training_holds_memory_no_more_is_kept_than_was_in_use(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT", ROOM)
+    tensors = [new_empty(LIKE, (ROOM,), torch.uint8, recorded=True) for _ in range(5)]
     del tensors[1:]
-    assert sum(map(len, pages._kept)) == 4 * size
-    tensors += [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(2)]
-    assert sum(map(len, pages._kept)) == 2 * size
-    larger = new_empty(LIKE, (2 * SIDE, SIDE), recorded=True)
-    assert not pages._kept and pages._used["most"] == 5 * size
+    assert pages.bytes_kept() == 4 * ROOM
+    tensors += [new_empty(LIKE, (ROOM,), torch.uint8, recorded=True) for _ in range(2)]
+    assert pages.bytes_kept() == 2 * ROOM
+    larger = new_empty(LIKE, (2 * ROOM,), torch.uint8, recorded=True)
+    assert pages.bytes_kept() == 0 and pages._used == {"now": 5 * ROOM, "most": 5 * ROOM, "recorded": 5 * ROOM}
     del larger
-    assert sum(map(len, pages._kept)) <= 2 * size  # the larger one
-    tensors += [new_empty(LIKE, (SIDE, SIDE), recorded=True) for _ in range(2)]
-    other = new_empty(LIKE, (SIDE, SIDE))
-    assert pages._used["now"] == pages._used["most"]
-    del other
-    assert not pages._kept  # at the most that training ever used nothing is added
-    del tensors[3:]
-    pages.release()
-    assert not pages._kept and pages._used["most"] == pages._used["now"] == 3 * size
+    assert pages.bytes_kept() == 2 * ROOM
     tensors.clear()
+    assert pages._used["now"] == pages._used["recorded"] == 0 and pages.bytes_kept() == 5 * ROOM
+
+
+@linux
+def test_tensors_that_go_while_another_thread_is_at_it_are_taken_back():
+    tensors = [new_empty(LIKE, (ROOM,), torch.uint8) for _ in range(3)]
+    with pages._locked():
+        tensors.clear()  # as a garbage collection within the lock would
+        assert pages._used["now"] == 3 * ROOM
+    assert pages._used["now"] == 0 and pages.bytes_kept() == 3 * ROOM
+
+    def use():
+        for _ in range(200):
+            new_empty(LIKE, (ROOM,), torch.uint8)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert pages._used["now"] == 0
+    spans = [span for region in pages._regions for span in region.spans]
+    assert all(span.free for span in spans) and len(spans) == len(pages._regions)
 
 
 def test_where_nothing_can_be_kept_tensors_are_plain(monkeypatch):
     monkeypatch.setattr(pages, "_possible", lambda: False)
     assert new_empty(LIKE, (SIDE, SIDE)).fill_(1).eq(1).all()
-    assert not pages._kept
+    assert not pages.bytes_kept()
 
 
 @linux
