@@ -1,7 +1,7 @@
 """The verbs: friendly input in, tensors out; no maths of their own."""
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from .checks import checked_device
 from .image import load_image
 from .ops.choice import use_backend
+from .plain.precision import as_asked
 from .plain.width import has_float64
 from .visualize import visualize_feature_comparison
 
@@ -80,7 +81,9 @@ def extract_dinov2_features(image, model="dinov2_vits14", layer=-1, *, weights="
 
 
 @torch.no_grad()
-def upsample_features_with_anyup(image, features, output_size=None, weights="embedded", *, device=None, backend=None):
+def upsample_features_with_anyup(
+    image, features, output_size=None, weights="embedded", *, device=None, backend=None, precision=None
+):
     """Upsample features to the resolution of the image, or to any other.
 
     Args:
@@ -91,6 +94,9 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
             `AnyUp` model (one that is loaded by name stays in memory for the next call).
         device: where to compute, a given model has to be there; None means where `image` and `features` lie.
         backend: see `AnyUp.forward`.
+        precision: of products of float32, "highest" (exact), "high" or "medium" (factors in bfloat16 on CPUs that
+            multiply these faster, TF32 on GPUs); None means as ANYUP_FAST_PRECISION or
+            `torch.set_float32_matmul_precision` say.
 
     Returns:
         (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
@@ -105,7 +111,7 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
     image, features, model, single = _upsampler(image, features, weights, device)
     if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
-    with nullcontext() if backend is None else use_backend(backend):
+    with _asking(backend, precision):
         upsampled = model(image, features, output_size)
     if wanted.dtype == torch.float64 and not has_float64(upsampled.device):
         upsampled = upsampled.cpu()
@@ -114,7 +120,7 @@ def upsample_features_with_anyup(image, features, output_size=None, weights="emb
 
 
 @torch.no_grad()
-def prepare(image, features, weights="embedded", *, device=None, backend=None):
+def prepare(image, features, weights="embedded", *, device=None, backend=None, precision=None):
     """Prepare an image and its features to be asked for regions, points, heads, label maps or tiles.
 
     Args:
@@ -123,7 +129,8 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None):
             [0, 1], normalised as it is read.
         features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s); float64 becomes float32 on
             its way to a device that has none.
-        weights, device, backend: see `upsample_features_with_anyup`; the back end is that of every answer.
+        weights, device, backend, precision: see `upsample_features_with_anyup`; back end and precision are those of
+            every answer.
 
     Returns:
         `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.
@@ -138,7 +145,14 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None):
         device = checked_device(device, features)
         features = _moved("features", features, device)
         model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
-    return model.prepare(image, features, backend=backend)
+    with _asking(None, precision):
+        return model.prepare(image, features, backend=backend)
+
+
+@contextmanager
+def _asking(backend, precision):
+    with nullcontext() if backend is None else use_backend(backend), as_asked(precision):
+        yield
 
 
 def _upsampler(image, features, weights, device):

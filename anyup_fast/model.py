@@ -291,7 +291,7 @@ class AnyUp(nn.Module):
         return torch.cat((features, cell_colours(features).to(features.dtype)), 1)
 
     def _attended(self, query, key, features, vis_attn, q_chunk_size):
-        """What `forward` returns, from projected queries and keys: the queries before that are gone when it is called."""
+        """What `forward` returns, from projected queries and keys; queries before that are gone when it is called."""
         key = key.to(query.dtype)
         query, key, maps = broadcast(query, key, self._coloured(features, vis_attn))
         out = self.cross_decode.attend(query, key, maps, q_chunk_size)

@@ -20,6 +20,7 @@ from .ops import windowed_attention
 from .ops.attention import runs_plain
 from .ops.choice import requested, use_backend
 from .plain import guidance as plain_guidance
+from .plain import precision
 from .plain.memory import new_empty, nothing_kept, tile_memory
 from .plain.norms import RMS_EPS
 from .plain.points import most_under, neighbours, weighted, weights_at
@@ -37,7 +38,7 @@ def _answer(method):
 
     @functools.wraps(method)
     def run(self, *arguments, **options):
-        with torch.no_grad(), use_backend(self._backend):
+        with torch.no_grad(), use_backend(self._backend), precision.as_asked(self._precision):
             return method(self, *arguments, **options)
 
     return run
@@ -64,12 +65,12 @@ class Prepared:
 
     def __init__(self, model, image, features, read=None, state=None, backend=None):
         """Use `AnyUp.prepare`. With `read` (first, last) -> rows (n, W, channels), `image` is but a shape."""
-        self.model, self._features = model, features
+        self.model, self._features, self._value = model, features, features.permute(0, 2, 3, 1)
         self._image, self._read = (image, None) if read is None else (None, read)
         self._image_shape = tuple(image.shape)
         self._shared = {} if state is None else checked_state(state, features)
-        self._value = features.permute(0, 2, 3, 1)
-        self._argmax, self._backend = False, requested() if backend is None else backend
+        self._argmax, self._precision = False, precision.requested()
+        self._backend = requested() if backend is None else backend
 
     @property
     def output_size(self):

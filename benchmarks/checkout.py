@@ -1,8 +1,13 @@
 """Makes this checkout importable as anyup_fast, kernels included, without installing it."""
 
+import atexit
+import importlib
 import importlib.util
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +29,27 @@ def use_checkout():
     module = importlib.util.module_from_spec(spec)
     sys.modules["anyup_fast.kernels"] = anyup_fast.kernels = module
     spec.loader.exec_module(module)
+
+
+def former(revision):
+    """The package of another commit, importable beside this one: its module, under the name anyup_fast_former.
+
+    Its operators are registered under that name too. Kernels are not taken along: it runs on CPUs.
+    """
+    command = ["git", "-C", str(ROOT), "archive", revision, "anyup_fast"]
+    result = subprocess.run(command, capture_output=True)
+    if result.returncode:
+        raise SystemExit(f"--against {revision}: {result.stderr.decode().strip()}")
+    folder = Path(tempfile.mkdtemp(prefix="anyup-fast-former-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "package.tar").write_bytes(result.stdout)
+    with tarfile.open(folder / "package.tar") as archive:
+        archive.extractall(folder, filter="data")
+    package = (folder / "anyup_fast").rename(folder / "anyup_fast_former")
+    for path in package.rglob("*.py"):
+        path.write_text(path.read_text(encoding="utf-8").replace("anyup_fast", "anyup_fast_former"), encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("anyup_fast_former")
 
 
 def commit():

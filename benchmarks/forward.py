@@ -5,13 +5,14 @@
     python benchmarks/forward.py --stages             # where the time goes, and the matrix products alone
     python benchmarks/forward.py --parts              # heads, points and regions against the whole
     python benchmarks/forward.py --training --shapes 224/16/384     # forward and backward
+    python benchmarks/forward.py --precision highest medium --against HEAD~1   # both, beside the path of that commit
 
 Rivals are the published formula, built of the twins: in eager mode, under torch.compile, and in eager mode in chunks of
 8 query rows. All run in one process in turns, after one unmeasured turn each (in which the compiler works); ratios are
 of medians, with the 20th and 80th percentiles beside them. Peak memory comes from one process per contender that runs
 it once: the most resident memory during the call less that before it, output included; compiling is not measured so.
 The fused result, and with --training every gradient, is compared with the plain layers in float64 before anything is
-timed. GPUs are measured by gpu.py.
+timed; for a precision below "highest" the error allowed is that of bfloat16 products. GPUs are measured by gpu.py.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from checkout import use_checkout
+from checkout import former, use_checkout
 
 use_checkout()
 
@@ -37,8 +38,13 @@ from anyup_fast.ops import reference, window_bounds  # noqa: E402
 
 RIVALS = ("eager", "compiled", "chunks")
 CHUNK_ROWS = 8
-TOLERANCE = 5e-6
-GRADIENT_TOLERANCE = 1e-3  # of the worst parameter; its gradient is a sum over all pixels
+PRECISIONS = ("highest", "high", "medium")
+TOLERANCE = {"highest": 5e-6, "high": 3e-5, "medium": 4e-3}
+# Of the worst parameter; its gradient is a sum over all pixels.
+GRADIENT_TOLERANCE = {"highest": 1e-3, "high": 1e-3, "medium": 0.2}
+
+
+_former = None  # the package of another commit
 
 
 def problem(shape, dtype=torch.float32):
@@ -101,7 +107,30 @@ def _outside(height, width, h, w, ratio):
 
 
 def contender(name, training=False):
-    """A callable (model, image, features) -> output; with `training` it goes back from the output's sum of squares."""
+    """A callable (model, image, features) -> output; with `training` it goes back from the output's sum of squares.
+
+    `name`: "fused", the same with a precision after a space, "former", or a rival.
+    """
+    if name.startswith("fused "):
+        precision, run = name.split()[1], contender("fused", training)
+
+        def narrower(*arguments):
+            torch.set_float32_matmul_precision(precision)
+            try:
+                return run(*arguments)
+            finally:
+                torch.set_float32_matmul_precision("highest")
+
+        return narrower
+    if name == "former":
+        run, models = contender("fused", training), {}
+
+        def beside(model, image, features):
+            if model not in models:
+                models[model] = _former.AnyUp.from_pretrained("embedded")
+            return run(models[model], image, features)
+
+        return beside
     if training:
         forward = contender(name)
 
@@ -112,26 +141,26 @@ def contender(name, training=False):
 
         return step
     if name == "fused":
-        return AnyUp.__call__
+        return torch.nn.Module.__call__
     if name == "compiled":
         return torch.compile(published)
     return functools.partial(published, rows=CHUNK_ROWS if name == "chunks" else None)
 
 
-def error(shape):
+def error(shape, name="fused"):
     """Norm of the difference between the fused result and the plain layers in float64, over the latter's norm."""
     model, image, features = problem(shape)
-    out = model(image, features)
+    out = contender(name)(model, image, features)
     model, image, features = problem(shape, torch.float64)
     guide = model.guidance(image)
     exact = model.cross_decode(model.queries(guide, image.shape[-2:]), model.keys(guide, features), features)
     return ((out - exact).norm() / exact.norm()).item()
 
 
-def gradient_error(shape):
+def gradient_error(shape, name="fused"):
     """Worst distance of a parameter's gradient from that of the plain layers in float64, over the latter's norm."""
     model, image, features = problem(shape)
-    contender("fused", training=True)(model, image, features)
+    contender(name, training=True)(model, image, features)
     exact, image, features = problem(shape, torch.float64)
     query, key = exact.queries(exact.guidance(image), image.shape[-2:]), exact.keys(exact.guidance(image), features)
     out = exact.cross_decode(query, key, features)
@@ -141,10 +170,10 @@ def gradient_error(shape):
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def peak(shape, name, training=False):
+def peak(shape, name, training=False, against=None):
     """Peak of resident memory, in GiB, that one call in a fresh process adds to what was there before."""
     command = [sys.executable, __file__, "--peak", name, "--shapes", shape, "--threads", str(torch.get_num_threads())]
-    command += ["--training"] * training
+    command += ["--training"] * training + (["--against", against] if name == "former" else [])
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"measuring the memory of {name} at {shape} failed: {result.stderr[-500:]}")
@@ -162,13 +191,18 @@ def _print_peak(shape, name, training):
     print((after - before) / 2**30)
 
 
-def compare(shape, rivals, repeats, memory, training=False):
-    """One row: error, times of the fused path and its rivals in turns, the ratios to it, and the peaks."""
-    wrong, most = (gradient_error(shape), GRADIENT_TOLERANCE) if training else (error(shape), TOLERANCE)
-    if not wrong <= most:
-        raise SystemExit(f"{shape}: error {wrong:.2e} exceeds {most:.0e}, nothing was timed")
+def compare(shape, rivals, repeats, memory, training=False, precisions=("highest",), against=None):
+    """One row: errors, times of the fused path and its rivals in turns, the ratios to it, and the peaks."""
+    fused = ["fused" if precision == "highest" else f"fused {precision}" for precision in precisions]
+    errors = {}
+    for name, precision in zip(fused, precisions, strict=True):
+        wrong = errors[name] = (gradient_error if training else error)(shape, name)
+        most = (GRADIENT_TOLERANCE if training else TOLERANCE)[precision]
+        if not wrong <= most:
+            raise SystemExit(f"{shape}: error {wrong:.2e} of {name} exceeds {most:.0e}, nothing was timed")
     arguments = problem(shape)
-    runs = {name: contender(name, training) for name in ("fused", *rivals)}
+    names = [*fused, *(["former"] if against else []), *rivals]
+    runs = {name: contender(name, training) for name in names}
     times = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -176,13 +210,13 @@ def compare(shape, rivals, repeats, memory, training=False):
             run(*arguments)
             if turn:
                 times[name].append(time.perf_counter() - start)
-    row = dict(shape=shape, error=wrong, ratio={})
+    row = dict(shape=shape, error=errors[fused[0]], errors=errors, ratio={})
     for name, measured in times.items():
         low, middle, high = percentiles(measured)
         row[name] = dict(seconds=middle, p20=low, p80=high)
-        row["ratio"][name] = middle / row["fused"]["seconds"]
+        row["ratio"][name] = middle / row[fused[0]]["seconds"]
         if memory and name != "compiled":
-            row[name]["peak_gib"] = peak(shape, name, training)
+            row[name]["peak_gib"] = peak(shape, name, training, against)
     return row
 
 
@@ -283,14 +317,21 @@ def main(arguments=None):
     parser.add_argument("--stages", action="store_true", help="only the time per stage of the fused path")
     parser.add_argument("--parts", action="store_true", help="only heads, points and regions against the whole")
     parser.add_argument("--training", action="store_true", help="forward and backward")
+    parser.add_argument("--precision", nargs="+", default=["highest"], choices=PRECISIONS, help="of the fused path")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="also the fused path of this commit, in turns with the rest"
+    )
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--json", action="store_true", help="one JSON object, nothing else")
-    parser.add_argument("--peak", choices=["fused", *RIVALS], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats: need at least 1, got {options.repeats}")
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(options.training)
+    if options.against:
+        global _former
+        _former = former(options.against)
     if options.peak:
         _print_peak(options.shapes[0], options.peak, options.training)
         return 0
@@ -300,7 +341,8 @@ def main(arguments=None):
             return by_stage(shape, options.repeats)
         if options.parts:
             return parts(shape, options.repeats)
-        return compare(shape, options.rivals, options.repeats, not options.no_memory, options.training)
+        settings = options.training, options.precision, options.against
+        return compare(shape, options.rivals, options.repeats, not options.no_memory, *settings)
 
     print_results([functools.partial(job, shape) for shape in options.shapes], _line, options.threads, options.json)
     return 0
@@ -313,7 +355,7 @@ def _line(row):
     if "seconds" in row:
         parts = [f"{name} {seconds:.3f} s" for name, seconds in row["seconds"].items()]
         return f"{row['shape']}: {', '.join(parts)}; {row['gflop']:.0f} GFLOP alone {row['products_alone']:.3f} s"
-    parts = [f"{row['shape']}: error {row['error']:.1e}"]
+    parts = [f"{row['shape']}: error {', '.join(f'{name} {wrong:.1e}' for name, wrong in row['errors'].items())}"]
     for name, ratio in row["ratio"].items():
         part = row[name]
         memory = f", {part['peak_gib']:.2f} GiB" if "peak_gib" in part else ""

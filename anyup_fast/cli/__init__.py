@@ -11,7 +11,8 @@ from . import batch, check, demo, info, train, upsample
 
 logger = logging.getLogger("anyup_fast")
 
-BACKEND_VARIABLE = "ANYUP_FAST_BACKEND"  # as anyup_fast.ops.choice reads it, which would load torch
+# As anyup_fast.ops.choice and anyup_fast.cpu.products read them, which would load torch.
+BACKEND_VARIABLE, PRECISION_VARIABLE = "ANYUP_FAST_BACKEND", "ANYUP_FAST_PRECISION"
 
 
 def main(argv=None):
@@ -25,7 +26,7 @@ def main(argv=None):
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = _parser().parse_args(argv)
     try:
-        with _reporting(arguments.quiet), _asking_for(getattr(arguments, "backend", None)):
+        with _reporting(arguments.quiet), _asking_for(arguments):
             code = arguments.run(arguments)
     except KeyboardInterrupt:
         print("anyup-fast: interrupted", file=sys.stderr)
@@ -50,18 +51,21 @@ def _reporting(quiet):
 
 
 @contextmanager
-def _asking_for(backend):
-    """Ask for a back end, in the processes that a command starts as well; None leaves the environment as it is."""
-    before = os.environ.get(BACKEND_VARIABLE)
-    if backend is not None:
-        os.environ[BACKEND_VARIABLE] = backend
+def _asking_for(arguments):
+    """Ask for a back end and a precision, in the processes that a command starts as well, where options name them."""
+    options = {BACKEND_VARIABLE: "backend", PRECISION_VARIABLE: "precision"}
+    wanted = {variable: getattr(arguments, option, None) for variable, option in options.items()}
+    wanted = {variable: value for variable, value in wanted.items() if value is not None}
+    before = {variable: os.environ.get(variable) for variable in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if backend is not None:
-            os.environ.pop(BACKEND_VARIABLE)
-            if before is not None:
-                os.environ[BACKEND_VARIABLE] = before
+        for variable, value in before.items():
+            if value is None:
+                os.environ.pop(variable)
+            else:
+                os.environ[variable] = value
 
 
 def _parser():

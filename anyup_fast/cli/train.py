@@ -4,6 +4,7 @@ import logging
 
 from ..training.config import TrainConfig
 from . import progress
+from .options import add_precision
 
 logger = logging.getLogger("anyup_fast")
 
@@ -81,7 +82,8 @@ def add(commands):
     )
     command.add_argument("--threads", type=int, help="threads of the CPU (default: PyTorch's choice)")
     command.add_argument("--init", metavar="WEIGHTS", help="weights to go on from: a name, path or URL")
-    command.add_argument("--float32", action="store_true", help="no bfloat16")
+    add_precision(command)
+    command.add_argument("--float32", action="store_true", help="no bfloat16: the same as --precision highest")
     command.set_defaults(run=run)
 
 
@@ -97,7 +99,7 @@ def run(arguments):
         encoders=tuple(arguments.encoders),
         held_out=not arguments.all,
         crop=tuple(arguments.crop),
-        bf16=not arguments.float32,
+        bf16=not arguments.float32 and arguments.precision in (None, "medium"),
         **{name: getattr(arguments, name) for name in ("scenes", "stamps", "init", *SETTINGS)},
     )
     bar = progress.bar(disable=arguments.quiet, extra="train")

@@ -1,43 +1,27 @@
 """3x3 convolutions of pieces of an image that lies as (H, W, D), without padding of their own, and their gradients.
 
-In float32 on CPUs they are done with a quarter of the multiplications: tiles of 4x4 outputs and the 6x6 inputs they
-need are transformed so that the convolution becomes 36 products of matrices (Winograd 1980; Lavin and Gray,
-arXiv 1509.09308). With the usual points 0, +-1, +-2 float32 would lose a digit; +-3/4 and +-3/2, and rows of the input
-transform that sum to one, keep the error within twice that of the plain convolution.
+In float32 on CPUs they are done by transformed tiles (`tiles`), with a quarter of the multiplications, where that is
+faster (`products`).
 """
 
 import itertools
-from fractions import Fraction
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-OUTPUTS, TAPS = 4, 3  # of a tile along one axis
-INPUTS = OUTPUTS + TAPS - 1
-AT_ONCE = 2048  # numbers for each tap of a weight that is transformed in float64
-POINTS = Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)
-WASTE = 1.5  # times as many outputs as needed, at most, for the sake of whole tiles
-
-
-def with_halo(source, rows, cols, dtype, out=None):
-    """Pixels of `source` (H, W, D) of two slices with one more on every side, zeros outside; into `out` if given.
-
-    `out` may reach further down and to the right; what lies there beyond the halo is filled with zeros.
-    """
-    shape = rows.stop - rows.start + 2, cols.stop - cols.start + 2, source.shape[2]
-    halo = source.new_empty(shape, dtype=dtype) if out is None else out
-    inner = [
-        slice(int(part.start == 0), part.stop - part.start + 2 - int(part.stop == length))
-        for part, length in zip((rows, cols), source.shape[:2], strict=True)
-    ]
-    halo[tuple(inner)] = source[max(rows.start - 1, 0) : rows.stop + 1, max(cols.start - 1, 0) : cols.stop + 1]
-    for axis, part in enumerate(inner):
-        if part.start:
-            halo.select(axis, 0).zero_()
-        if part.stop < halo.shape[axis]:
-            halo.narrow(axis, part.stop, halo.shape[axis] - part.stop).zero_()
-    return halo
+from . import products
+from .tiles import (
+    INPUTS,
+    OUTPUTS,
+    TAPS,
+    matrices,
+    transform,
+    transform_back,
+    transform_gradient,
+    transformed,
+    with_halo,
+    worth_tiling,
+)
 
 
 class Convolution:
@@ -45,18 +29,24 @@ class Convolution:
 
     ROWS = OUTPUTS  # pieces of a multiple of so many rows are done fastest
 
-    def __init__(self, weight):
+    def __init__(self, weight, halved=False):
+        """`halved`: multiply in bfloat16."""
+        on_cpu = weight.device.type == "cpu"
+        self.tiled = on_cpu and weight.dtype == torch.float32 and (halved or products.choice().convolution != "direct")
         self.weight = weight
-        self.tiled = weight.device.type == "cpu" and weight.dtype == torch.float32
         if self.tiled:
             self.transformed = transformed(weight)
+            if halved:
+                self.transformed = self.transformed.bfloat16()
+        elif on_cpu:
+            self.weight = weight.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, source, rows, cols, out, desk, inside=False):
         """Fill `out` (rows * cols, out channels) for the pixels of two slices.
 
         Args:
             source: (H, W, in), zeros around it; with `inside` (H + 2, W + 2, in), its border included.
-            desk: `torch_forward.Desk`; its scratch 0 may be `out`.
+            desk: `plain.walks.Desk`; its scratch 0 may be `out`.
         """
         shape = rows.stop - rows.start, cols.stop - cols.start
         if self.tiled and worth_tiling(shape):
@@ -67,9 +57,7 @@ class Convolution:
         else:
             halo = with_halo(source, rows, cols, self.weight.dtype)
         if halo.device.type == "cpu":
-            convolved = F.conv2d(
-                halo[None].permute(0, 3, 1, 2), self.weight.contiguous(memory_format=torch.channels_last)
-            )
+            convolved = F.conv2d(halo[None].permute(0, 3, 1, 2), self.weight)
             out.copy_(convolved[0].permute(1, 2, 0).flatten(0, 1))
             return
         # On accelerators a convolution may be rounded more coarsely than matrix products are.
@@ -81,17 +69,22 @@ class Convolution:
                 torch.mm(part, tap, out=out)
 
     def _products(self, source, rows, cols, desk, inside):
-        inputs = transform(source, rows, cols, self.transformed, desk, inside)
+        inputs = transform(source, rows, cols, self.weight, desk, inside)
         numbers = len(inputs) * inputs.shape[1] * self.transformed.shape[2]
-        products = desk.buffer("products", numbers, inputs).view(*inputs.shape[:2], -1)
-        return torch.bmm(inputs, self.transformed, out=products)
+        results = desk.buffer("products", numbers, inputs).view(*inputs.shape[:2], -1)
+        if self.transformed.dtype == inputs.dtype:
+            return products.bmm(inputs, self.transformed, results)
+        narrow = desk.buffer("narrow", inputs.numel(), self.transformed).view_as(inputs).copy_(inputs)
+        return results.copy_(narrow @ self.transformed)
 
 
 class WeightGradient:
     """Gradient for the weight (out, in, 3, 3) of a convolution, gathered piece by piece."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, halved=False):
+        """`halved`: multiply in bfloat16."""
         self.weight, self.tiled = weight, weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.halved = halved
         self.total = torch.zeros_like(weight)
         self.of_tiles = weight.new_zeros(INPUTS**2, weight.shape[1], weight.shape[0]) if self.tiled else None
 
@@ -100,7 +93,13 @@ class WeightGradient:
         shape = rows.stop - rows.start, cols.stop - cols.start
         if self.tiled and worth_tiling(shape):
             inputs = transform(source, rows, cols, self.of_tiles, desk)
-            self.of_tiles.baddbmm_(inputs.mT, transform_gradient(grad, shape, desk))
+            grad = transform_gradient(grad, shape, desk)
+            if self.halved:
+                pairs = (("narrow", inputs), ("narrow gradient", grad))
+                inputs, grad = (desk.buffer(name, x.shape, x, torch.bfloat16).copy_(x) for name, x in pairs)
+                self.of_tiles.add_(inputs.mT @ grad)
+            else:
+                self.of_tiles.baddbmm_(inputs.mT, grad)
             return
         halo = with_halo(source, rows, cols, self.weight.dtype)
         if grad.device.type != "cpu":
@@ -128,129 +127,3 @@ def _under_taps(halo, shape):
     """Row and column of each tap of a filter, and the pixels (rows * cols, D) of `halo` that lie under it."""
     for row, col in itertools.product(range(TAPS), repeat=2):
         yield row, col, halo[row : row + shape[0], col : col + shape[1]].flatten(0, 1)
-
-
-def worth_tiling(shape):
-    """Whether an image of so many (rows, columns) is done in whole tiles without too much waste."""
-    rows, cols = (-(-n // OUTPUTS) * OUTPUTS for n in shape)
-    return rows * cols <= WASTE * shape[0] * shape[1]
-
-
-@cache
-def matrices():
-    """Transforms of one axis in float64: outputs (4, 6), weight (6, 3), inputs (6, 6).
-
-    For any d (6,) and g (3,): `outputs @ ((weight @ g) * (inputs @ d))` is the four sums of d[i : i + 3] * g.
-    """
-    outputs = [[point**i for point in POINTS] + [Fraction(i == OUTPUTS - 1)] for i in range(OUTPUTS)]
-    weight, inputs = [], []
-    for point in POINTS:
-        others = [other for other in POINTS if other != point]
-        product = _product(point - other for other in others)
-        polynomial = [*_polynomial(others), Fraction(0)]
-        size = sum(map(abs, polynomial))
-        weight.append([point**k * size / product for k in range(TAPS)])
-        inputs.append([coefficient / size for coefficient in polynomial])
-    polynomial = _polynomial(POINTS)
-    size = sum(map(abs, polynomial))
-    weight.append([Fraction(0)] * (TAPS - 1) + [size])
-    inputs.append([coefficient / size for coefficient in polynomial])
-    with torch.inference_mode(False):  # they are kept, for training too
-        return tuple(
-            torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float64)
-            for rows in (outputs, weight, inputs)
-        )
-
-
-def _product(numbers):
-    result = Fraction(1)
-    for number in numbers:
-        result *= number
-    return result
-
-
-def _polynomial(roots):
-    """Coefficients of the product of (x - root), the constant first."""
-    result = [Fraction(1)]
-    for root in roots:
-        shifted, scaled = [Fraction(0), *result], [*(-root * c for c in result), Fraction(0)]
-        result = [a + b for a, b in zip(shifted, scaled, strict=True)]
-    return result
-
-
-def transformed(weight):
-    """A weight (out, in, 3, 3) for the products of transformed tiles: (36, in, out)."""
-    _, of_weight, _ = matrices()
-    both = torch.kron(of_weight, of_weight).to(weight.device)
-    taps = weight.permute(2, 3, 1, 0).flatten(0, 1).flatten(1)
-    out = weight.new_empty(INPUTS**2, taps.shape[1])
-    for source, target in zip(taps.split(AT_ONCE, 1), out.split(AT_ONCE, 1), strict=True):
-        target.copy_(both @ source.double())
-    return out.view(INPUTS**2, weight.shape[1], weight.shape[0])
-
-
-def transform(source, rows, cols, like, desk, inside=False):
-    """Transformed tiles (36, tiles, D), in the dtype of `like`, of what the outputs of two slices need."""
-    width = source.shape[2]
-    tiles = [-(-(part.stop - part.start) // OUTPUTS) for part in (rows, cols)]
-    reach = [n * OUTPUTS + 2 for n in tiles]
-    halo = desk.buffer("halo", reach[0] * reach[1] * width, like).view(*reach, width)
-    if inside:
-        part = source[rows.start : rows.start + reach[0], cols.start : cols.start + reach[1]]
-        if part.shape != halo.shape:
-            halo.zero_()
-        halo[: part.shape[0], : part.shape[1]] = part
-    else:
-        with_halo(source, rows, cols, like.dtype, halo)
-    stride = halo.stride()
-    overlapping = halo.as_strided(
-        (INPUTS, INPUTS, *tiles, width), (*stride[:2], *(OUTPUTS * step for step in stride[:2]), 1)
-    )
-    numbers = INPUTS**2 * tiles[0] * tiles[1] * width
-    cut, turned = (desk.buffer(name, numbers, like) for name in ("inputs", "products"))
-    cut.view(overlapping.shape).copy_(overlapping)
-    _, _, of_inputs = (matrix.to(like) for matrix in matrices())
-    _both_axes(of_inputs, cut, turned)
-    return cut.view(INPUTS**2, -1, width)
-
-
-def transform_back(products, shape, out, desk):
-    """Outputs (rows * cols, D) of the image of that `shape`, from its tiles' products (36, tiles, D), overwritten."""
-    width = products.shape[2]
-    tiles = [-(-n // OUTPUTS) for n in shape]
-    of_outputs, _, _ = (matrix.to(products) for matrix in matrices())
-    one_axis = desk.buffer("inputs", OUTPUTS * INPUTS * products[0].numel(), products)
-    torch.mm(of_outputs, products.view(INPUTS, -1), out=one_axis.view(OUTPUTS, -1))
-    both = products.view(-1)[: OUTPUTS**2 * products[0].numel()]
-    torch.matmul(of_outputs, one_axis.view(OUTPUTS, INPUTS, -1), out=both.view(OUTPUTS, OUTPUTS, -1))
-    image = both.view(OUTPUTS, OUTPUTS, *tiles, width).permute(2, 0, 3, 1, 4)
-    if all(n % OUTPUTS == 0 for n in shape):
-        out.view(image.shape).copy_(image)
-    else:
-        out.view(*shape, width).copy_(image.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]])
-
-
-def transform_gradient(grad, shape, desk):
-    """What `transform_back` makes of the gradient (rows * cols, D) of its outputs: (36, tiles, D)."""
-    width = grad.shape[1]
-    tiles = [-(-n // OUTPUTS) for n in shape]
-    count = tiles[0] * tiles[1] * width
-    cut, turned = (desk.buffer(name, INPUTS**2 * count, grad) for name in ("gradient", "products"))
-    whole = grad.view(*shape, width)
-    if any(n % OUTPUTS for n in shape):
-        whole = F.pad(whole, (0, 0, 0, tiles[1] * OUTPUTS - shape[1], 0, tiles[0] * OUTPUTS - shape[0]))
-    parts = whole.view(tiles[0], OUTPUTS, tiles[1], OUTPUTS, width).permute(1, 3, 0, 2, 4)
-    first = cut[: OUTPUTS**2 * count].view(OUTPUTS, -1)
-    first.view(parts.shape).copy_(parts)
-    of_outputs, _, _ = (matrix.to(grad).mT.contiguous() for matrix in matrices())
-    second = turned[: INPUTS * OUTPUTS * count]
-    torch.mm(of_outputs, first, out=second.view(INPUTS, -1))
-    torch.matmul(of_outputs, second.view(INPUTS, OUTPUTS, -1), out=cut.view(INPUTS, INPUTS, -1))
-    return cut.view(INPUTS**2, -1, width)
-
-
-def _both_axes(matrix, x, room):
-    """Apply a matrix (n, n) to both of the leading axes of `x` (n * n * rest), in place; `room` is as large."""
-    n = len(matrix)
-    torch.mm(matrix, x.view(n, -1), out=room.view(n, -1))
-    torch.matmul(matrix, room.view(n, n, -1), out=x.view(n, n, -1))

@@ -16,6 +16,8 @@ from itertools import accumulate
 
 import torch
 
+from . import products
+
 MOST = 16  # workers, for they take turns in the interpreter; where there are more threads, each worker has several
 
 _lock = threading.Lock()
@@ -33,13 +35,16 @@ def crew_size(device):
 def led(function):
     """Decorator: `function(tensor, ...)` is called in the leader's thread, if the tensor is on a CPU of many threads.
 
-    Of the caller's settings, inference mode and whether gradients are recorded go with it.
+    Of the caller's settings, inference mode, whether gradients are recorded and the precision of products go with it.
     """
 
     @functools.wraps(function)
     def call(tensor, *args, **kwargs):
-        if hasattr(_inside, "size") or crew_size(tensor.device) == 1:
+        if hasattr(_inside, "size"):
             return function(tensor, *args, **kwargs)
+        if crew_size(tensor.device) == 1:
+            with products.asking(products.asked()):  # before it turns autocast off
+                return function(tensor, *args, **kwargs)
         return _crew(torch.get_num_threads()).lead(functools.partial(function, tensor, *args, **kwargs))
 
     return call
@@ -104,10 +109,11 @@ class _Crew:
     def lead(self, function):
         """What `function` returns or raises in the leader's thread; an interrupted caller stops it at the next item."""
         inference, recorded, call = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), _Call()
+        asked = products.asked()
 
         def run():
             _inside.call = call
-            with torch.inference_mode(inference), torch.set_grad_enabled(recorded):
+            with torch.inference_mode(inference), torch.set_grad_enabled(recorded), products.asking(asked):
                 return function()
 
         future = self._leader.submit(run)
@@ -124,10 +130,10 @@ class _Crew:
         queue, call = deque(items), _inside.call
         ranges = zip(edges[:-1], edges[1:], strict=True)
         parts = [items[first:last] if in_order else _taken(queue) for first, last in ranges]
-        inference = torch.is_inference_mode_enabled()
+        inference, asked = torch.is_inference_mode_enabled(), products.asked()
 
         def run(desk, part):
-            with torch.inference_mode(inference), torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad(), products.asking(asked):
                 for item in part:
                     if call.stopped:
                         raise InterruptedError("the caller was interrupted")

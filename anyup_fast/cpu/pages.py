@@ -39,7 +39,7 @@ def new_empty(like, shape, dtype=None, *, recorded=False):
     A fresh image of 100 MB costs 25,000 interruptions on first use and the zeros that the system fills it with, a tenth
     of a forward pass on a CPU and a third on a virtual machine whose host takes freed memory back. So the system is
     asked for large pages, and memory stays with the process when its tensors are gone, marked as free for the system to
-    take should it run short. A result of the size of a former one comes where that one was, once nobody has it any more.
+    take should it run short. A result as large as a former one comes where that one was, once nobody has it any more.
 
     What is kept and what is in use are together no more than once were in use plus `KEPT` bytes, and at most `MOST`
     times `KEPT` are kept; the environment variable ANYUP_FAST_KEPT_BYTES sets another `KEPT`. While training holds
@@ -91,6 +91,22 @@ def bytes_kept():
         return sum(len(span) for span in _hot())
 
 
+class Room:
+    """Buffers of one worker, by name: the same memory time and again."""
+
+    def __init__(self):
+        self._buffers = {}
+
+    def buffer(self, name, shape, like, dtype=None):
+        """A tensor of that shape, or so many numbers, in the dtype of `like` or another, until the name comes again."""
+        numbers = shape if isinstance(shape, int) else math.prod(shape)
+        dtype = dtype or like.dtype
+        found = self._buffers.get((name, dtype))
+        if found is None or found.numel() < numbers:
+            found = self._buffers[name, dtype] = like.new_empty(numbers, dtype=dtype)
+        return found[:numbers].view(shape)
+
+
 class _Span:
     """Bytes [start, stop) of a region; whether they are free, and whether they may still be the process's."""
 
@@ -122,7 +138,7 @@ class _Region:
     def merge(self, span):
         """Make one of a free span and its free neighbours, the last to be given to the system."""
         at = self.spans.index(span)
-        for other in (self.spans[at + 1 : at + 2] + self.spans[max(at - 1, 0) : at]):
+        for other in self.spans[at + 1 : at + 2] + self.spans[max(at - 1, 0) : at]:
             if other.free:
                 span.start, span.stop = min(span.start, other.start), max(span.stop, other.stop)
                 self.spans.remove(other)

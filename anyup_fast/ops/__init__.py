@@ -4,6 +4,7 @@ What computes lies below: `anyup_fast.plain` (any device) and `anyup_fast.kernel
 """
 
 from ..plain import reference
+from ..plain.precision import use_precision
 from ..plain.weights import Block, GuidanceWeights, KeyWeights
 from .attention import backends, choose_backend, why_not, windowed_attention
 from .blocks import branches, pooled, pooled_block, project_pixels, res_block
@@ -32,6 +33,7 @@ __all__ = [
     "reference",
     "res_block",
     "use_backend",
+    "use_precision",
     "why_not",
     "window_bounds",
     "windowed_attention",

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..logs import log_once, warn_once
+from ..plain.precision import requested as requested_precision
 
 BACKENDS = ("triton", "torch", "reference")
 TRITON_OR_TORCH = "triton|torch"  # to a registered operator: Triton, and plain PyTorch where its kernel fails
@@ -282,7 +283,9 @@ def first_line(error):
 
 
 def triton_precision():
-    """Of float32 products in Triton: None for the kernels' own choice, unless PyTorch is told to be faster."""
+    """Of float32 products in Triton: None for the kernels' own choice, unless we or PyTorch are told to be faster."""
+    if asked := requested_precision():
+        return None if asked == "highest" else "tf32"
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if setting is None:  # before PyTorch 2.9
         setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -10,8 +10,9 @@ from itertools import groupby, product
 
 import torch
 
+from ..cpu import products
 from ..cpu.crew import crew_size, led, share_out
-from ..cpu.pages import new_empty
+from ..cpu.pages import Room, new_empty
 
 # Numbers held at once: the logits of a batch of tiles and their results (a cache's worth each), any buffer at all.
 BATCH = 1 << 20
@@ -37,12 +38,13 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
         strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3], BATCH)
         compute = _blocked if blocked else _forward
         tiles = list(product(rows, cols if blocked else strips))
+        rooms = [Room() for _ in range(min(crew_size(out.device), len(tiles)))]
         for tensors in zip(query, key, value, out, strict=True):
 
-            def attend(_, tile, tensors=tensors):
-                compute(*tile, *tensors, scale, head_mode)
+            def attend(room, tile, tensors=tensors):
+                compute(*tile, *tensors, scale, head_mode, room)
 
-            share_out(attend, tiles, range(min(crew_size(out.device), len(tiles))))
+            share_out(attend, tiles, rooms)
     return out
 
 
@@ -113,15 +115,15 @@ class Strip:
         self.n_keys = max(t.high - t.low for t in tiles)
         self.lows = [min(t.low, n_key - self.n_keys) for t in tiles]
 
-    def queries(self, row, source, dtype, some=slice(None)):
+    def queries(self, row, source, dtype, room, some=slice(None)):
         """The queries of `source` (H', W', heads, d) inside, as (tiles, heads, T * length, d), zeros where padded.
 
-        `some`: of the tiles.
+        `some`: of the tiles. They lie in the buffer "queries" of `room`.
         """
         heads, dim = source.shape[2:]
         tiles = self.tiles[some]
         shape = len(tiles), heads, row.stop - row.start, self.length, dim
-        packed = torch.empty(shape, dtype=dtype, device=source.device)
+        packed = room.buffer("queries", shape, source, dtype)
         for tile, part in zip(tiles, packed, strict=True):
             length = tile.stop - tile.start
             part[:, :, :length] = source[row.start : row.stop, tile.start : tile.stop].permute(2, 0, 1, 3)
@@ -221,13 +223,15 @@ def _compute_dtype(query, value):
     return torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
 
 
-def _weights(row, strip, query, key, scale, dtype):
+def _weights(row, strip, query, key, scale, dtype, room):
     """Queries (tiles, heads, P, d), scaled keys (tiles, heads, K, d) and weights (tiles, heads, K, P) of one strip.
 
-    Queries lie side by side: a softmax over a few dozen keys is done for many of them at once.
+    Queries lie side by side: a softmax over a few dozen keys is done for many of them at once. Queries and weights lie
+    in buffers of `room`.
     """
-    q, k = strip.queries(row, query, dtype), strip.keys(row, key, dtype).mul(scale)
-    logits = k @ q.mT
+    q, k = strip.queries(row, query, dtype, room), strip.keys(row, key, dtype).mul(scale)
+    logits = room.buffer("weights", (*k.shape[:3], q.shape[2]), q)
+    products.bmm(k.flatten(0, 1), q.flatten(0, 1).mT, logits.flatten(0, 1))
     bias = strip.bias(row, logits)
     if bias is not None:
         logits.view(*logits.shape[:2], *bias.shape[2:]).add_(bias)
@@ -245,32 +249,36 @@ def _groups(x, heads, head_mode):
     return x.unflatten(-1, (heads if head_mode == "split" else 1, -1))
 
 
-def _forward(row, strip, query, key, value, out, scale, head_mode):
+def _forward(row, strip, query, key, value, out, scale, head_mode, room):
     """Write the output (H', W', C) of one strip."""
-    weights = _weights(row, strip, query, key, scale, _compute_dtype(query, value))[2]
+    weights = _weights(row, strip, query, key, scale, _compute_dtype(query, value), room)[2]
     n, heads, keys, queries = weights.shape
     if head_mode == "mean":
-        weights = weights.mean(1, keepdim=True)
+        weights = torch.mean(weights, 1, keepdim=True, out=room.buffer("mean", (n, 1, keys, queries), weights))
     value, out = (_groups(x, heads, head_mode) for x in (value, out))
     step = max(1, LIMIT // (n * (queries + keys) * value.shape[2]))
     for v, o in zip(value.split(step, -1), out.split(step, -1), strict=True):
         v = strip.keys(row, v, weights.dtype)
         for part in _some(v, queries):
-            result = (weights[part].mT @ v[part]).transpose(1, 2).unflatten(1, (-1, strip.length))
+            some, met = weights[part].flatten(0, 1), v[part]
+            result = room.buffer("results", (*met.shape[:2], queries, met.shape[3]), met)
+            products.bmm(some.mT, met.flatten(0, 1), result.flatten(0, 1))
+            result = result.transpose(1, 2).unflatten(1, (-1, strip.length))
             for tile, pixels in zip(strip.tiles[part], result, strict=True):
                 o[row.start : row.stop, tile.start : tile.stop] = pixels[:, : tile.stop - tile.start]
 
 
 def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_value, scale, head_mode):
     """Write the query gradient of one strip, add to those of the keys and values it reads."""
-    q, k, weights = _weights(row, strip, query, key, scale, grad_value.dtype)
+    room = Room()
+    q, k, weights = _weights(row, strip, query, key, scale, grad_value.dtype, room)
     heads = weights.shape[1]
     grad, v = _groups(grad, heads, head_mode), strip.keys(row, _groups(value, heads, head_mode), q.dtype)
     share = v.shape[1] / heads
     of_value = torch.empty_like(v) if grad_value.numel() else None
     slope = torch.empty_like(weights)
     for part in _some(v, weights.shape[3]):
-        g = strip.queries(row, grad, q.dtype, part)
+        g = strip.queries(row, grad, q.dtype, Room(), part)
         torch.mul(weights[part], v[part].mul(share) @ g.mT, out=slope[part])
         if of_value is not None:
             shared = weights[part].mean(1, keepdim=True) if head_mode == "mean" else weights[part]
@@ -289,7 +297,7 @@ def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_va
             seen += part.view_as(seen)
 
 
-def _blocked(row, col, query, key, value, out, scale, head_mode):
+def _blocked(row, col, query, key, value, out, scale, head_mode, *_):
     """Write the output (H', W', C) of one tile whose window is long: block after block of keys, running softmax."""
     heads = query.shape[2]
     queries = (row.stop - row.start) * (col.stop - col.start)

@@ -11,6 +11,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ..cpu import products
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
 from .norms import ThroughNorm, group_affine
@@ -31,7 +32,7 @@ def res_block(x, weights, num_groups):
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        block, matrices = cast(weights, wide), cast(weights, x.dtype)
+        block, matrices = cast(weights, wide), cast(weights, _factors(x, weights.conv_in))
         width = len(block.conv_out)
         out, hidden = (_new_empty(x, (*x.shape[:3], width)) for _ in range(2))
         statistics = x.new_empty(len(x), 2, 2, num_groups, dtype=wide)
@@ -46,7 +47,7 @@ def res_block(x, weights, num_groups):
 
             def first(desk, piece, moments):
                 flat = piece.flat
-                product = _multiply(desk.active(source, flat, outer), matrices.conv_in.T, middle[flat])
+                product = desk.multiply(desk.active(source, flat, outer), matrices.conv_in.T, middle[flat])
                 moments.put(piece.number, product.to(wide), desk.scratch(1, flat, width))
 
             its[1] = walk.measured(first, width).groups(num_groups)
@@ -54,9 +55,9 @@ def res_block(x, weights, num_groups):
 
             def second(desk, piece):
                 flat = piece.flat
-                skipped = source[flat] if block.skip is None else source[flat] @ matrices.skip.T
-                active = desk.active(middle, flat, inner).to(x.dtype)
-                torch.addmm(skipped, active, matrices.conv_out.T, out=target[flat])
+                skipped = source[flat] if block.skip is None else source[flat].to(matrices.skip.dtype) @ matrices.skip.T
+                target[flat] = skipped
+                desk.add_product(target[flat], desk.active(middle, flat, inner), matrices.conv_out.T)
 
             walk.each(second)
 
@@ -69,14 +70,14 @@ def res_block(x, weights, num_groups):
 def res_block_backward(grad, x, hidden, statistics, weights):
     """Gradients of `res_block` for x and for the tensors of the block, in its order."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        block, matrices = cast(weights, statistics.dtype), cast(weights, x.dtype)
+        block, matrices = cast(weights, statistics.dtype), cast(weights, _factors(x, weights.conv_in))
         backward = _BlockBackward(x, hidden, statistics, block, matrices)
         for number, given in enumerate(flat_pixels(grad)):
 
             def through_product(desk, piece, slope, before, of_conv, given=given):
                 near = desk.scratch(2, piece.flat, given.shape[1]).copy_(given[piece.flat])  # read twice
-                _before_silu(_multiply(near, matrices.conv_out, slope), before)
-                _add_product(of_conv, near, F.silu(before, inplace=True))
+                _before_silu(desk.multiply(near, matrices.conv_out, slope), before)
+                _add_product(of_conv, near, F.silu(before, inplace=True), matrices.conv_out.dtype)
 
             def to_skip(desk, piece, given=given):
                 return given[piece.flat]
@@ -94,7 +95,7 @@ def pooled_block(x, weights, size, num_groups):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         hidden, out = _new_empty(x, x.shape), x.new_empty(len(x), *size, x.shape[3])
         active, statistics = torch.empty_like(out), x.new_empty(len(x), 2, 2, num_groups)
-        walk = Walk(x.shape[1:3], x.shape[3], weights.conv_in, num_groups)
+        walk = Walk(x.shape[1:3], x.shape[3], weights.conv_in, num_groups, halved=products.halved(x, weights.conv_in))
         for source, middle, its, target, kept in zip(
             flat_pixels(x), flat_pixels(hidden), statistics, out, active, strict=True
         ):
@@ -112,7 +113,8 @@ def pooled_block(x, weights, size, num_groups):
 def pooled_block_backward(grad, x, hidden, statistics, active, weights):
     """Gradients of `pooled_block` for x and for the tensors of the block, in its order."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        backward = _BlockBackward(x, hidden, statistics, weights, weights)
+        matrices = cast(weights, _factors(x, weights.conv_in))
+        backward = _BlockBackward(x, hidden, statistics, weights, matrices)
         of_active = grad @ weights.conv_out
         for number, (given, before_product) in enumerate(zip(grad, of_active, strict=True)):
             spread, skipped = (Unpool(part, x.shape[1:3]) for part in (before_product, given))
@@ -179,9 +181,9 @@ class _BlockBackward:
             change = torch.addcmul(offset, middle[flat], share, out=desk.scratch(0, flat, self.out_width))
             change.addcmul_(slope[flat], scale)
             before = torch.addcmul(outer[1], source[flat], outer[0], out=desk.scratch(1, flat, self.width))
-            down = _before_silu(_multiply(change, matrices.conv_in, result[flat]), before)
+            down = _before_silu(desk.multiply(change, matrices.conv_in, result[flat]), before)
             norm.add(down.to(wide), source[flat].to(wide), desk.scratch(2, flat, self.width))
-            _add_product(of_conv, change, F.silu(before, inplace=True))
+            _add_product(of_conv, change, F.silu(before, inplace=True), matrices.conv_in.dtype)
 
         parts = self.walk.gathered(through_first, _of_each(through, block.conv_in))
         grads.conv_in.add_(through.take(parts))
@@ -193,8 +195,8 @@ class _BlockBackward:
             change.addcmul_(result[flat], scale)
             skipped = to_skip(desk, piece)
             if block.skip is not None:
-                _add_product(of_skip, skipped, source[flat])
-                skipped = skipped @ matrices.skip
+                _add_product(of_skip, skipped, source[flat], matrices.skip.dtype)
+                skipped = skipped.to(matrices.skip.dtype) @ matrices.skip
             torch.add(change, skipped, out=result[flat])
 
         if block.skip is None:
@@ -237,7 +239,7 @@ def project_pixels_backward(grad, image, weight, for_image):
 
             def back(desk, piece, total, number=number, pixels=pixels, given=given):
                 near = given[piece.flat]
-                _add_product(total, near, pixels[piece.flat])
+                _add_product(total, near, pixels[piece.flat], total.dtype)
                 if for_image:
                     of_image[number].flatten(1).T[piece.flat] = near @ weight
 
@@ -252,12 +254,12 @@ def branches(x, freqs, query_conv, key_conv):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         walk, rotary, wide = _rotary(x, freqs)
         query, key = (_new_empty(x, x.shape) for _ in range(2))
-        matrices = [weight.to(x.dtype).T for weight in (query_conv, key_conv)]
+        matrices = [weight.to(_factors(x, query_conv)).T for weight in (query_conv, key_conv)]
 
         def rotate(desk, piece, source, targets):
             guide = _rotated(desk, rotary, source, piece, wide)
             for matrix, target in zip(matrices, targets, strict=True):
-                _multiply(guide, matrix, target[piece.flat])
+                desk.multiply(guide, matrix, target[piece.flat])
 
         for source, *targets in zip(flat_pixels(x), flat_pixels(query), flat_pixels(key), strict=True):
             walk.each(functools.partial(rotate, source=source, targets=targets))
@@ -270,7 +272,7 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         walk, rotary, wide = _rotary(x, freqs)
         width, half = x.shape[3], x.shape[3] // 2
-        matrices = [weight.to(x.dtype) for weight in (query_conv, key_conv)]
+        matrices = [weight.to(_factors(x, query_conv)) for weight in (query_conv, key_conv)]
         grad_x = _new_empty(x, x.shape)
         row_at, col_at = rotary.axes
         grad_freqs = row_at.new_zeros(2, width)
@@ -286,9 +288,9 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
             pixels = len(guide)
             near = desk.buffer("near", 2 * pixels * width, x).view(2, pixels, width)
             for gradient, of_branch, copied in zip(of_weights, given, near, strict=True):
-                _add_product(gradient, copied.copy_(of_branch[flat]), guide)
-            down = _multiply(near[0], matrices[0], desk.scratch(2, flat, width))
-            down.add_(near[1] @ matrices[1])
+                _add_product(gradient, copied.copy_(of_branch[flat]), guide, matrices[0].dtype)
+            down = desk.multiply(near[0], matrices[0], desk.scratch(2, flat, width))
+            desk.add_product(down, near[1], matrices[1])
             shape = rows.stop - rows.start, cols.stop - cols.start, width
             down, pixels = down.view(shape), source[flat].view(shape).to(wide)
             cos, sin = (desk.scratch(i, flat, width).view(shape) for i in range(2))
@@ -319,11 +321,9 @@ def branches_backward(grad_query, grad_key, x, freqs, query_conv, key_conv):
     )
 
 
-def _multiply(a, matrix, out):
-    """`a @ matrix` into `out`, multiplied in the dtype of the matrix."""
-    if out.dtype == matrix.dtype:
-        return torch.mm(a.to(matrix.dtype), matrix, out=out)
-    return out.copy_(a.to(matrix.dtype) @ matrix)
+def _factors(x, weight):
+    """Dtype that factors of products with a weight are rounded to: that of `x`, or bfloat16."""
+    return torch.bfloat16 if products.halved(x, weight) else x.dtype
 
 
 def _before_silu(grad, x):
@@ -331,9 +331,12 @@ def _before_silu(grad, x):
     return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
-def _add_product(total, a, b):
-    """Add `a.T @ b` to `total`, multiplied in its dtype."""
-    total.addmm_(a.to(total.dtype).T, b.to(total.dtype))
+def _add_product(total, a, b, dtype):
+    """Add `a.T @ b` to `total`, multiplied in bfloat16 if that is `dtype` and fast here, else in its own dtype."""
+    if dtype == torch.bfloat16 and total.device.type == "cpu" and products.choice().bfloat16 == "fast":
+        total.add_(a.to(dtype).T @ b.to(dtype))
+    else:
+        total.addmm_(a.to(total.dtype).T, b.to(total.dtype))
 
 
 def _rotary(x, freqs):

@@ -7,6 +7,7 @@ in that order. Once they are known as `norms` (12, 2, D), a scale and a shift ea
 import torch
 import torch.nn.functional as F
 
+from ..cpu import products
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
 from .norms import Moments, group_affine, group_statistics, group_statistics_of_variances
@@ -26,7 +27,8 @@ def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
     """`anyup_fast.ops.guidance`: (B, H', W', D), (B, h, w, D) and (B, 12, 2, D), all in float32 at least."""
     compute = torch.promote_types(dtype, torch.float32)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        network = _Stored(cast(weights, compute), image.shape[-2:], num_groups)
+        halved = products.halved(image, weights.image_conv)
+        network = _Stored(cast(weights, compute), image.shape[-2:], num_groups, halved)
         query = new_empty(image, (len(image), *output_size, network.width), compute)
         key = image.new_empty(len(image), *key_size, network.width, dtype=compute)
         norms = image.new_empty(len(image), NORMS, 2, network.width, dtype=compute)
@@ -124,11 +126,11 @@ class Guide:
 
     def queries(self, guide, norms, halves=4):
         """Queries of pixels, before pooling and convolution, or what the query encoder holds after so many halves."""
-        return self._encoded(guide @ self.weights.query_conv.T, self.weights.query, norms[QUERY], halves)
+        return self._encoded(_linear(guide, self.weights.query_conv), self.weights.query, norms[QUERY], halves)
 
     def keys(self, guide, norms, halves=4):
         """The image's part of the keys of pixels, before pooling, or what the encoder holds after so many halves."""
-        return self._encoded(guide @ self.weights.key_conv.T, self.weights.key, norms[KEY], halves)
+        return self._encoded(_linear(guide, self.weights.key_conv), self.weights.key, norms[KEY], halves)
 
     def _encoded(self, x, blocks, norms, halves):
         hidden = None
@@ -136,10 +138,17 @@ class Guide:
             block, (scale, shift) = blocks[half // 2], norms[half]
             active = F.silu(torch.addcmul(shift, x if hidden is None else hidden, scale), inplace=True)
             if hidden is None:
-                hidden = active @ block.conv_in.T
+                hidden = _linear(active, block.conv_in)
             else:
-                x, hidden = x + active @ block.conv_out.T, None
+                x, hidden = x + _linear(active, block.conv_out), None
         return x if hidden is None else hidden
+
+
+def _linear(x, weight):
+    """`x @ weight.T`, in the dtype of x, multiplied as narrowly as is asked for."""
+    if products.halved(x, weight):
+        return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+    return x @ weight.T
 
 
 class Colours:
@@ -185,15 +194,15 @@ class Colours:
 class _Stored:
     """The whole network, pass by pass; beside its results it holds two or three images of D channels."""
 
-    def __init__(self, weights, size, num_groups):
+    def __init__(self, weights, size, num_groups, halved):
         self.guide = Guide(weights, size)
-        self.walk = Walk(size, self.guide.width, weights.image_conv, num_groups)
+        self.walk = Walk(size, self.guide.width, weights.image_conv, num_groups, halved=halved)
         self.weights, self.size, self.num_groups, self.width = weights, tuple(size), num_groups, self.guide.width
 
     def __call__(self, rgb, query, key, norms):
         """Fill `query` (H', W', D), `key` (h, w, D) and `norms` (12, 2, D) from the pixels `rgb` (H * W, channels)."""
         in_place = query.shape[:2] == self.size
-        of_key, hidden = self._picture(rgb), self._picture(rgb)
+        of_key, hidden = self._picture(rgb), self._picture(rgb, self.walk.factors)
         of_query = query.view(-1, self.width) if in_place else self._picture(rgb)
         query_moments, key_moments = self._image(rgb, of_query, of_key, norms[IMAGE])
         for x, moments, blocks, out, its_norms in (
@@ -207,8 +216,8 @@ class _Stored:
                 if out is key or not in_place:
                     out.view(-1, self.width).copy_(self._pooled(x, out))
 
-    def _picture(self, rgb):
-        return new_empty(rgb, (len(rgb), self.width))
+    def _picture(self, rgb, dtype=None):
+        return new_empty(rgb, (len(rgb), self.width), dtype)
 
     def _image(self, rgb, x, y, norms):
         """Leave the first convolutions of the query and key branches in `x` and `y`; returns their moments."""
@@ -219,11 +228,15 @@ class _Stored:
         expand = weights.image_conv.T.contiguous()
         scaled = expand * norms[0, 0]
         shift = norms[0, 1]
+        first_in, first_out, second_out, *branch_convs = (
+            matrix.to(walk.factors).T
+            for matrix in (first.conv_in, first.conv_out, second.conv_out, weights.query_conv, weights.key_conv)
+        )
 
         def first_half(desk, piece, moments):
             flat = piece.flat
             active = torch.addmm(shift, rgb[flat], scaled, out=desk.scratch(0, flat, self.width))
-            product = torch.mm(F.silu(active, inplace=True), first.conv_in.T, out=x[flat])
+            product = desk.multiply(F.silu(active, inplace=True), first_in, x[flat])
             moments.put(piece.number, product, desk.scratch(1, flat, self.width))
 
         moments = walk.measured(first_half, self.width)
@@ -233,7 +246,7 @@ class _Stored:
             flat = piece.flat
             active = desk.active(x, flat, norms[1])
             torch.mm(rgb[flat], expand, out=x[flat])
-            product = x[flat].addmm_(active, first.conv_out.T)
+            product = desk.add_product(x[flat], active, first_out)
             moments.put(piece.number, product, desk.scratch(1, flat, self.width))
 
         moments = walk.measured(second_half, self.width)
@@ -243,12 +256,12 @@ class _Stored:
 
         def branch(desk, piece, *both):
             flat, rows, cols, number = piece
-            guide = x[flat].addmm_(desk.active(y, flat, norms[3]), second.conv_out.T)
+            guide = desk.add_product(x[flat], desk.active(y, flat, norms[3]), second_out)
             shape = rows.stop - rows.start, cols.stop - cols.start, self.width
             scratch = [desk.scratch(i, flat, self.width).view(shape) for i in range(3)]
             guide = self.guide.rotary(guide.view(shape), rows, cols, scratch).flatten(0, 1)
-            for moments, weight, out in zip(both, (weights.query_conv, weights.key_conv), (x, y), strict=True):
-                moments.put(number, torch.mm(guide, weight.T, out=out[flat]), desk.scratch(1, flat, self.width))
+            for moments, matrix, out in zip(both, branch_convs, (x, y), strict=True):
+                moments.put(number, desk.multiply(guide, matrix, out[flat]), desk.scratch(1, flat, self.width))
 
         return walk.measured(branch, self.width, self.width)
 
@@ -267,7 +280,7 @@ class _Stored:
                     hidden[piece.flat] = desk.active(hidden, piece.flat, norm)
 
                 self.walk.each(activate)
-                pooled = self._pooled(x, out), self._pooled(hidden, out)
+                pooled = self._pooled(x, out), self._pooled(hidden, out).to(out.dtype)
             return torch.addmm(*pooled, block.conv_out.T, out=out.view(-1, self.width))
 
         return last

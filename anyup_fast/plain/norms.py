@@ -8,6 +8,7 @@ import copy
 
 import torch
 
+from ..cpu import products
 from .width import wide_of
 
 NORM_EPS = 1e-5  # of GroupNorm
@@ -196,7 +197,11 @@ class ThroughNorm:
 
 
 def rms_project(pixels, folded, bias, eps, out):
-    """RMSNorm and projection of `pixels` (P, D), which is written to, into `out`."""
+    """RMSNorm and projection of `pixels` (P, D), written to, into `out`; multiplied in the dtype of `folded`."""
     torch.mul(pixels, pixels, out=out)
     scale = out.mean(1, keepdim=True).add_(eps).rsqrt_()
-    torch.addmm(bias, pixels.mul_(scale), folded, out=out)
+    pixels.mul_(scale)
+    if folded.dtype == out.dtype:
+        products.addmm(bias, pixels, folded, out)
+    else:
+        torch.add(pixels.to(folded.dtype) @ folded, bias, out=out)

@@ -5,7 +5,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from ..cpu import products
 from ..cpu.crew import crew_size, led, share_out
+from ..cpu.pages import Room
 from .walks import pieces
 
 RESPONSES = 1 << 20  # of the feature-agnostic layer at once
@@ -28,15 +30,19 @@ def feature_unification(features, basis):
         taps = basis.to(compute).flatten(1).T.contiguous()
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
         parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
+        rooms = [Room() for _ in range(min(crew_size(out.device), len(parts)))]
 
-        def unify(_, part, patches, target):
+        def unify(room, part, patches, target):
             inside = patches(part)
-            responses = torch.bmm(inside.mT, taps.expand(len(inside), *taps.shape)).view(-1, filters, channels)
+            shape = len(inside), channels, filters
+            responses = room.buffer("responses", shape, inside)
+            products.bmm(inside.mT, taps.expand(len(inside), *taps.shape), responses)
+            responses = responses.view(-1, filters, channels)
             target[part] = torch.softmax(responses, 1, out=responses).mean(2).view_as(target[part])
 
         for source, target in zip(features, out, strict=True):
             work = partial(unify, patches=Patches(source, basis.shape[-1], compute), target=target)
-            share_out(work, parts, range(min(crew_size(out.device), len(parts))))
+            share_out(work, parts, rooms)
     return out.permute(0, 3, 1, 2).contiguous()
 
 

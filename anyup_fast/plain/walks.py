@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..cpu import products
 from ..cpu.crew import crew_size, share_out
-from ..cpu.pages import new_empty
+from ..cpu.pages import Room, new_empty
 from .norms import Moments, shares_of
 
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
@@ -43,12 +44,12 @@ class Piece(NamedTuple):
     number: int
 
 
-class Desk:
-    """What one worker has for itself: room for a piece of the image, three times."""
+class Desk(Room):
+    """What one worker has for itself: room for a piece of the image, three times, and further buffers by name."""
 
     def __init__(self, room):
+        super().__init__()
         self._room = room
-        self.kept = {}  # further buffers, by name, made by whoever first needs them
 
     def scratch(self, i, flat, width):
         """Scratch number `i` (0 to 2) for one piece: (pixels, width)."""
@@ -61,23 +62,42 @@ class Desk:
         out = self.scratch(0, flat, x.shape[1])
         return F.silu(torch.addcmul(shift, x[flat], scale, out=out), inplace=True)
 
-    def buffer(self, name, numbers, like):
-        """At least so many numbers like `like`, which stay until the walk is over."""
-        found = self.kept.get(name)
-        if found is None or found.numel() < numbers:
-            found = self.kept[name] = like.new_empty(numbers)
-        return found[:numbers]
+    def multiply(self, a, matrix, out):
+        """`a @ matrix` into `out`, multiplied in the dtype of the matrix; `a` of one piece, or a part of it."""
+        a = self._narrowed(a, matrix)
+        if out.dtype == matrix.dtype:
+            return products.mm(a, matrix, out)
+        return out.copy_(self._product(a, matrix))
+
+    def add_product(self, out, a, matrix):
+        """`out + a @ matrix` into `out`, multiplied in the dtype of the matrix."""
+        a = self._narrowed(a, matrix)
+        return products.addmm_(out, a, matrix) if out.dtype == matrix.dtype else out.add_(self._product(a, matrix))
+
+    def wide(self, x, flat, dtype):
+        """The numbers `x` (P, D) of one piece in another dtype, in scratch 1 if that has to be."""
+        return x if x.dtype == dtype else self.scratch(1, flat, x.shape[1]).copy_(x)
+
+    def _narrowed(self, a, matrix):
+        if a.dtype == matrix.dtype:
+            return a
+        return self.buffer("narrow", a.shape, matrix).copy_(a)
+
+    def _product(self, a, matrix):
+        return torch.mm(a, matrix, out=self.buffer("product", (len(a), matrix.shape[1]), matrix))
 
 
 class Walk:
     """Passes over the pixels of an image that lie as (H * W, D), piece by piece."""
 
-    def __init__(self, size, width, like, num_groups=8, rows=1, parts=1):
+    def __init__(self, size, width, like, num_groups=8, rows=1, parts=1, halved=False):
         """`width`: channels at most; `like`: a tensor on the device and of the dtype to compute in.
 
         Pieces are as many times smaller on CPUs as `parts` says and, where they fit, have a multiple of `rows` rows.
+        With `halved` factors of products are rounded to bfloat16.
         """
         self.size, self.num_groups = size, num_groups
+        self.factors = torch.bfloat16 if halved else like.dtype
         workers = max(1, min(crew_size(like.device), size[0] * size[1] // WORTH_SHARING))
         most = max(1, PIXELS // parts) if like.device.type == "cpu" else MANY_PIXELS
         if workers > 1:  # as many pieces for one as for the other
@@ -124,10 +144,12 @@ class Walk:
     def hidden(self, x, norm, weight, out):
         """`weight @ active(x)` into `out`; returns its moments."""
 
+        matrix = weight.to(self.factors).T
+
         def multiply(desk, piece, moments):
             flat = piece.flat
-            product = torch.mm(desk.active(x, flat, norm), weight.T, out=out[flat])
-            moments.put(piece.number, product, desk.scratch(1, flat, out.shape[1]))
+            product = desk.multiply(desk.active(x, flat, norm), matrix, out[flat])
+            moments.put(piece.number, desk.wide(product, flat, norm.dtype), desk.scratch(1, flat, out.shape[1]))
 
         return self.measured(multiply, out.shape[1])
 
@@ -135,7 +157,7 @@ class Walk:
         """ResBlocks on `x`, in place where its width stays.
 
         Args:
-            x: (H * W, in). hidden: (H * W, D), written to. moments: those of `x`.
+            x: (H * W, in). hidden: (H * W, D), written to, as narrow as products are or as wide. moments: those of `x`.
             norms: (2 * blocks, 2, D), filled with the normalisations.
             last: callable (x, hidden, norm, block) that ends the last block in its own way.
         """
@@ -152,13 +174,14 @@ class Walk:
 
     def _ended(self, x, hidden, norm, block, measured):
         """Second half of a ResBlock, with the moments of what it gives if they are needed."""
-        out = x if block.skip is None else hidden.new_empty(hidden.shape)
+        out = x if block.skip is None else x.new_empty(hidden.shape)
+        matrix = block.conv_out.to(self.factors).T
 
         def end(desk, piece, *moments):
             flat = piece.flat
             if block.skip is not None:
                 torch.mm(x[flat], block.skip.T, out=out[flat])
-            out[flat].addmm_(desk.active(hidden, flat, norm), block.conv_out.T)
+            desk.add_product(out[flat], desk.active(hidden, flat, norm), matrix)
             for its in moments:
                 its.put(piece.number, out[flat], desk.scratch(1, flat, out.shape[1]))
 

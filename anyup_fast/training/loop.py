@@ -15,6 +15,7 @@ import torch
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..files import written_aside
 from ..model import AnyUp
+from ..plain.precision import fast_in_bfloat16
 from .objectives import OWN_TERMS, training_loss
 from .optimizers import Optimizer
 from .samples import draw_sample
@@ -75,6 +76,9 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
         first = state["step"]
         logger.info("resuming at step %d of %d", first, config.steps)
 
+    narrow = config.bf16 and fast_in_bfloat16()
+    if config.bf16 and not narrow:
+        logger.info("products in float32: this processor does not multiply bfloat16 faster")
     _cut_metrics(output / "metrics.csv", first)
     with open(output / "metrics.csv", "a", newline="") as file:
         metrics = csv.writer(file)
@@ -82,7 +86,7 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
             start = time.perf_counter()
             rng = np.random.default_rng((config.seed, config.pictures, step, *([config.draws] if config.draws else ())))
             sample = draw_sample(targets, rng)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
                 loss, terms = training_loss(model, sample, rng, config)
             optimizer.zero_grad()
             loss.backward()
