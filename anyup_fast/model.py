@@ -406,7 +406,7 @@ class AnyUp(nn.Module):
 
         Returns:
             int. From about a tenth of a gibibyte up within 15 % of what is measured; below, small buffers count. On
-            CPUs under Linux up to 192 MiB of it stay with the process for the next call, for the system to take if it
+            CPUs under Linux up to 128 MiB of it stay with the process for the next call, for the system to take if it
             runs short (`anyup_fast.cpu.pages`).
 
         Raises:

@@ -135,11 +135,12 @@ def test_heads_and_regions_in_low_precision(dtype):
     assert distance(headed.full(), exact.full()) < 2e-2
     assert distance(headed.region(7, 8, 20, 30), exact.region(7, 8, 20, 30)) < 2e-2
     points = torch.tensor([[0, 0], [20, 31]])
-    with torch.autocast("cpu", dtype):  # on a CPU it changes nothing
+    with torch.autocast("cpu", dtype):  # on a CPU it changes products in bfloat16
         headed = AnyUp.from_pretrained().prepare(image, features).head(weight)
         answers = headed.full(), headed.region(7, 8, 20, 30), headed.at(points), headed.attention(3, 4)
     expected = exact.full(), exact.region(7, 8, 20, 30), exact.at(points), exact.attention(3, 4)
-    assert all(distance(*pair) < 1e-5 for pair in zip(answers, expected, strict=True))
+    most = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert all(distance(*pair) < most for pair in zip(answers, expected, strict=True))
 
 
 def test_normalized_points_name_the_pixel_they_lie_in(model):

@@ -22,7 +22,7 @@ NAMES = {
     "anyup_fast.ops": (
         "Block GuidanceWeights KeyWeights backends branches choose_backend feature_unification guidance "
         "neighborhood_bounds pooled pooled_block project_keys project_pixels project_queries reference "
-        "res_block use_backend why_not window_bounds windowed_attention"
+        "res_block use_backend use_precision why_not window_bounds windowed_attention"
     ),
     "anyup_fast.encoders": "Encoder list_encoders load_encoder",
     "anyup_fast.batch": "Archive Settings Summary make_film open_archive run",

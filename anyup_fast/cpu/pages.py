@@ -23,8 +23,8 @@ def _from_environment(name, default):
 
 LEAST = 4 << 20  # bytes of a buffer that is worth it
 LARGE_PAGE = 2 << 20
-KEPT = _from_environment("ANYUP_FAST_KEPT_BYTES", 192 << 20)
-MOST = 6  # times as much may be kept, where so much has been in use at once
+KEPT = _from_environment("ANYUP_FAST_KEPT_BYTES", 128 << 20)
+MOST = 9  # times as much may be kept, where so much has been in use at once
 
 _lock = threading.Lock()
 _returned = collections.deque()  # (span, recorded) of tensors that are gone; the garbage collector strikes anywhere

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 
 from anyup_fast import AnyUp, ops
 from anyup_fast.layers import ResBlock, RMSNorm, RotaryEmbedding, matrices_of
-from anyup_fast.ops import reference
+from anyup_fast.ops import reference, use_precision
 from anyup_fast.ops.blocks import branches_op, res_block_op
 from anyup_fast.ops.queries import convolve_and_project_op
 from anyup_fast.ops.unification import feature_unification_op
 from anyup_fast.plain import walks
 
-# Norm of the difference over norm, of the worst parameter. Measured: 1e-13, 5e-5 and 9e-3; the twin's own gradients in
+# Norm of the difference over norm, of the worst parameter. Measured: 1e-13, 5e-5 and 5.1e-2; the twin's own gradients in
 # float32 are as far from float64.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-4, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-4, torch.bfloat16: 6e-2}
 UNUSED = {f"cross_decode.cross_attn.attention.out_proj.{part}" for part in ("weight", "bias")}
 
 
@@ -90,11 +90,13 @@ def test_gradients_are_those_of_the_plain_layers(dtype, given, output_size, conf
         assert wrong <= TOLERANCE[dtype] * max(expected_grads[name].norm().item(), floor), name
 
 
-def test_gradients_under_autocast_are_as_good_as_without():
+def test_gradients_under_autocast_have_the_error_of_bfloat16_products():
     model, given = peaky(torch.float32), inputs(dtype=torch.float32)
-    _, grads = gradients(AnyUp.__call__, model, *given, autocast=True)
     _, expected = exact(model, *given)
-    assert max(distance(grad, expected[name]) for name, grad in grads.items()) < TOLERANCE[torch.float32]
+    for precision, tolerance in (("highest", TOLERANCE[torch.float32]), ("medium", TOLERANCE[torch.bfloat16])):
+        with use_precision(precision):
+            _, grads = gradients(AnyUp.__call__, model, *given, autocast=True)
+        assert max(distance(grad, expected[name]) for name, grad in grads.items()) < tolerance
 
 
 def test_two_runs_give_equal_bits():
