@@ -56,8 +56,12 @@ def res_block(x, weights, num_groups):
             def second(desk, piece):
                 flat = piece.flat
                 skipped = source[flat] if block.skip is None else source[flat].to(matrices.skip.dtype) @ matrices.skip.T
-                target[flat] = skipped
-                desk.add_product(target[flat], desk.active(middle, flat, inner), matrices.conv_out.T)
+                active, matrix = desk.active(middle, flat, inner), matrices.conv_out.T
+                if matrix.dtype == x.dtype:
+                    torch.addmm(skipped, active.to(x.dtype), matrix, out=target[flat])
+                else:
+                    target[flat] = skipped
+                    desk.add_product(target[flat], active, matrix)
 
             walk.each(second)
 
