@@ -6,6 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def expanded(path):
+    """A str or path as pathlib.Path, "~" and "~name" in front of it as the home folder where there is one."""
+    return Path(os.path.expanduser(os.fspath(path)))
+
+
 @contextmanager
 def written_aside(path):
     """Give a temporary path beside `path`; rename it to `path` when the block succeeds.
@@ -14,7 +19,7 @@ def written_aside(path):
     the temporary file is removed and whatever `path` held before stays as it was.
 
     Args:
-        path: file to write; its folder is created when missing.
+        path: file to write, "~" is the home folder; its folder is created when missing.
 
     Yields:
         pathlib.Path in the same folder as `path`, to be written by the caller.
@@ -22,7 +27,7 @@ def written_aside(path):
     Raises:
         OSError: the folder cannot be created or written.
     """
-    path = Path(path)
+    path = expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)

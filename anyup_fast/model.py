@@ -361,7 +361,7 @@ class AnyUp(nn.Module):
         Raises:
             ValueError: as `forward`; a configuration that only the plain layers cover (see `why_not_fused`).
         """
-        from .image import rows_of
+        from .rows import rows_of
 
         read = None
         if not isinstance(image, torch.Tensor):
