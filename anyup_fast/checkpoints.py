@@ -60,6 +60,20 @@ def load_checkpoint(weights, architecture=None):
     return state_dict, config
 
 
+def pretrained(architecture, weights, device=None, window_rule=None):
+    """A module with the weights of a checkpoint, in eval mode: `AnyUp.from_pretrained`, which see.
+
+    It has the checkpoint's dtype, and can be trained, whatever defaults or modes of PyTorch are set around the call.
+    """
+    state_dict, config = load_checkpoint(weights, architecture)
+    if window_rule is not None:
+        config = {**config, "window_rule": window_rule, "use_natten": False}
+    with torch.inference_mode(False), torch.device("cpu"):
+        module = architecture(**config).to(next(iter(state_dict.values())).dtype)
+        module.load_state_dict(state_dict)
+        return module.to("cpu" if device is None else device).eval()
+
+
 def locate_checkpoint(weights):
     """Path of the file behind `weights` (see `load_checkpoint`), downloading it if it is remote and not there yet.
 

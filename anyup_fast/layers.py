@@ -272,6 +272,13 @@ def records_gradients(module, *given):
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *weights))
 
 
+def recordable(*tensors):
+    """The tensors; copies of those that were made in inference mode, which autograd can't keep."""
+    if torch.compiler.is_compiling():
+        return tensors
+    return tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors)
+
+
 def through(x, blocks):
     """`x` (B, H, W, D) through ResBlocks, with gradients."""
     for block in blocks:
