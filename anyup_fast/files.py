@@ -1,9 +1,16 @@
 """Writing files so that a half-written one never carries the final name."""
 
+import errno
+import logging
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+_log = logging.getLogger("anyup_fast")
+
+# What file systems answer that know no locks, or where none may be put.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EINVAL}
 
 
 def expanded(path):
@@ -40,3 +47,64 @@ def written_aside(path):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path, doing):
+    """Let one process at a time in, by a lock on the file `path`, which is made and stays.
+
+    The lock goes with its process, however that ends.
+
+    Args:
+        path: the lock; its folder has to be there.
+        doing: what a waiting process says that it waits for.
+
+    Yields:
+        whether this process is alone; False on a file system without locks.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        handle = os.open(path, os.O_RDONLY)  # another user's, which may be locked all the same
+    try:
+        locked = _locked(handle, wait=False)
+        if locked is None:
+            _log.info("waiting for another process that is %s", doing)
+            locked = _locked(handle, wait=True)
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _locked(handle, wait):
+    """True for a lock on an open file, None where another process has it and `wait` is not given, False for no locks."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return _locked_on_windows(handle, wait)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _locked_on_windows(handle, wait):
+    import msvcrt
+
+    while True:
+        try:
+            msvcrt.locking(handle, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # LK_LOCK gives up after ten seconds
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EDEADLK):
+                return False
+            if not wait:
+                return None
