@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _log = logging.getLogger("anyup_fast")
@@ -49,11 +49,28 @@ def written_aside(path):
         aside.unlink(missing_ok=True)
 
 
+def check_writable(path):
+    """Make the folder of `path` and see that files can be made in it.
+
+    Raises:
+        OSError: they can't.
+    """
+    folder = expanded(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"{error.strerror}, so that {os.fspath(path)!r} can't be written", None
+        ) from error
+
+
 @contextmanager
 def alone(path, doing):
-    """Let one process at a time in, by a lock on the file `path`, which is made and stays.
+    """Let one process at a time in, by a lock on the file `path`, which is made, and removed at the end.
 
-    The lock goes with its process, however that ends.
+    The lock goes with its process, however that ends; the file may stay then.
 
     Args:
         path: the lock; its folder has to be there.
@@ -65,22 +82,37 @@ def alone(path, doing):
     Raises:
         OSError: the file cannot be made.
     """
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            handle = os.open(path, os.O_RDONLY)  # another user's, which may be locked all the same
+        try:
+            locked = _locked(handle, wait=False)
+            if locked is None:
+                _log.info("waiting for another process that is %s", doing)
+                locked = _locked(handle, wait=True)
+            if locked and not _is_open_at(handle, path):
+                continue  # who had it has removed it since, and somebody else may lock the next one
+            try:
+                yield locked
+            finally:
+                with suppress(PermissionError):  # another user's, or open, which Windows does not let go
+                    Path(path).unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def _is_open_at(handle, path):
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
-        handle = os.open(path, os.O_RDONLY)  # another user's, which may be locked all the same
-    try:
-        locked = _locked(handle, wait=False)
-        if locked is None:
-            _log.info("waiting for another process that is %s", doing)
-            locked = _locked(handle, wait=True)
-        yield locked
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _locked(handle, wait):
-    """True for a lock on an open file, None where another process has it and `wait` is not given, False for no locks."""
+    """True: a file handle is locked; None: by another process, and `wait` is not given; False: there are no locks."""
     try:
         import fcntl
     except ModuleNotFoundError:

@@ -19,7 +19,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from anyup_fast import AnyUp, checkpoints
+from anyup_fast import AnyUp, checkpoints, files
 from anyup_fast.checkpoints import save_checkpoint
 
 load_checkpoint = partial(checkpoints.load_checkpoint, architecture=AnyUp)
@@ -218,7 +218,7 @@ def together(count, late):
 
 
 def left_over():
-    return sorted(path.name for path in checkpoints.cache_folder().iterdir() if path.suffix != ".lock")
+    return sorted(path.name for path in checkpoints.cache_folder().iterdir())
 
 
 def test_four_that_start_together_and_a_late_fifth_fetch_once(site, published):
@@ -268,6 +268,21 @@ def test_after_a_killed_process_the_next_one_goes_on(site, published):
     load_checkpoint(NAME)
     assert cached().read_bytes() == published and left_over() == [cached().name]
     assert site.requests[-1][1] == f"bytes={have}-"
+
+
+def test_locks_let_one_in_at_a_time(tmp_path):
+    inside, most = [], []
+
+    def enter(_):
+        with files.alone(tmp_path / "a.lock", "testing") as locked:
+            inside.append(locked)
+            most.append(len(inside))
+            time.sleep(0.002)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(60)))
+    assert most == [1] * 60 and list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_download_is_gone_on_with(site, published, monkeypatch):
