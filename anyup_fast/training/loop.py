@@ -24,6 +24,7 @@ logger = logging.getLogger("anyup_fast")
 METRICS = ("step", "loss", "main", *OWN_TERMS, "reconstruction", "consistency", "norm", "lr", "seconds")
 
 
+@torch.device("cpu")
 def train(config, output, *, cache=None, save_every=200, progress=iter):
     """Train AnyUp, from scratch or from the weights `config.init`.
 
