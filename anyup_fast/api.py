@@ -7,6 +7,7 @@ from functools import lru_cache, wraps
 import torch
 
 from .checks import checked_device, judge_layout, layout_remedy
+from .endings import step
 from .image import load_image, normalised
 from .logs import warn_caller
 from .ops.choice import use_backend
@@ -39,7 +40,10 @@ def _without_gradients(instead):
                         f"{verb.__name__}: {' and '.join(asking)} asked for gradients, which end here; to train "
                         f"through it, write {instead}; torch.no_grad() or detach() says that it is meant"
                     )
-            with torch.no_grad():
+            if torch.compiler.is_compiling():
+                with torch.no_grad():
+                    return verb(*args, **options)
+            with torch.no_grad(), step():
                 return verb(*args, **options)
 
         return call

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import checked_box, checked_output_size, checked_points, checked_state, checked_tile
+from .endings import step
 from .heads import linear_head
 from .layers import cell_colours
 from .ops import windowed_attention
@@ -37,7 +38,7 @@ def _answer(method):
 
     @functools.wraps(method)
     def run(self, *arguments, **options):
-        with torch.no_grad(), use_backend(self._backend):
+        with torch.no_grad(), use_backend(self._backend), step():
             return method(self, *arguments, **options)
 
     return run

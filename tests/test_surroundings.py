@@ -281,3 +281,66 @@ def test_defaults_of_pytorch_do_not_round_an_encoder(monkeypatch, name):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got, expected)
+
+
+# ---- threads at the end of a process
+
+AT_THE_END = """
+    import sys, threading, time
+    import torch, anyup_fast
+
+    what, threads, after, daemon = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    image, features = torch.randn(3, 112, 112), torch.randn(16, 8, 8)
+    model = anyup_fast.AnyUp(qk_dim=32)
+
+    def verb():
+        anyup_fast.upsample_features_with_anyup(image, features, weights=model)
+
+    def training():
+        model(image[None], features[None]).mean().backward()
+
+    def parts():
+        prepared = anyup_fast.prepare(image, features, weights=model)
+        prepared.region(3, 3, 40, 40), prepared.at([[1, 2]])
+
+    begun = []
+
+    def compute(call, begun):
+        for number in range(10**6 if daemon == "daemon" else 6):
+            call()
+            begun.set()
+        print("done", call.__name__, flush=True)
+
+    for name in what.split():
+        begun.append(threading.Event())
+        threading.Thread(target=compute, args=(locals()[name], begun[-1]), daemon=daemon == "daemon").start()
+    for event in begun:
+        event.wait()
+    time.sleep(float(after))
+    print("end", flush=True)
+"""
+
+
+def ended(what, threads, after, daemon="daemon"):
+    process = started(AT_THE_END, what, threads, after, daemon, env={"OMP_NUM_THREADS": str(threads)})
+    out, err = output(process)
+    assert err == ""
+    return out.split("\n")[:-1]
+
+
+@pytest.mark.parametrize("what, threads", [("verb", 2), ("training", 1), ("parts verb training", 2)])
+def test_a_process_ends_while_a_daemon_thread_computes(what, threads):
+    assert ended(what, threads, 0.03) == ["end"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 0.01, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("what", ["verb", "training", "parts", "verb verb", "parts training"])
+def test_a_process_ends_at_any_moment(what, threads, after):
+    assert ended(what, threads, after) == ["end"]
+
+
+def test_threads_that_are_no_daemons_compute_to_their_end():
+    assert sorted(ended("verb training parts", 2, 0, "stays")) == ["done parts", "done training", "done verb", "end"]
