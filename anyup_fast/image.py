@@ -99,8 +99,8 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     greyscale, CMYK, 1-bit and other modes become RGB; transparent parts are composited over white. 16-bit
     grey pictures are divided by 65535; mode I counts as 16-bit when it comes from a PNG or PPM file or holds
     a value above 255. Pillow decodes 16-bit *colour* files to 8 bits; to keep all 16, read them with another
-    library and pass the array. Embedded colour profiles are not applied. Of a file with several pages or frames
-    the first one is taken, with a warning; of a PIL image, the one it stands on.
+    library and pass the array. Embedded colour profiles are not applied. Of an animation the first frame is
+    taken; of a PIL image, the frame it stands on.
 
     Resizing, at most one, is bicubic with antialiasing in float32, clamped to [0, 1].
 
@@ -308,10 +308,10 @@ def _from_file_or_pil(source, max_pixels, value_range, upright):
         if not os.path.exists(path):
             raise FileNotFoundError(f"source: there is no file {name}; check the path")
         with open(path, "rb") as file:
-            return _from_pil(_first_of(_opened(file, name, max_pixels), name), name, max_pixels, value_range, upright)
+            return _from_pil(_opened(file, name, max_pixels), name, max_pixels, value_range, upright)
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
-        return _from_pil(_first_of(_opened(source, name, max_pixels), name), name, max_pixels, value_range, upright)
+        return _from_pil(_opened(source, name, max_pixels), name, max_pixels, value_range, upright)
     raise TypeError(
         "source must be a path, a binary file object (opened with 'rb', or io.BytesIO around bytes), "
         f"a PIL image, a numpy array or a torch tensor, got {type(source).__name__}"
@@ -338,28 +338,6 @@ def _opened(file, name, max_pixels):
         ) from error
     except Exception as error:
         raise ValueError(f"source: {name} is damaged or not a picture that Pillow reads ({error})") from error
-
-
-def _first_of(image, name):
-    """An opened file, with a warning where it holds more pages or frames than the first."""
-    if image.format not in ("TIFF", "GIF", "PNG", "WEBP", "AVIF"):  # others hold previews of the one picture
-        return image
-    count = 1
-    try:
-        count = getattr(image, "n_frames", 1)
-        if image.format == "TIFF" and 1 < count < 100:  # a page may be a smaller copy of another one
-            smaller = [image.seek(page) or image.tag_v2.get(254, 0) & 1 for page in range(1, count)]
-            count = 1 + smaller.count(0)
-    except Exception as error:
-        warn_caller(f"source: {name} is damaged beyond its first page ({type(error).__name__}: {error})")
-    if count > 1:
-        pages = "pages" if image.format == "TIFF" else "frames"
-        warn_caller(
-            f"source: {name} holds {count} {pages}, of which the first is read; for another one: "
-            "picture = PIL.Image.open(path); picture.seek(1); load_image(picture)"
-        )
-    image.seek(0)
-    return image
 
 
 def _from_pil(image, name, max_pixels, value_range, upright):

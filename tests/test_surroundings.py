@@ -291,7 +291,7 @@ AT_THE_END = """
 
     what, threads, after, daemon = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    image, features = torch.randn(3, 112, 112), torch.randn(16, 8, 8)
+    image, features = torch.randn(3, 70, 70), torch.randn(16, 5, 5)
     model = anyup_fast.AnyUp(qk_dim=32)
 
     def verb():
@@ -329,7 +329,7 @@ def ended(what, threads, after, daemon="daemon"):
     return out.split("\n")[:-1]
 
 
-@pytest.mark.parametrize("what, threads", [("verb", 2), ("training", 1), ("parts verb training", 2)])
+@pytest.mark.parametrize("what, threads", [("training", 1), ("parts verb training", 2)])
 def test_a_process_ends_while_a_daemon_thread_computes(what, threads):
     assert ended(what, threads, 0.03) == ["end"]
 
