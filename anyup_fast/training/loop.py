@@ -24,7 +24,6 @@ logger = logging.getLogger("anyup_fast")
 METRICS = ("step", "loss", "main", *OWN_TERMS, "reconstruction", "consistency", "norm", "lr", "seconds")
 
 
-@torch.device("cpu")
 def train(config, output, *, cache=None, save_every=200, progress=iter):
     """Train AnyUp, from scratch or from the weights `config.init`.
 
@@ -45,7 +44,11 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
     """
     if save_every < 1:
         raise ValueError(f"save_every: must be at least 1, got {save_every}")
-    output = expanded(output)
+    with torch.device("cpu"):  # whatever the default device
+        return _train(config, expanded(output), cache, save_every, progress)
+
+
+def _train(config, output, cache, save_every, progress):
     settings = json.loads(json.dumps(asdict(config), default=os.fspath))
     record = output / "config.json"
     if record.exists() and json.loads(record.read_text()) != settings:
