@@ -32,6 +32,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of the
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
 
 _URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:\w+/", re.IGNORECASE)
+_ORIENTATION = 0x0112  # EXIF
+_UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # by orientation: number of Pillow's Transpose that undoes it
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _pillow_limit = threading.Lock()
 
@@ -349,7 +351,10 @@ def _from_pil(image, name, max_pixels, value_range, upright):
     _refuse_enormous(height, width, max_pixels, f"source: {name}")
     from_16_bit_file = image.format in ("PNG", "PPM")
     try:
+        turned = 1 if upright or image.format != "TIFF" else image.getexif().get(_ORIENTATION, 1)
         image.load()
+        if turned in _UNDONE and _ORIENTATION not in image.getexif():  # Pillow turns a TIFF while it loads it
+            image = image.transpose(_UNDONE[turned])
         try:
             image = ImageOps.exif_transpose(image) if upright else image
         except (SyntaxError, struct.error) as error:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ import standins
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tree import ROOT
 
 import anyup_fast
-from anyup_fast import AnyUp, api
+from anyup_fast import AnyUp, api, cli
+from anyup_fast.checkpoints import save_checkpoint
 from anyup_fast.encoders import load_encoder
+from anyup_fast.heads import load_head
 
 PARTS = "image_encoder query_encoder key_encoder key_features_encoder aggregation cross_decode rope".split()
 CONFIGS = [{}, {"kernel_size": 3}]  # the fused layers that record gradients, and the plain ones
@@ -344,3 +348,89 @@ def test_a_process_ends_at_any_moment(what, threads, after):
 
 def test_threads_that_are_no_daemons_compute_to_their_end():
     assert sorted(ended("verb training parts", 2, 0, "stays")) == ["done parts", "done training", "done verb", "end"]
+
+
+# ---- paths
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny.photograph(tmp_path / "photo.png", (42, 56))
+    tiny.encoder_folder(tmp_path / "encoder")
+    save_checkpoint("~/new/weights.safetensors", tiny.model().state_dict(), tiny.CONFIG)
+    save_file({"weight": torch.randn(3, 32)}, tmp_path / "head.safetensors")
+    image = anyup_fast.load_image("~/photo.png")
+    assert torch.equal(image, anyup_fast.load_image(tmp_path / "photo.png"))
+    assert torch.equal(image, anyup_fast.load_image(Path("~/photo.png")))
+    features = anyup_fast.extract_features(image, "hf:~/encoder")
+    model = AnyUp.from_pretrained("~/new/weights.safetensors")
+    prepared = anyup_fast.prepare(image, features, "~/new/weights.safetensors").head(load_head("~/head.safetensors"))
+    assert prepared.stream(32, out="~/new/logits.npy") == tmp_path / "new" / "logits.npy"
+    expected = anyup_fast.prepare(image, features, model).head(load_head(tmp_path / "head.safetensors")).full()
+    torch.testing.assert_close(torch.from_numpy(np.load("new/logits.npy")), expected, rtol=1e-4, atol=1e-4)
+    anyup_fast.visualize_feature_comparison("~/photo.png", features, features, path="~/new/figure.png")
+    command = ["upsample", "~/photo.png", "--encoder", "hf:~/encoder", "--weights", "~/new/weights.safetensors"]
+    assert cli.main([*command, "--size", "28", "--device", "cpu", "--out", "~/new/out.safetensors"]) == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "weights.safetensors",
+        "logits.npy",
+        "figure.png",
+        "out.safetensors",
+    }
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(FileNotFoundError, match="there is no file '~/absent.png'"):
+        anyup_fast.load_image("~/absent.png")
+
+
+# ---- places in a picture
+
+
+def crossing(values):
+    """Where values (N,) first pass the middle between both ends, as a fraction of an index."""
+    middle = (values[0] + values[-1]) / 2
+    after = int(((values > middle) != (values[0] > middle)).nonzero()[0])
+    before, there = values[after - 1], values[after]
+    return after - 1 + float((middle - before) / (there - before)) + 0.5  # from centres of pixels to edges
+
+
+@pytest.mark.parametrize("height, width, edge", [(252, 336, 201), (301, 188, 95), (170, 391, 262)])
+@pytest.mark.parametrize("way", ["stretched", "padded"])
+def test_places_are_those_of_the_picture(height, width, edge, way):
+    picture = np.full((height, width, 3), 30, np.uint8)
+    picture[:, edge:] = 220
+    if way == "stretched":
+        image = anyup_fast.load_image(picture, size=112, patch_multiple=14)
+        size = height, width
+    else:
+        image = anyup_fast.load_image(picture)
+        beyond = -width % 14, -height % 14
+        image = torch.nn.functional.pad(image, (0, beyond[0], 0, beyond[1]), mode="replicate")
+        size = tuple(image.shape[1:])
+    grid = image.shape[1] // 14, image.shape[2] // 14
+    left = torch.nn.functional.adaptive_avg_pool2d((image[:1] < 0).float(), grid)
+    prepared = anyup_fast.prepare(image, left)
+    pixel = size[1] / image.shape[2]  # of the guide, in pixels of the picture
+    row, near = height // 2, range(edge - 40, edge + 40)
+    by_pixel = prepared.at([[row, col] for col in near], output_size=size)[0, :, 0]
+    by_share = prepared.at([[(row + 0.5) / size[0], (col + 0.5) / size[1]] for col in near], align="normalized")
+    whole = prepared.region(row, near[0], 1, len(near), output_size=size)[0, 0, 0]
+    for values in (by_pixel, by_share[0, :, 0], whole):
+        assert abs(near[0] + crossing(values) - edge) <= max(pixel, 1), way
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_picture_may_be_left_as_it_is_stored(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(PICTURE).save(path, exif=exif)
+    stored = anyup_fast.load_image(np.asarray(Image.open(path)) if suffix == "jpg" else PICTURE)
+    assert torch.equal(anyup_fast.load_image(path, upright=False), stored)
+    assert torch.equal(anyup_fast.load_image(Image.open(path), upright=False), stored)
+    upright = torch.rot90(stored, {3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}.get(orientation, 0), (1, 2))
+    assert torch.equal(anyup_fast.load_image(path), upright.flip(2) if orientation in (2, 4, 5, 7) else upright)

@@ -193,7 +193,7 @@ def _why_not_read(place, error, ways):
     if isinstance(error, ImportError):
         return f"{place} could not be loaded: {' '.join(said.split())[:300]}; install what is missing"
     unknown = isinstance(error, KeyError) and error.args[0] == _settings(place).get("model_type")
-    if unknown or "does not recognize this architecture" in said:
+    if unknown or "does not recognize this architecture" in said or "trust_remote_code" in said:
         return _unknown_kind(place)
     return f"{place} could not be loaded ({reason}); it needs {ways}{newer(place)}"
 

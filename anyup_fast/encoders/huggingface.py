@@ -67,7 +67,7 @@ def load(name, weights="auto"):
     place = str(expanded(place)) if place.startswith("~") else place
     ways = f"network access or a filled local cache if {place!r} is a model of the hub, else a folder with one"
     transformers = optional_import("transformers")
-    config = read_pretrained(transformers.AutoConfig, place, ways)
+    config = read_pretrained(transformers.AutoConfig, place, ways, trust_remote_code=False)
     if hasattr(config, "vision_config"):
         config = config.vision_config
     model, report = read_pretrained(transformers.AutoModel, place, ways, config=config, output_loading_info=True)
