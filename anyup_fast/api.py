@@ -248,6 +248,8 @@ def _batched(name, tensor, channels=None, counts=False):
     if not isinstance(tensor, torch.Tensor) or not (counts or tensor.is_floating_point()):
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         maker = "load_image makes one from a picture" if name == "image" else "extract_features makes one"
+        if name == "features" and isinstance(tensor, torch.Tensor):
+            maker += f"; or write {name}.float() if these are numbers whose means say something, as labels' don't"
         if name == "image" and isinstance(tensor, torch.Tensor):
             maker += "; or write value_range=(BLACK, WHITE), (0, 255) for 8 bits, (0, 1) for a mask"
         raise ValueError(f"{name}: need a floating-point tensor, got {kind}; {maker}")

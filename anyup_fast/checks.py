@@ -111,13 +111,15 @@ def checked_inputs(image, features, output_size, channels, device, names=("image
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{name}: need a floating-point tensor, got {kind}")
         if tensor.ndim != 4:
-            raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}")
+            remedy = f"; one alone is {name}[None]" if tensor.ndim == 3 else ""
+            raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}{remedy}")
         if 0 in tensor.shape:
             raise ValueError(f"{name}: no dimension may be 0, got shape {tuple(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one of them with .to(...)")
     if image.shape[1] != channels:
-        raise ValueError(f"{names[0]}: need {channels} channels, got shape {tuple(image.shape)}")
+        remedy = layout_remedy(names[0], tuple(image.shape), channels)
+        raise ValueError(f"{names[0]}: need {channels} channels, got shape {tuple(image.shape)}{remedy}")
     if image.shape[0] != features.shape[0] and 1 not in (image.shape[0], features.shape[0]):
         raise ValueError(
             f"{names[0]} and {names[1]} differ in batch size, and neither is single: "
@@ -160,7 +162,8 @@ def layout_remedy(name, shape, channels):
     """What to write where `shape` is not (C, H, W) or (B, C, H, W), C being `channels` if that is given; or ""."""
     if channels is None:
         if len(shape) == 2:
-            return f"; tokens (N, C)? write {name}.T.reshape(C, h, w), without class and register tokens"
+            tokens = f"write {name}.T.reshape(C, h, w), without class and register tokens"
+            return f"; tokens (N, C)? {tokens}; one channel? write {name}[None]"
         return f"; one batch at a time: {name}[0]" if len(shape) == 5 else ""
     if len(shape) in (3, 4) and shape[-1] == channels and 0 not in shape:
         order = "2, 0, 1" if len(shape) == 3 else "0, 3, 1, 2"

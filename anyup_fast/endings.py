@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-LONGEST = 30.0  # seconds to wait for a step
+LONGEST = 10.0  # seconds to wait for a step
 BETWEEN = 0.05  # seconds in which a thread between two steps comes to the next
 
 

@@ -44,16 +44,21 @@ def scaled(values, value_range, name):
     """A floating-point tensor with black and white at `value_range` as one in [0, 1]; what lies beyond is clipped.
 
     Raises:
-        ValueError: values that are not finite, or further beyond the range than it is wide.
+        ValueError: values that are not finite, or beyond the range by more than a quarter of it.
     """
     (black, white), (low, high) = value_range, _extremes(values)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} has NaN or infinite values; replace them (torch.nan_to_num)")
     width = white - black
-    if low < black - width or high > white + width:
+    if low < black - width / 4 or high > white + width / 4:
         raise ValueError(
             f"value_range: {name} has values from {low:g} to {high:g}, far beyond {black:g} to {white:g}; "
-            "give the values that are black and white"
+            "give the values that are black and white, and clamp what is meant to lie beyond"
+        )
+    if low < high < black + width / 64 and not (values == values.round()).all():
+        warn_caller(
+            f"value_range: {name} has values from {low:g} to {high:g}, nearly black in {black:g} to {white:g}; "
+            f"write value_range={_guess(low, high)} if these are black and white"
         )
     return ((values - black) / width).clamp(0, 1)
 

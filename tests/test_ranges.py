@@ -167,7 +167,8 @@ def test_value_range_settles_it_for_every_verb(model, encoder, image, value_rang
     "image, value_range, message",
     [
         (BYTES, (0, 1), r"value_range: image has values from 0 to \d+, far beyond 0 to 1"),
-        (load_image(PHOTO), (0, 255), None),
+        (load_image(PHOTO), (0, 1), "far beyond 0 to 1; .* clamp what is meant to lie beyond"),
+        (load_image(PHOTO), (-1, 1), "far beyond -1 to 1"),
         (BYTES, 255, r"value_range: need the values of black and white, as \(0, 255\), None or 'imagenet', got 255"),
         (BYTES, (255, 0), r"got \(255, 0\)"),
         (BYTES, (0, float("nan")), r"value_range: need .* got \(0, nan\)"),
@@ -177,11 +178,35 @@ def test_value_range_settles_it_for_every_verb(model, encoder, image, value_rang
     ],
 )
 def test_a_value_range_that_does_not_fit_is_refused(model, image, value_range, message):
-    if message is None:
-        assert said(lambda: upsampled(image, model, value_range=value_range)) == [], "near black, and not far beyond"
-        return
     with pytest.raises(ValueError, match=message):
         upsampled(image, model, value_range=value_range)
+
+
+@pytest.mark.parametrize("image", [BYTES / 255, load_image(PHOTO), (BYTES / 255).double()])
+def test_a_value_range_that_makes_all_black_is_warned_of(model, image):
+    (message,) = said(lambda: upsampled(image, model, value_range=(0, 255)))
+    assert "nearly black in 0 to 255; write value_range=" in message
+    dark = [BYTES // 100, (BYTES // 100).float(), BYTES * 0, BYTES // 20]
+    assert [said(lambda: upsampled(one, model, value_range=(0, 255))) for one in dark] == [[]] * 4  # noqa: B023
+
+
+def test_the_module_says_what_to_write(model):
+    for given, message in (
+        ((IMAGE, FEATURES[None]), r"image: need 4 dimensions .*; one alone is image\[None\]"),
+        ((IMAGE[None], FEATURES), r"features: need 4 dimensions .*; one alone is features\[None\]"),
+        ((IMAGE[None].permute(0, 2, 3, 1), FEATURES[None]), r"channels last\? write image.permute\(0, 3, 1, 2\)"),
+        ((IMAGE[None, :1], FEATURES[None]), r"one channel\? write image.expand\(-1, 3, -1, -1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*given)
+
+
+@pytest.mark.parametrize("features", [FEATURES > 0, FEATURES.long(), FEATURES.to(torch.uint8)])
+def test_features_that_are_labels_or_masks_are_refused(model, features):
+    with pytest.raises(
+        ValueError, match=r"features: need a floating-point tensor, got .*; or write features.float\(\)"
+    ):
+        upsampled(IMAGE, model, features)
 
 
 def test_the_figure_judges_its_image():

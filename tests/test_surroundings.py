@@ -247,7 +247,9 @@ def everything(weights, encoder, folder):
     }
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16, "meta"])
+@pytest.mark.parametrize(
+    "default", [torch.float64, torch.bfloat16, "meta", pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_defaults_of_pytorch_change_nothing(tmp_path, monkeypatch, default):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
