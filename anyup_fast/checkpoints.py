@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import secrets
 import shutil
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
-from .files import written_aside
+from .files import alone, expanded, written_aside
 
 logger = logging.getLogger("anyup_fast")
 
@@ -60,6 +61,20 @@ def load_checkpoint(weights, architecture=None):
     return state_dict, config
 
 
+def pretrained(architecture, weights, device=None, window_rule=None):
+    """A module with the weights of a checkpoint, in eval mode: `AnyUp.from_pretrained`, which see.
+
+    It has the checkpoint's dtype, and can be trained, whatever defaults or modes of PyTorch are set around the call.
+    """
+    state_dict, config = load_checkpoint(weights, architecture)
+    if window_rule is not None:
+        config = {**config, "window_rule": window_rule, "use_natten": False}
+    with torch.inference_mode(False), torch.device("cpu"):
+        module = architecture(**config).to(next(iter(state_dict.values())).dtype)
+        module.load_state_dict(state_dict)
+        return module.to("cpu" if device is None else device).eval()
+
+
 def locate_checkpoint(weights):
     """Path of the file behind `weights` (see `load_checkpoint`), downloading it if it is remote and not there yet.
 
@@ -74,7 +89,7 @@ def locate_checkpoint(weights):
         return EMBEDDED
     if name in PUBLISHED or "://" in name:
         return _downloaded(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return path
     known = ", ".join(repr(known) for known in ("embedded", *PUBLISHED))
@@ -105,36 +120,57 @@ def _downloaded(name):
 
 
 def download(url, target, *, timeout=30.0):
-    """Fetch `url` to the path `target`, resuming an earlier attempt left beside it as `<name>.part`.
+    """Fetch `url` to the path `target`, unless it is there by now.
+
+    Of several processes one fetches at a time, and the others find its file; what an attempt left, `<name>.part`, is
+    gone on with. On a file system without locks each fetches a file of its own.
 
     Raises:
         RuntimeError: no network, an error of the server, or fewer bytes than announced; the message tells how to
             put the file in place by hand. What has arrived is kept for the next attempt.
     """
-    target = Path(target)
-    part = target.with_name(target.name + ".part")
-    logger.info("downloading %s to %s", url, target)
+    target = expanded(target)
+    lock = target.with_name(target.name + ".lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with alone(lock, f"downloading {target.name}") as locked:
+            if not target.is_file():
+                _fetch(url, target, locked, timeout)
+    except (OSError, http.client.HTTPException) as error:
+        raise RuntimeError(_by_hand(url, target, getattr(error, "reason", error))) from error
+    return target
+
+
+def _fetch(url, target, locked, timeout):
+    """Fetch `url` to `target`, alone in going on with the part of an earlier attempt where `locked`."""
+    part = target.with_name(target.name + ".part")
+    shared = locked and (not part.exists() or os.access(part, os.W_OK))  # else another user began it
+    if not shared:
+        part = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    logger.info("downloading %s to %s", url, target)
+    try:
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=timeout) as reply:
-            resumed = reply.status == 206
+            span = reply.headers.get("Content-Range", f"bytes {have}-")
+            resumed = reply.status == 206 and span.startswith(f"bytes {have}-")
+            if reply.status == 206 and not resumed:
+                raise OSError(f"the server sent {span!r}, asked from byte {have}")
             announced = reply.headers.get("Content-Length")
             with open(part, "ab" if resumed else "wb") as file:
                 shutil.copyfileobj(reply, file)
             total = int(announced) + (have if resumed else 0) if announced else None
+        if total is not None and part.stat().st_size != total:
+            raise OSError(f"{part.stat().st_size} of {total} bytes arrived")
+        os.replace(part, target)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            part.unlink()
-            return download(url, target, timeout=timeout)
-        raise RuntimeError(_by_hand(url, target, f"the server answered {error.code} {error.reason}")) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise RuntimeError(_by_hand(url, target, getattr(error, "reason", error))) from error
-    if total is not None and part.stat().st_size != total:
-        raise RuntimeError(_by_hand(url, target, f"{part.stat().st_size} of {total} bytes arrived"))
-    os.replace(part, target)
-    return target
+        if error.code != 416 or not part.exists():
+            raise OSError(f"the server answered {error.code} {error.reason}") from error
+        part.unlink()  # longer than the file, or of another one
+        _fetch(url, target, locked, timeout)
+    finally:
+        if not shared:
+            part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, state_dict, config=None, **metadata):
@@ -150,7 +186,7 @@ def save_checkpoint(path, state_dict, config=None, **metadata):
 def _by_hand(url, target, why):
     return (
         f"could not download {url}: {why}. With a network, try again (the download resumes); without one, fetch the "
-        f"file elsewhere and put it at {target}, or pass weights=<path of the file>"
+        f"file elsewhere and put it at {target} (TORCH_HOME names another folder), or pass weights=<path of the file>"
     )
 
 

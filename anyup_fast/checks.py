@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from .logs import warn_caller
+
 INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
 
 
@@ -54,12 +56,13 @@ def checked_points(points, batch, size, align):
     """Points of `Prepared.at` as pixels (batch, N, 2), int64, or a ValueError that names the one that lies outside."""
     if align not in ("pixel", "normalized"):
         raise ValueError(f"align: need 'pixel' or 'normalized', got {align!r}")
-    points = torch.as_tensor(points)
+    if not isinstance(points, torch.Tensor):
+        points = torch.as_tensor(np.asarray(points), device="cpu")  # numbers as numpy reads them, whatever the defaults
     if points.ndim == 2:
         points = points.expand(batch, *points.shape)
     if points.ndim != 3 or points.shape[0] != batch or points.shape[2] != 2 or points.shape[1] < 1:
         raise ValueError(f"points: need ({batch}, N, 2) or (N, 2), rows first, got {tuple(points.shape)}")
-    points, limits = points.cpu(), torch.tensor(size)
+    points, limits = points.cpu(), torch.tensor(size, device="cpu")
     if align == "pixel":
         if points.is_floating_point() or points.dtype == torch.bool:
             raise ValueError(f"points: pixels are whole numbers, got {points.dtype}; for [0, 1] say align='normalized'")
@@ -108,13 +111,15 @@ def checked_inputs(image, features, output_size, channels, device, names=("image
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{name}: need a floating-point tensor, got {kind}")
         if tensor.ndim != 4:
-            raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}")
+            remedy = f"; one alone is {name}[None]" if tensor.ndim == 3 else ""
+            raise ValueError(f"{name}: need 4 dimensions (B, C, H, W), got shape {tuple(tensor.shape)}{remedy}")
         if 0 in tensor.shape:
             raise ValueError(f"{name}: no dimension may be 0, got shape {tuple(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the model on {device}: move one of them with .to(...)")
     if image.shape[1] != channels:
-        raise ValueError(f"{names[0]}: need {channels} channels, got shape {tuple(image.shape)}")
+        remedy = layout_remedy(names[0], tuple(image.shape), channels)
+        raise ValueError(f"{names[0]}: need {channels} channels, got shape {tuple(image.shape)}{remedy}")
     if image.shape[0] != features.shape[0] and 1 not in (image.shape[0], features.shape[0]):
         raise ValueError(
             f"{names[0]} and {names[1]} differ in batch size, and neither is single: "
@@ -151,3 +156,55 @@ def check_shapes(image_shape, features_shape):
     batch = max(image_shape[0], features_shape[0])
     if not {image_shape[0], features_shape[0]} <= {1, batch}:
         raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")
+
+
+def layout_remedy(name, shape, channels):
+    """What to write where `shape` is not (C, H, W) or (B, C, H, W), C being `channels` if that is given; or ""."""
+    if channels is None:
+        if len(shape) == 2:
+            tokens = f"write {name}.T.reshape(C, h, w), without class and register tokens"
+            return f"; tokens (N, C)? {tokens}; one channel? write {name}[None]"
+        return f"; one batch at a time: {name}[0]" if len(shape) == 5 else ""
+    if len(shape) in (3, 4) and shape[-1] == channels and 0 not in shape:
+        order = "2, 0, 1" if len(shape) == 3 else "0, 3, 1, 2"
+        return f"; channels last? write {name}.permute({order})"
+    if len(shape) == 2 or len(shape) in (3, 4) and shape[-3] == 1:
+        axes = "-1, " * (len(shape) == 4) + f"{channels}, -1, -1"
+        return f"; one channel? write {name}.expand({axes}), or load_image, which makes {channels} channels of grey"
+    if len(shape) in (3, 4) and shape[-3] in (2, 4):
+        return f"; alpha? write {name}[..., :{shape[-3] - 1}, :, :], or load_image, which puts pictures over white"
+    return f"; one batch at a time: {name}[0]" if len(shape) == 5 else ""
+
+
+def judge_layout(image, features, single):
+    """Warn where features (B, C, h, w) seem to have another order of axes: channels last, or tokens.
+
+    Args:
+        image: (B, 3, H, W). single: whether the features came as three axes.
+    """
+    (height, width), (channels, h, w) = image.shape[-2:], features.shape[1:]
+    shape = tuple(features.shape[1:] if single else features.shape)
+    stretched = _stretch(h, w, height, width) > 2
+    tokens = single and channels in (1, len(image)) and _are_tokens(h, height, width)
+    if tokens and (stretched or h > min(height, width) // 2):
+        advice = "tokens (B, N, C)? without class and register tokens, write "
+        advice += f"features.transpose(1, 2).reshape({channels}, {w}, h, w)"
+    elif stretched and _stretch(channels, h, height, width) < 1.25 and w > max(channels, h):
+        advice = f"channels last? write features.permute({'2, 0, 1' if single else '0, 3, 1, 2'})"
+    else:
+        return
+    warn_caller(
+        f"features: {shape} are read as {channels} channels on a grid of {h}x{w} cells, for an image of "
+        f"{height}x{width} pixels; {advice}"
+    )
+
+
+def _stretch(h, w, height, width):
+    ratio = h * width / (w * height)
+    return max(ratio, 1 / ratio)
+
+
+def _are_tokens(count, height, width):
+    """Whether `count` tokens are those of an image cut into square patches, class and register tokens apart."""
+    sides = (side for side in (7, 8, 14, 16, 28, 32) if height % side == 0 == width % side)
+    return any(count - height * width // side**2 in (0, 1, 2, 5) for side in sides)

@@ -35,8 +35,8 @@ def chosen_rule(window_rule, use_natten):
 class CrossAttention(nn.Module):
     """Windowed cross-attention whose values are the raw features: no value projection, no output projection.
 
-    `attention` only holds `in_proj_*` (its first two thirds are used) and `out_proj` (unused) under the names of
-    the published state dict.
+    `attention` only holds `in_proj_*` (its first two thirds are used) and `out_proj` (unused, its gradients are
+    zero) under the names of the published state dict.
     """
 
     def __init__(self, dim, num_heads):
@@ -58,7 +58,15 @@ class CrossAttention(nn.Module):
 
     def in_projection(self, part):
         """Weight (dim, dim) and bias (dim,) of the projection of queries (part 0) or keys (part 1)."""
-        return (tensor.chunk(3)[part] for tensor in (self.attention.in_proj_weight, self.attention.in_proj_bias))
+        weight, bias = (
+            tensor.chunk(3)[part] for tensor in (self.attention.in_proj_weight, self.attention.in_proj_bias)
+        )
+        out = getattr(self.attention, "out_proj", None)  # modules of other packages may have none
+        unused = () if out is None else (out.weight, out.bias)
+        if part == 0 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in unused):
+            # Sums of nothing: a gradient of zero, as DistributedDataParallel wants one of every parameter.
+            bias = bias + sum(tensor[:0].sum() for tensor in unused)
+        return weight, bias
 
 
 class CrossDecode(nn.Module):

@@ -223,7 +223,7 @@ def _gradients(run, dtype, tensors, leaves):
     tensors = [tensor.clone().requires_grad_(i in leaves) for i, tensor in enumerate(tensors)]
     out = run(dtype, *tensors)
     generator = torch.Generator().manual_seed(SEED)
-    grad = torch.randn(out.shape, generator=generator).to(dtype).to(out)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype).to(out)
     return torch.autograd.grad(out, [tensors[i] for i in leaves], grad)
 
 
@@ -268,7 +268,9 @@ class _Problem:
 
 
 def _draw(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(SEED + sum(shape)))
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(SEED + sum(shape)), dtype=torch.float32, device="cpu"
+    )
 
 
 def _problems():

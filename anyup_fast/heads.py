@@ -1,8 +1,8 @@
 """Linear heads: what `Prepared.head` takes, and the files that hold one."""
 
-from pathlib import Path
-
 import torch
+
+from .files import expanded
 
 
 def linear_head(linear, channels=None):
@@ -39,7 +39,8 @@ def load_head(path):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise FileNotFoundError(f"head: there is no file {str(path)!r}; check the path")
     try:
         tensors = load_file(path)

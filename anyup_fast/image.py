@@ -9,21 +9,31 @@ import os
 import re
 import struct
 import threading
-import warnings
 from numbers import Integral
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .files import expanded
+from .logs import warn_caller
+from .ranges import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NORMALISED,
+    checked_value_range,
+    judge_normalised,
+    scaled,
+    unit_range,
+    whole_numbers,
+)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of the files in a folder that are pictures
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
 
-_ROUNDING = 1e-4  # how far float pictures may leave [0, 1] and still be clipped without complaint
 _URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:\w+/", re.IGNORECASE)
+_ORIENTATION = 0x0112  # EXIF
+_UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # by orientation: number of Pillow's Transpose that undoes it
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _pillow_limit = threading.Lock()
 
@@ -60,7 +70,31 @@ def denormalize(image):
     return (wide * std + mean).clamp(0, 1).to(image.dtype)
 
 
-def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS):
+def normalised(image, value_range, name="image"):
+    """An image tensor (..., 3, H, W) as the model takes it: ImageNet-normalised.
+
+    Args:
+        image: floating point, or whole numbers (bool too) with a `value_range`.
+        value_range: None for what is normalised, and is judged; "imagenet" for the same unjudged; the values of black
+            and white, as (0, 255), for what is not.
+
+    Raises:
+        ValueError: values that are not finite or can't be normalised ones, an unknown `value_range`.
+    """
+    value_range = checked_value_range(value_range, normalised=True)
+    if value_range is None:
+        judge_normalised(image, name)
+        return image
+    if value_range == NORMALISED:
+        if not image.isfinite().all():
+            raise ValueError(f"{name}: holds NaN or infinite values; mend them first (torch.nan_to_num)")
+        return image
+    wide = image.to(torch.promote_types(image.dtype, torch.float32) if image.is_floating_point() else torch.float32)
+    unit = normalize(scaled(wide, value_range, name))
+    return unit.to(image.dtype) if image.is_floating_point() else unit
+
+
+def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS, value_range=None, upright=True):
     """Read a picture of any common kind as an ImageNet-normalised tensor.
 
     EXIF orientation is applied (unreadable EXIF data: a warning, and the picture as it is stored). Palette,
@@ -74,17 +108,22 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
 
     Args:
         source: one picture, as
-            - str or path of a file,
+            - str or path of a file ("~" is the home folder),
             - binary file object; it is read from its start and left open,
             - PIL image,
             - numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or float in [0, 1],
-            - torch tensor (H, W), (1, H, W) or (3, H, W), uint8 or float in [0, 1].
+            - torch tensor (H, W), (1, H, W) or (3, H, W), uint8, uint16 or float in [0, 1];
+            arrays and tensors of any other type of number, or bool, with `value_range`.
         size: None keeps the size; an int is the length of the shorter side in pixels, aspect ratio kept;
             (height, width) is taken exactly.
         patch_multiple: when given, both sides are afterwards brought to the nearest multiple of this int
             (upwards from half way, never below one multiple) by resizing, not by cropping.
         max_pixels: files and PIL images with more pixels are refused before they are decoded, and so is
             resizing to more; None lifts both limits.
+        value_range: (black, white), the values that stand for them, such as (0, 4095) of a camera with 12 bits; what
+            lies beyond is clipped. None means the full scale of the type, and a warning where 16-bit values fill but
+            the lower 8, 10, 12 or 14 bits.
+        upright: apply the EXIF orientation; False leaves the picture as it is stored.
 
     Returns:
         Contiguous (3, H, W) float32 tensor, ImageNet-normalised; on the CPU, or on the device of a tensor
@@ -95,7 +134,8 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
         TypeError: `source` is of none of these types.
         ValueError: a URL, a folder, not a picture, a truncated or damaged one, one that is empty or has more
             than `max_pixels`; an array or tensor of another shape or dtype, not finite or outside [0, 1]; a
-            `size`, `patch_multiple` or `max_pixels` that is no positive int.
+            `size`, `patch_multiple` or `max_pixels` that is no positive int; a `value_range` that is none, or not
+            that of the values.
 
     Note:
         A program that sets Pillow's process-wide `ImageFile.LOAD_TRUNCATED_IMAGES` gets truncated pictures
@@ -108,12 +148,14 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
         if value is not None and not _is_positive_int(value):
             raise ValueError(f"{name} must be None or a positive int, got {value!r}")
 
+    value_range = checked_value_range(value_range)
+
     if isinstance(source, torch.Tensor):
-        picture = _from_tensor(source)
+        picture = _from_tensor(source, value_range)
     elif isinstance(source, np.ndarray):
-        picture = _from_array(source)
+        picture = _from_array(source, value_range=value_range)
     else:
-        picture = _from_file_or_pil(source, max_pixels)
+        picture = _from_file_or_pil(source, max_pixels, value_range, upright)
 
     target = target_size(picture.shape[1:], size, patch_multiple)
     if target != picture.shape[1:]:
@@ -128,43 +170,6 @@ def resized(images, size):
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-
-
-def rows_of(picture, like):
-    """Read a picture by rows, without holding it.
-
-    Args:
-        picture: (H, W, 3), with a shape and a dtype, giving rows as an array when sliced: a numpy memmap, a zarr
-            array, ...; uint8, uint16 or floats in [0, 1].
-        like: tensor of the dtype (at least float32) and on the device wanted.
-
-    Returns:
-        ((1, 3, H, W), read), where read(first, last) gives ImageNet-normalised rows (last - first, W, 3).
-
-    Raises:
-        ValueError: another shape or dtype; while reading, floats that are not finite or leave [0, 1].
-    """
-    shape, dtype = getattr(picture, "shape", None), getattr(picture, "dtype", None)
-    if shape is None or dtype is None or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise ValueError(f"image: need (H, W, 3) with a shape and a dtype, got {type(picture).__name__} {shape}")
-    dtype = np.dtype(dtype)
-    if dtype not in (np.uint8, np.uint16) and dtype.kind != "f":
-        raise ValueError(f"image: need uint8, uint16 or floats in [0, 1], got {dtype}")
-    full = float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
-    wide = torch.promote_types(like.dtype, torch.float32)
-    mean, std = (torch.tensor(values, dtype=wide, device=like.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
-
-    def read(first, last):
-        rows = np.asarray(picture[first:last])
-        rows = torch.from_numpy(rows.astype(np.float64 if wide == torch.float64 else np.float32)).to(like.device, wide)
-        if dtype.kind == "f" and not ((rows >= -_ROUNDING) & (rows <= 1 + _ROUNDING)).all():
-            raise ValueError(
-                f"image: rows {first} to {last} hold values that are not finite or leave [0, 1]; "
-                "give uint8, or divide by the greatest value"
-            )
-        return (rows / full - mean) / std
-
-    return (1, 3, *shape[:2]), read
 
 
 def to_pil(image, normalized=True):
@@ -189,7 +194,7 @@ def to_pil(image, normalized=True):
         raise ValueError(f"image must be one non-empty (3, H, W) tensor, got {tuple(image.shape)}")
     image = image.detach().float()
     if not normalized:
-        image = _in_unit_range(image, "image")
+        image = unit_range(image, "image")
     elif image.isfinite().all():
         image = denormalize(image)
     else:
@@ -238,68 +243,66 @@ def _refuse_enormous(height, width, max_pixels, name):
         )
 
 
-def _in_unit_range(values, name):
-    """`values` clamped to [0, 1], or the reason why they can't be a picture."""
-    low, high = (bound.item() for bound in values.detach().aminmax())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"{name} has NaN or infinite values; replace them, pictures hold values in [0, 1]")
-    if low < -_ROUNDING or high > 1 + _ROUNDING:
-        raise ValueError(
-            f"{name} has values from {low:g} to {high:g}, floating point pictures hold values in [0, 1]; "
-            "divide 8-bit values by 255 (or pass them as uint8), clamp what resizing overshot; "
-            "already normalised images go to the tensor functions directly"
-        )
-    return values.clamp(0, 1)
-
-
-def _from_tensor(tensor):
+def _from_tensor(tensor, value_range):
     if tensor.dim() == 2:
         tensor = tensor[None]
     if tensor.dim() != 3 or tensor.shape[0] not in (1, 3):
         raise ValueError(
             f"source: a tensor must be (3, H, W), (1, H, W) or (H, W), got {tuple(tensor.shape)}; "
-            "pass one picture at a time, channels first (permute(2, 0, 1) turns (H, W, 3) into it)"
+            "pass one picture at a time (tensor[0]), channels first (permute(2, 0, 1) turns (H, W, 3) into it), "
+            "without alpha (tensor[:3])"
         )
     if tensor.numel() == 0:
         raise ValueError(f"source: the tensor has no pixels, its shape is {tuple(tensor.shape)}")
-    if tensor.dtype == torch.uint8:
-        picture = tensor.float() / 255
+    name = "source: the tensor"
+    if tensor.is_complex():
+        raise ValueError(f"{name} must be uint8, uint16 or float in [0, 1], got {tensor.dtype}; take its abs()")
+    values = tensor.float()
+    if value_range is not None:
+        picture = scaled(values, value_range, name)
     elif tensor.is_floating_point():
-        picture = _in_unit_range(tensor.float(), "source: the tensor")
+        picture = unit_range(values, name)
     else:
-        raise ValueError(f"source: a tensor must be uint8 or float in [0, 1], got {tensor.dtype}")
+        low, high = (int(bound) for bound in values.aminmax())
+        full = whole_numbers(str(tensor.dtype), low, high, name, lambda: values.cpu().numpy().astype(np.int64))
+        picture = values / full
     return picture.expand(3, -1, -1)
 
 
-def _from_array(array, name="the array"):
-    """(H, W[, 1 | 3 | 4]) uint8, uint16 or float -> (3, H, W) float32 in [0, 1], alpha over white."""
+def _from_array(array, name="the array", value_range=None):
+    """(H, W[, 1 | 3 | 4]) -> (3, H, W) float32 in [0, 1], alpha over white."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise ValueError(
             f"source: {name} must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}; "
-            "pass one picture at a time, channels last (transpose(1, 2, 0) turns (3, H, W) into it)"
+            "pass one picture at a time (array[0]), channels last (transpose(1, 2, 0) turns (3, H, W) into it)"
         )
     if array.size == 0:
         raise ValueError(f"source: {name} has no pixels, its shape is {array.shape}")
-    full_scale = {"u1": 255, "u2": 65535}.get(array.dtype.str[1:])
-    if full_scale is None and array.dtype.kind != "f":
+    if array.dtype.kind not in "biuf":
         raise ValueError(f"source: {name} must be uint8, uint16 or float in [0, 1], got {array.dtype}")
     picture = torch.from_numpy(array.transpose(2, 0, 1).astype(np.float32, order="C"))
-    picture = picture.div_(full_scale) if full_scale else _in_unit_range(picture, f"source: {name}")
+    if value_range is not None:
+        picture = scaled(picture, value_range, f"source: {name}")
+    elif array.dtype.kind == "f":
+        picture = unit_range(picture, f"source: {name}")
+    else:
+        low, high = int(array.min()), int(array.max())
+        picture = picture.div_(whole_numbers(array.dtype.name, low, high, f"source: {name}", lambda: array))
     if len(picture) == 4:
         alpha = picture[3:]
         picture = picture[:3] * alpha + (1 - alpha)
     return picture.expand(3, -1, -1)
 
 
-def _from_file_or_pil(source, max_pixels):
+def _from_file_or_pil(source, max_pixels, value_range, upright):
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _from_pil(source, "the PIL image", max_pixels)
+        return _from_pil(source, "the PIL image", max_pixels, value_range, upright)
     if isinstance(source, (str, os.PathLike)):
-        path, name = os.fspath(source), repr(str(source))
+        path, name = expanded(source), repr(str(source))
         if _URL.match(str(source)):
             raise ValueError(f"source: {name} is a URL, not a path; download it first and pass the path")
         if os.path.isdir(path):
@@ -307,10 +310,10 @@ def _from_file_or_pil(source, max_pixels):
         if not os.path.exists(path):
             raise FileNotFoundError(f"source: there is no file {name}; check the path")
         with open(path, "rb") as file:
-            return _from_pil(_opened(file, name, max_pixels), name, max_pixels)
+            return _from_pil(_opened(file, name, max_pixels), name, max_pixels, value_range, upright)
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
-        return _from_pil(_opened(source, name, max_pixels), name, max_pixels)
+        return _from_pil(_opened(source, name, max_pixels), name, max_pixels, value_range, upright)
     raise TypeError(
         "source must be a path, a binary file object (opened with 'rb', or io.BytesIO around bytes), "
         f"a PIL image, a numpy array or a torch tensor, got {type(source).__name__}"
@@ -339,7 +342,7 @@ def _opened(file, name, max_pixels):
         raise ValueError(f"source: {name} is damaged or not a picture that Pillow reads ({error})") from error
 
 
-def _from_pil(image, name, max_pixels):
+def _from_pil(image, name, max_pixels, value_range, upright):
     from PIL import ImageOps
 
     width, height = image.size
@@ -348,11 +351,14 @@ def _from_pil(image, name, max_pixels):
     _refuse_enormous(height, width, max_pixels, f"source: {name}")
     from_16_bit_file = image.format in ("PNG", "PPM")
     try:
+        turned = 1 if upright or image.format != "TIFF" else image.getexif().get(_ORIENTATION, 1)
         image.load()
+        if turned in _UNDONE and _ORIENTATION not in image.getexif():  # Pillow turns a TIFF while it loads it
+            image = image.transpose(_UNDONE[turned])
         try:
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image) if upright else image
         except (SyntaxError, struct.error) as error:
-            warnings.warn(f"{name}: its EXIF data is unreadable ({error}), orientation unknown", stacklevel=4)
+            warn_caller(f"{name}: its EXIF data is unreadable ({error}), orientation unknown")
         if image.mode not in (*_DEEP_GREY, "F"):
             if image.mode == "La":
                 image = image.convert("LA")
@@ -366,14 +372,14 @@ def _from_pil(image, name, max_pixels):
             f"source: {name} (mode {image.mode}) cannot be decoded, it is truncated, damaged or of an "
             f"unsupported kind ({type(error).__name__}: {error})"
         ) from error
-    if image.mode not in _DEEP_GREY:
-        return _from_array(array, name)
+    if image.mode not in _DEEP_GREY or value_range is not None:
+        return _from_array(array, name, value_range)
 
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > 65535:
         raise ValueError(
             f"source: {name} (mode {image.mode}) has values from {low} to {high}, not from 0 to 65535; "
-            "scale them to [0, 1] and pass a floating point array"
+            "write value_range, the values of black and white"
         )
     sixteen_bit = image.mode != "I" or from_16_bit_file or high > 255
     picture = _from_array(array.astype(np.uint16 if sixteen_bit else np.uint8), name)

@@ -246,8 +246,8 @@ def unit_channels(features):
 def cell_colours(features):
     """Colours (B, 3, h, w) of the low-res cells, by their place: red is the row, green the column."""
     batch, _, h, w = features.shape
-    rows = torch.linspace(0, 1, h, device=features.device).view(1, 1, h, 1).expand(batch, 1, h, w)
-    cols = torch.linspace(0, 1, w, device=features.device).view(1, 1, 1, w).expand(batch, 1, h, w)
+    rows = torch.linspace(0, 1, h, dtype=torch.float32, device=features.device).view(1, 1, h, 1).expand(batch, 1, h, w)
+    cols = torch.linspace(0, 1, w, dtype=torch.float32, device=features.device).view(1, 1, 1, w).expand(batch, 1, h, w)
     return torch.cat((rows, cols, 1 - torch.maximum(rows, cols)), 1)
 
 
@@ -270,6 +270,13 @@ def records_gradients(module, *given):
     else:
         weights = list(module.parameters())
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *weights))
+
+
+def recordable(*tensors):
+    """The tensors; copies of those that were made in inference mode, which autograd can't keep."""
+    if torch.compiler.is_compiling():
+        return tensors
+    return tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors)
 
 
 def through(x, blocks):

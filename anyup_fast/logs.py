@@ -1,6 +1,8 @@
 """What is said once: messages that would repeat with every call."""
 
 import logging
+import sys
+import warnings
 from functools import cache
 
 import torch
@@ -18,6 +20,14 @@ def warn_once(message):
     """Log `message` at level WARNING, the first time it comes up; while a graph is traced, not at all."""
     if not torch.compiler.is_compiling():
         _warned(message)
+
+
+def warn_caller(message):
+    """Warn in the name of the line outside this package and PyTorch that led here; Python shows it once for each."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("anyup_fast", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 @cache

@@ -22,6 +22,7 @@ from .layers import (
     matrices_of,
     pooled_picture,
     projected_plainly,
+    recordable,
     records_gradients,
     reflected,
     rms_norm,
@@ -126,14 +127,9 @@ class AnyUp(nn.Module):
         Raises:
             ValueError, FileNotFoundError, RuntimeError: see `anyup_fast.checkpoints.load_checkpoint`.
         """
-        from .checkpoints import load_checkpoint
+        from .checkpoints import pretrained
 
-        state_dict, config = load_checkpoint(weights, AnyUp)
-        if window_rule is not None:
-            config = {**config, "window_rule": window_rule, "use_natten": False}
-        model = cls(**config)
-        model.load_state_dict(state_dict)
-        return model.to("cpu" if device is None else device).eval()
+        return pretrained(cls, weights, device, window_rule)
 
     @property
     def qk_dim(self):
@@ -232,6 +228,7 @@ class AnyUp(nn.Module):
         output_size = checked_inputs(image, features, output_size, *self._takes())
         reason = self.why_not_fused()
         recorded = records_gradients(self, image, features)
+        image, features = recordable(image, features) if recorded else (image, features)
         if max_memory is not None:
             check_max_memory(max_memory, recorded, self._why_not_prepared())
             maps = self._coloured(features, vis_attn)
@@ -271,6 +268,7 @@ class AnyUp(nn.Module):
         check_attention_options(vis_attn, q_chunk_size)
         takes = self.qk_dim, self._takes()[1]
         out_size = checked_inputs(enc_img, feats, out_size, *takes, names=("enc_img", "feats", "out_size"))
+        enc_img, feats = recordable(enc_img, feats) if torch.is_grad_enabled() else (enc_img, feats)
         dtype, weights = stored_dtype(self.image_encoder[0].weight, enc_img.device), self.guidance_weights()
         if requested() == "reference":
             query, key = self._encoded_plainly(enc_img.to(weights.freqs.dtype), feats)
@@ -362,7 +360,7 @@ class AnyUp(nn.Module):
         Raises:
             ValueError: as `forward`; a configuration that only the plain layers cover (see `why_not_fused`).
         """
-        from .image import rows_of
+        from .rows import rows_of
 
         read = None
         if not isinstance(image, torch.Tensor):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import checked_box, checked_output_size, checked_points, checked_state, checked_tile
+from .endings import step
 from .heads import linear_head
 from .layers import cell_colours
 from .ops import windowed_attention
@@ -38,7 +39,7 @@ def _answer(method):
 
     @functools.wraps(method)
     def run(self, *arguments, **options):
-        with torch.no_grad(), use_backend(self._backend), precision.as_asked(self._precision):
+        with torch.no_grad(), use_backend(self._backend), precision.as_asked(self._precision), step():
             return method(self, *arguments, **options)
 
     return run
@@ -185,7 +186,7 @@ class Prepared:
             (B, h, w), float32, zero outside the window, the sum of each map is 1.
         """
         size = checked_output_size(output_size, self.output_size)
-        points = checked_points(torch.tensor([[row, col]]), len(self._features), size, "pixel")
+        points = checked_points([[row, col]], len(self._features), size, "pixel")
         self._prepare()
         return self._maps_at(row, col, self._queries_at(points, size), size)
 

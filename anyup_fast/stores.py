@@ -5,10 +5,11 @@ And the way of tiles from a GPU to the host.
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
+
+from .files import expanded
 
 SUFFIXES = (".npy", ".zarr")
 
@@ -32,7 +33,7 @@ class Store:
     """
 
     def __init__(self, path, shape, dtype, tile, settings, resume=False):
-        self.path = Path(path)
+        self.path = expanded(path)
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"out: a path must end in {' or '.join(SUFFIXES)}, got {str(path)!r}")
         self.partial = self.path.with_name(self.path.name + ".partial")

@@ -4,14 +4,16 @@ Arrays are computed in parts of a few rows, so that a high-resolution map is nev
 Only `visualize_feature_comparison` needs matplotlib, and never its pyplot: no window, no global figures.
 """
 
+import io
 import os
+from functools import partial
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from .files import written_aside
+from .files import expanded, written_aside
+from .ranges import NORMALISED
 
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf")
 MODES = ("mean", "pca")
@@ -117,7 +119,7 @@ def similarity(features, row, col):
     return cosines.clamp_(-1, 1).view(tuple(features.shape[1:])).float().numpy()
 
 
-def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", path=None):
+def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", path=None, *, value_range=None):
     """Photograph, low-res features and high-res features side by side, one row per image of a batch.
 
     The three panels have the photograph's aspect ratio and at least one screen pixel per high-res feature
@@ -133,9 +135,11 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
         mode: "mean" shows the mean over the channels (`channel_mean`, in the colours of viridis), "pca" the
             first three principal components as red, green and blue (`joint_pca`).
         path: file to write as well; its suffix (.png, .jpg, .jpeg, .pdf) chooses the format.
+        value_range: what the values of image tensors mean, see `upsample_features_with_anyup`.
 
     Returns:
-        matplotlib.figure.Figure with an Agg canvas, unknown to pyplot: it opens no window, needs no closing.
+        matplotlib.figure.Figure with an Agg canvas, unknown to pyplot: it opens no window, needs no closing. A
+        notebook shows it as a picture.
 
     Raises:
         TypeError: features that are neither a tensor nor an array, a `path` that is no path, an `image` that
@@ -149,7 +153,7 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     path = None if path is None else _checked_path(path)
     lr_features, hr_features = _batch(lr_features, "lr_features"), _batch(hr_features, "hr_features")
-    photos = _photos(image)
+    photos = _photos(image, value_range)
     if not len(photos) == len(lr_features) == len(hr_features):
         raise ValueError(
             f"image, lr_features and hr_features must have the same batch size, got {len(photos)}, "
@@ -178,6 +182,7 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
     figure_height = sum(strip + height for *_, (height, _) in rows) + gap
     figure = Figure((figure_width / _DPI, figure_height / _DPI), dpi=_DPI, layout="none", facecolor="white")
     FigureCanvasAgg(figure)
+    figure._repr_png_ = partial(_as_png, figure)  # what notebooks ask for; pyplot would tell them otherwise
     top = 0
     for pictures, titles, (height, width) in rows:
         top += strip
@@ -219,6 +224,13 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
     return figure
 
 
+def _as_png(figure):
+    """Bytes of the figure as a .png file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=_DPI, bbox_inches=figure.bbox_inches, facecolor="white")
+    return file.getvalue()
+
+
 def _size(picture):
     return f"{picture.shape[0]}x{picture.shape[1]}"
 
@@ -226,27 +238,29 @@ def _size(picture):
 def _checked_path(path):
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be None, a str or a Path, got {type(path).__name__}")
-    path = Path(path)
+    path = expanded(path)
     if path.suffix.lower() not in FIGURE_SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(FIGURE_SUFFIXES)}, got {str(path)!r}")
     return path
 
 
-def _photos(image):
+def _photos(image, value_range=None):
     """One float32 array (H, W, 3) in [0, 1] per image of a batch."""
-    from .image import denormalize, load_image
+    from .image import denormalize, load_image, normalised
 
     if isinstance(image, (list, tuple)):
-        return [photo for one in image for photo in _photos(one)]
+        return [photo for one in image for photo in _photos(one, value_range)]
     if not isinstance(image, torch.Tensor):
-        image = load_image(image)
+        image, value_range = load_image(image), NORMALISED
     if image.dim() not in (3, 4) or image.numel() == 0:
         raise ValueError(
             f"image must be a non-empty tensor (3, H, W) or (B, 3, H, W), got the shape {tuple(image.shape)}"
         )
-    photos = denormalize(image.detach()).reshape(-1, *image.shape[-3:]).float().cpu()
-    if photos.isnan().any():
+    if image.isnan().any():
         raise ValueError("image has NaN values; replace them before making a picture")
+    if value_range is not None or image.is_floating_point() and image.shape[-3] == 3:
+        image = normalised(image.detach(), value_range)
+    photos = denormalize(image).reshape(-1, *image.shape[-3:]).float().cpu()
     return list(photos.permute(0, 2, 3, 1).numpy())
 
 
@@ -324,7 +338,7 @@ def _wide(features):
 
 def _empty(features, count):
     """For `count` results per pixel of a map, on the CPU: (count, h * w), as wide as its parts."""
-    return torch.empty(count, features.shape[1] * features.shape[2], dtype=_wide_dtype(features))
+    return torch.empty(count, features.shape[1] * features.shape[2], dtype=_wide_dtype(features), device="cpu")
 
 
 def _scaled(vectors):

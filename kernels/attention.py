@@ -495,7 +495,7 @@ def _spans(row_windows, col_windows, block_h, block_w):
 @lru_cache(maxsize=256)
 def _span(windows, block):
     """The most keys that a tile of `block` queries spans."""
-    table = _tile_table(torch.tensor(windows, dtype=torch.int32), block)
+    table = _tile_table(torch.tensor(windows, dtype=torch.int32, device="cpu"), block)
     return int((table[:, 1] - table[:, 0]).max())
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import tiny
@@ -90,11 +91,20 @@ def test_the_output_has_the_dtype_of_the_features(weights, dtype):
     torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_no_graph_is_built(encoder, weights):
+def test_no_graph_is_built_and_that_is_said(encoder, weights):
     image, features = images(3, 28, 28).requires_grad_(), images(4, 2, 2).requires_grad_()
-    assert not extract_features(image, encoder).requires_grad
-    assert not upsample_features_with_anyup(image, features, weights=weights).requires_grad
-    assert not upsample_features_with_anyup(image, features, weights=tiny.model()).requires_grad
+    with pytest.warns(UserWarning, match=r"extract_features: image asked for gradients, .* write load_encoder\(name\)"):
+        assert not extract_features(image, encoder).requires_grad
+    for given, names in (((image, features), "image and features"), ((image.detach(), features), "features")):
+        with pytest.warns(UserWarning, match=rf": {names} asked for gradients, .* write AnyUp.from_pretrained\(\)"):
+            assert not upsample_features_with_anyup(*given, weights=tiny.model()).requires_grad
+    with pytest.warns(UserWarning, match="^prepare: features asked for gradients"):
+        assert not anyup_fast.prepare(image.detach(), features=features, weights=weights).full().requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            upsample_features_with_anyup(image, features, weights=weights)
+        upsample_features_with_anyup(image.detach(), features.detach(), weights=tiny.model().train())
 
 
 def test_weights_may_be_a_model_a_path_or_a_url(weights):
@@ -136,7 +146,8 @@ def test_dinov2_goes_by_its_names(monkeypatch):
     asked = []
     monkeypatch.setattr(api, "extract_features", lambda *args, **options: asked.append((args, options)))
     extract_dinov2_features("image", "dinov2_vitb14_reg", 3, weights="hub", device="cpu")
-    assert asked == [(("image", "dinov2_vitb14_reg"), {"layer": 3, "weights": "hub", "device": "cpu"})]
+    options = {"layer": 3, "weights": "hub", "device": "cpu", "value_range": None}
+    assert asked == [(("image", "dinov2_vitb14_reg"), options)]
     for model in ("efficientnet_lite0", "vits14", None):
         with pytest.raises(ValueError, match="model: need a DINOv2 name such as"):
             extract_dinov2_features("image", model)

@@ -1,8 +1,16 @@
 """Checkpoints: names, paths, URLs; strictness; damage; downloads from a server on this machine."""
 
+import errno
+import fcntl
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,7 +19,7 @@ import tiny
 import torch
 from safetensors import safe_open
 
-from anyup_fast import AnyUp, checkpoints
+from anyup_fast import AnyUp, checkpoints, files
 from anyup_fast.checkpoints import save_checkpoint
 
 load_checkpoint = partial(checkpoints.load_checkpoint, architecture=AnyUp)
@@ -26,6 +34,7 @@ class Server(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.site.requests.append((self.path, self.headers.get("Range")))
+        time.sleep(self.site.delay)
         content, start = self.site.content, 0
         if content is None or self.site.status:
             self.send_error(self.site.status or 404)
@@ -40,6 +49,8 @@ class Server(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         self.wfile.write(content[start:][: self.site.stop_after])
+        self.wfile.flush()
+        self.site.hanging.wait(30)
 
     def log_message(self, *args):
         self.site.log.append(args)
@@ -48,7 +59,9 @@ class Server(BaseHTTPRequestHandler):
 class Site:
     def __init__(self):
         self.content, self.ranges, self.stop_after, self.status = b"", True, None, None
-        self.requests, self.log = [], []
+        self.requests, self.log, self.delay = [], [], 0
+        self.hanging = threading.Event()  # set: a reply ends when all is sent
+        self.hanging.set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, self))
         self.url = f"http://127.0.0.1:{self.server.server_port}/anyup_multi_backbone.pth"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -184,6 +197,135 @@ def test_a_folder_that_cannot_be_made_names_the_way_by_hand(site, tmp_path):
     (tmp_path / "torch").write_text("in the way")
     with pytest.raises(RuntimeError, match="could not download .* or pass weights=<path of the file>"):
         load_checkpoint(NAME)
+
+
+# ---- processes that start together
+
+
+def together(count, late):
+    """Paths that so many threads get from downloads begun at once, and one begun `late` seconds later."""
+    start = threading.Barrier(count)
+
+    def one(wait):
+        if wait:
+            time.sleep(wait)
+        else:
+            start.wait()
+        return checkpoints.locate_checkpoint(NAME)
+
+    with ThreadPoolExecutor(count + 1) as pool:
+        return list(pool.map(one, [0] * count + [late]))
+
+
+def left_over():
+    return sorted(path.name for path in checkpoints.cache_folder().iterdir())
+
+
+def test_four_that_start_together_and_a_late_fifth_fetch_once(site, published):
+    site.content, site.delay = published, 0.3
+    assert together(4, late=0.15) == [cached()] * 5
+    assert cached().read_bytes() == published and left_over() == [cached().name]
+    assert len(site.requests) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_costs_a_download_each(site, published, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    site.content, site.delay = published, 0.2
+    assert together(3, late=0.1) == [cached()] * 4
+    assert cached().read_bytes() == published and left_over() == [cached().name]
+    assert all(asked is None for _, asked in site.requests), "nobody goes on with the part of another"
+
+
+def test_other_errors_of_locking_are_told(site, published, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    site.content = published
+    with pytest.raises(RuntimeError, match="could not download .*Input/output error"):
+        load_checkpoint(NAME)
+
+
+def test_after_a_killed_process_the_next_one_goes_on(site, published):
+    site.content, site.stop_after = published, 2_000_000
+    site.hanging.clear()
+    script = "import sys; from anyup_fast.checkpoints import download; download(*sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", script, site.url, str(cached())])
+    try:
+        deadline = time.time() + 60
+        while not cached(".part").exists() or cached(".part").stat().st_size < 1_000_000:
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    site.hanging.set()
+    site.stop_after, have = None, cached(".part").stat().st_size
+    load_checkpoint(NAME)
+    assert cached().read_bytes() == published and left_over() == [cached().name]
+    assert site.requests[-1][1] == f"bytes={have}-"
+
+
+def test_locks_let_one_in_at_a_time(tmp_path):
+    inside, most = [], []
+
+    def enter(_):
+        with files.alone(tmp_path / "a.lock", "testing") as locked:
+            inside.append(locked)
+            most.append(len(inside))
+            time.sleep(0.002)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(60)))
+    assert most == [1] * 60 and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_download_is_gone_on_with(site, published, monkeypatch):
+    def interrupted(reply, file):
+        file.write(reply.read(5000))
+        raise KeyboardInterrupt
+
+    site.content = published
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "copyfileobj", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_checkpoint(NAME)
+    assert left_over() == [cached(".part").name]
+    load_checkpoint(NAME)
+    assert site.requests[-1][1] == "bytes=5000-" and cached().read_bytes() == published
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_holds(site, published, monkeypatch):
+    def read_only(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    site.content = published
+    cached().parent.mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", read_only)
+        with pytest.raises(RuntimeError, match=r"Read-only file system.* \(TORCH_HOME names another folder\), or pass"):
+            load_checkpoint(NAME)
+        cached().write_bytes(published)
+        load_checkpoint(NAME)
+    assert site.requests == []
+
+
+@pytest.mark.slow
+def test_four_processes_and_a_late_fifth_load(site, published):
+    site.content, site.delay = published, 3
+    script = f"from anyup_fast import AnyUp, checkpoints; checkpoints.PUBLISHED[{NAME!r}] = {site.url!r}; "
+    script += f"print(sum(p.numel() for p in AnyUp.from_pretrained({NAME!r}).parameters()))"
+    ranks = []
+    for wait in (0, 0, 0, 0, 4):
+        time.sleep(wait)
+        ranks.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True))
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["878080"] * 5
+    assert len(site.requests) == 1
 
 
 class Payload:

@@ -22,12 +22,12 @@ LEVELS = [
     {"model"},
     {"frugal"},
     {"prepared", "upsampling"},
-    {"decoder", "heads", "image", "encoders", "checkpoints", "stores", "visualize"},
+    {"decoder", "heads", "image", "rows", "encoders", "checkpoints", "stores", "visualize"},
     {"layers"},
-    {"checks", "ops"},
+    {"checks", "ranges", "ops"},
     {"plain"},
     {"cpu", "kernels"},
-    {"files", "logs", "weights"},
+    {"endings", "files", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY = {"kernels": "ops", "cpu": "plain"}  # parts that a single other part may import

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import pickle
 import pkgutil
 from importlib import import_module
@@ -50,8 +51,8 @@ ENTRY_POINTS = {"anyup", "anyup_multi_backbone", "anyup_embedded"}
 OPTIONS = {
     "demo": "--device --dtype --encoder --mode --out --size --weights photo",
     "upsample": (
-        "--device --dtype --encoder --figure --head --labels --layer --mode --out --output-size --region "
-        "--resume --size --stream --tile --weights photo"
+        "--as-stored --device --dtype --encoder --figure --head --labels --layer --mode --out --output-size --region "
+        "--resume --size --stream --tile --value-range --weights photo"
     ),
     "train": (
         "--all --batch --cache --camouflage-share --consistency-share --consistency-weight --crop "
@@ -67,6 +68,14 @@ OPTIONS = {
     ),
     "info": "",
 }
+ARGUMENTS = {
+    "load_image": "source size patch_multiple max_pixels value_range upright",
+    "extract_features": "image encoder layer weights device value_range",
+    "extract_dinov2_features": "image model layer weights device value_range",
+    "upsample_features_with_anyup": "image features output_size weights device backend value_range",
+    "prepare": "image features weights device backend value_range",
+    "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
+}
 
 
 def home(name):
@@ -81,6 +90,12 @@ def home(name):
 @pytest.mark.parametrize("module", NAMES)
 def test_public_names(module):
     assert [name for name in NAMES[module].split() if not hasattr(home(module), name)] == []
+
+
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_arguments_of_the_verbs(verb):
+    given = [name for name in inspect.signature(getattr(anyup_fast, verb)).parameters]
+    assert given == ARGUMENTS[verb].split()
 
 
 def test_no_public_name_is_missing_from_the_list():

@@ -1,4 +1,6 @@
+import io
 import os
+import pickle
 import subprocess
 import sys
 
@@ -438,3 +440,14 @@ print("matplotlib.pyplot" in sys.modules, matplotlib.pyplot.get_fignums())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "False\nTrue []\n"), done.stderr
+
+
+def test_a_notebook_gets_the_figure_as_a_picture():
+    image, (lr, hr) = photo(), smooth()
+    figures = [visualize_feature_comparison(image, lr, hr, mode) for mode in ("mean", "pca")]
+    figures.append(visualize_feature_comparison(*(torch.stack((x, x)) for x in (image, lr, hr))))
+    figures.append(pickle.loads(pickle.dumps(figures[0])))
+    for figure in figures:
+        data = figure._repr_png_()
+        width, height = Image.open(io.BytesIO(data)).size
+        assert data.startswith(b"\x89PNG") and (width, height) == tuple(figure.get_size_inches() * figure.dpi)

@@ -13,7 +13,8 @@ def add(commands):
     command.add_argument("--out", default="demo", metavar="FOLDER", help="where figure and features go (default: demo)")
     add_inputs(command)
     add_outputs(command)
-    command.set_defaults(run=run, output_size=None, layer=-1, region=None, head=None, labels=False, stream=None)
+    absent = {"output_size": None, "layer": -1, "region": None, "head": None, "labels": False, "stream": None}
+    command.set_defaults(run=run, value_range=None, as_stored=False, **absent)
 
 
 def run(arguments):

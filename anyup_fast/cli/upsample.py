@@ -1,6 +1,7 @@
 """`anyup-fast upsample`: the features of one photograph at pixel resolution, whole, in part, or through a head."""
 
 import logging
+import os
 from pathlib import Path
 
 from .. import __version__
@@ -16,6 +17,16 @@ def add(commands):
     """Add the command to the parser's."""
     command = commands.add_parser("upsample", help="upsample the features of a photograph")
     command.add_argument("photo", help="a picture file")
+    command.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("BLACK", "WHITE"),
+        help="values of the picture that are black and white, such as 0 4095 (default: those of its type)",
+    )
+    command.add_argument(
+        "--as-stored", action="store_true", help="leave the picture as it is stored, whatever its EXIF"
+    )
     command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
     command.add_argument(
         "--output-size",
@@ -53,6 +64,7 @@ def run(arguments):
     from ..api import extract_features, load_image, prepare, visualize_feature_comparison
     from ..checkpoints import locate_checkpoint
     from ..encoders import load_encoder
+    from ..files import check_writable
     from ..heads import load_head
     from ..model import AnyUp
     from ..visualize import FIGURE_SUFFIXES
@@ -72,19 +84,27 @@ def run(arguments):
         if given and not present:
             raise ValueError(f"{option}: needs {other}")
     head = load_head(arguments.head) if arguments.head else None
+    outputs = [path for path in (arguments.out, arguments.figure, arguments.stream) if path]
+    if not outputs:
+        raise ValueError("nothing would be written: name a file with --out, --figure or --stream")
+    for path in outputs:
+        check_writable(path)
     steps = Steps()
     device = _device(arguments.device)
     model = AnyUp.from_pretrained(arguments.weights, device=device)
     steps.done(f"AnyUp weights: {arguments.weights} ({locate_checkpoint(arguments.weights).name})")
     encoder = load_encoder(arguments.encoder, device=device)
     steps.done("encoder loaded")
-    image = load_image(_photo(arguments.photo), arguments.size, patch_multiple=encoder.patch_size).to(device)
+    options = {"value_range": arguments.value_range, "upright": not arguments.as_stored}
+    image = load_image(_photo(arguments.photo), arguments.size, encoder.patch_size, **options).to(device)
     steps.done(f"photograph {arguments.photo or DEMO_PHOTO}: {_shape(image)}")
     lr_features = extract_features(image, encoder, layer=arguments.layer)
     steps.done(f"low-res features: {_shape(lr_features)}")
     size = arguments.output_size
     if isinstance(size, int):
         size = tuple(round(n * size / min(image.shape[1:])) for n in image.shape[1:])
+    if not (arguments.region or arguments.head or arguments.stream):
+        _check_memory(model, image, lr_features, size or tuple(image.shape[1:]))
     prepared, written = prepare(image, lr_features, model), []
     if head is not None:
         prepared = prepared.head(head, argmax=arguments.labels)
@@ -106,8 +126,6 @@ def run(arguments):
         written.append(arguments.out)
     for path in written:
         logger.info("-> %s", path)
-    if not written:
-        logger.warning("nothing written: name a file with --out, --figure or --stream")
 
 
 def _device(name):
@@ -121,6 +139,19 @@ def _device(name):
         described = f", {torch.cuda.get_device_name(device)}"
     logger.info("device: %s%s", device, described)
     return device
+
+
+def _check_memory(model, image, features, size):
+    """MemoryError where the whole output can't fit into this machine's memory."""
+    if image.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    needed = model.estimate_memory((1, *image.shape), (1, *features.shape), size)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise MemoryError(
+            f"--output-size: {size[0]}x{size[1]} pixels of {len(features)} channels take {needed / 2**30:.0f} GiB of "
+            f"memory, this machine has {there / 2**30:.0f}; --stream, --region or --head take less"
+        )
 
 
 def _photo(name):

@@ -11,11 +11,13 @@ import functools
 import os
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from itertools import accumulate
+from queue import SimpleQueue
 
 import torch
 
+from ..endings import closing, step, waiting
 from . import products
 
 MOST = 16  # workers, for they take turns in the interpreter; where there are more threads, each worker has several
@@ -29,7 +31,7 @@ def crew_size(device):
     """How many pieces are worked on at once by the calling thread's leave: its `torch.get_num_threads()`, or one."""
     if device.type != "cpu":
         return 1
-    return getattr(_inside, "size", None) or min(MOST, torch.get_num_threads())
+    return getattr(_inside, "size", None) or (1 if closing() else min(MOST, torch.get_num_threads()))
 
 
 def led(function):
@@ -42,10 +44,11 @@ def led(function):
     def call(tensor, *args, **kwargs):
         if hasattr(_inside, "size"):
             return function(tensor, *args, **kwargs)
-        if crew_size(tensor.device) == 1:
-            with products.asking(products.asked()):  # before it turns autocast off
-                return function(tensor, *args, **kwargs)
-        return _crew(torch.get_num_threads()).lead(functools.partial(function, tensor, *args, **kwargs))
+        with step():
+            if crew_size(tensor.device) == 1:
+                with products.asking(products.asked()):  # before it turns autocast off
+                    return function(tensor, *args, **kwargs)
+            return _crew(torch.get_num_threads()).lead(functools.partial(function, tensor, *args, **kwargs))
 
     return call
 
@@ -70,12 +73,46 @@ def share_out(work, items, desks, in_order=False, costs=None):
     elif hasattr(_inside, "crew"):
         _inside.crew.share_out(work, items, desks, in_order, costs)
     else:
-        crew = _crew(torch.get_num_threads())
-        crew.lead(functools.partial(crew.share_out, work, items, desks, in_order, costs))
+        with step():
+            crew = _crew(torch.get_num_threads())
+            crew.lead(functools.partial(crew.share_out, work, items, desks, in_order, costs))
 
 
 class _Call:
     stopped = False  # the caller waits no longer
+
+
+class _Pool:
+    """Threads that take tasks as they come until the process ends, which its main thread may come to earlier."""
+
+    def __init__(self, size):
+        self._tasks, self._size = SimpleQueue(), 0
+        try:
+            for number in range(size):
+                threading.Thread(target=self._work, name=f"anyup_fast_{number}", daemon=True).start()
+                self._size += 1
+        except RuntimeError:  # no more threads to be had
+            self.dismiss()
+            raise
+
+    def submit(self, function, *arguments):
+        future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def dismiss(self):
+        for _ in range(self._size):
+            self._tasks.put(None)
+
+    def _work(self):
+        while (task := self._tasks.get()) is not None:
+            future, function, arguments = task
+            with step(own=True):
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            del task, future, function, arguments  # not until the next one comes
 
 
 class _Crew:
@@ -83,8 +120,12 @@ class _Crew:
 
     def __init__(self, threads):
         self.size = min(MOST, threads)
-        self._leader = ThreadPoolExecutor(1, "anyup_fast")
-        self._others = ThreadPoolExecutor(self.size - 1, "anyup_fast")
+        self._leader = _Pool(1)
+        try:
+            self._others = _Pool(self.size - 1)
+        except RuntimeError:
+            self._leader.dismiss()
+            raise
         met = threading.Barrier(self.size)
 
         def start(leads):
@@ -95,12 +136,8 @@ class _Crew:
             torch.set_num_threads(threads // self.size)
             met.wait()
 
-        try:
-            starting = [self._leader.submit(start, True)]
-            starting += [self._others.submit(start, False) for _ in range(self.size - 1)]
-        except RuntimeError:  # no more threads to be had: let those go that wait for the others
-            met.abort()
-            raise
+        starting = [self._leader.submit(start, True)]
+        starting += [self._others.submit(start, False) for _ in range(self.size - 1)]
         for future in starting:
             future.result()
         # What a thread sets is also what threads started later begin with: leave that as it was.
@@ -118,7 +155,8 @@ class _Crew:
 
         future = self._leader.submit(run)
         try:
-            return future.result()
+            with waiting():
+                return future.result()
         finally:
             if not future.done():
                 call.stopped = True
@@ -145,7 +183,8 @@ class _Crew:
             run(desks[0], parts[0])
         finally:
             _inside.size = self.size
-            wait(running)
+            with waiting():
+                wait(running)
         for future in running:
             future.result()
 

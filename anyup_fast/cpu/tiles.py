@@ -65,7 +65,7 @@ def matrices():
     inputs.append([coefficient / size for coefficient in polynomial])
     with torch.inference_mode(False):  # they are kept, for training too
         return tuple(
-            torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float64)
+            torch.tensor([[float(number) for number in row] for row in rows], dtype=torch.float64, device="cpu")
             for rows in (outputs, weight, inputs)
         )
 

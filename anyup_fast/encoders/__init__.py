@@ -55,8 +55,8 @@ def load_encoder(name, *, weights="auto", device=None):
     with _lock:
         encoder = _loaded.get(key)
         if encoder is None or encoder.device != device:
-            encoder = _family_of(name).load(name, weights)
-            encoder = encoder.to(device).eval().requires_grad_(False)
+            with torch.inference_mode(False), torch.device("cpu"):  # it serves later calls, in other modes
+                encoder = _family_of(name).load(name, weights).to(device).eval().requires_grad_(False)
             _loaded[key] = encoder
             _log.info("encoder %s on %s: %s", name, device, encoder.source)
     return encoder

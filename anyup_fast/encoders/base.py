@@ -1,5 +1,6 @@
 """What every encoder has in common: its attributes, the checks of its input, the normalisation."""
 
+import re
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TRANSFORMERS = "4.48"  # the oldest that encoders can use
 
 
 class Encoder(nn.Module):
@@ -137,29 +139,93 @@ def optional_import(module, remedy="pip install 'anyup-fast[encoders]'"):
     """Import an optional dependency, or say how to get it: `remedy`.
 
     Raises:
-        RuntimeError: the package is not installed.
+        RuntimeError: the package is not installed, or too old.
     """
     try:
-        return import_module(module)
+        found = import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
         raise RuntimeError(f"this encoder needs {module}: {remedy}") from error
+    if module == "transformers" and _version(found.__version__) < _version(TRANSFORMERS):
+        raise RuntimeError(
+            f"encoders need transformers {TRANSFORMERS} or newer, {found.__version__} is installed: "
+            "pip install --upgrade transformers"
+        )
+    return found
+
+
+def _version(text):
+    """Numbers of a version, comparable; what is no number ends it."""
+    numbers = re.match(r"\d+(\.\d+)*", str(text))
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
 def read_pretrained(loader, place, ways, **arguments):
     """Call `loader.from_pretrained(place, **arguments)` of transformers.
 
     Raises:
-        RuntimeError: nothing usable is there or can be reached; the message ends with `ways`.
+        RuntimeError: nothing usable is there or can be reached; the message says what to do: accept a licence, upgrade
+            transformers, install a package, or `ways`.
     """
     from safetensors import SafetensorError
 
     try:
         return loader.from_pretrained(place, **arguments)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RuntimeError(f"{place} could not be loaded ({reason}); it needs {ways}") from error
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise RuntimeError(_why_not_read(place, error, ways)) from error
+
+
+def _why_not_read(place, error, ways):
+    kinds, said = [], str(error)
+    cause = error
+    while cause is not None and len(kinds) < 20:
+        kinds += [base.__name__ for base in type(cause).__mro__]
+        said += f"\n{cause}"
+        cause = cause.__cause__ or cause.__context__
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    page = f"https://huggingface.co/{place}"
+    login = "`hf auth login`, or HF_TOKEN in the environment"
+    if "GatedRepoError" in kinds or "gated repo" in said:
+        return f"{place} is gated: accept its licence at {page} (access may have to be granted), then log in: {login}"
+    if "RepositoryNotFoundError" in kinds:
+        return f"{place} could not be loaded: the hub has no model of that name, or it is private; check it, or {login}"
+    if isinstance(error, ImportError):
+        return f"{place} could not be loaded: {' '.join(said.split())[:300]}; install what is missing"
+    unknown = isinstance(error, KeyError) and error.args[0] == _settings(place).get("model_type")
+    if unknown or "does not recognize this architecture" in said or "trust_remote_code" in said:
+        return _unknown_kind(place)
+    return f"{place} could not be loaded ({reason}); it needs {ways}{newer(place)}"
+
+
+def _unknown_kind(place):
+    config = _settings(place)
+    kind, installed = config.get("model_type"), import_module("transformers").__version__
+    if "auto_map" in config:
+        return f"{place} could not be loaded: its kind {kind!r} comes with code of its own, which is not run"
+    saved = config.get("transformers_version")
+    since = f"it was saved with transformers {saved}" if saved else "its config does not say which version has it"
+    return (
+        f"{place} could not be loaded: its kind {kind!r} is unknown to transformers {installed}, which is installed; "
+        f"{since}: pip install --upgrade transformers"
+    )
+
+
+def newer(place):
+    """What to add to a message where the model at `place` was saved with a newer transformers than is installed."""
+    saved, installed = _settings(place).get("transformers_version"), import_module("transformers").__version__
+    if saved is None or _version(saved) <= _version(installed):
+        return ""
+    return f"; it was saved with transformers {saved}, and {installed} is installed: pip install --upgrade transformers"
+
+
+def _settings(place):
+    """The config of a model as it lies in its file, here or in the cache; {} where there is none."""
+    transformers = import_module("transformers")
+    try:
+        return transformers.PretrainedConfig.get_config_dict(place, local_files_only=True)[0]
+    except (OSError, ValueError):  # what has been told already
+        return {}
 
 
 def wheel_file(distribution, path):

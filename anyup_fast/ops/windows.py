@@ -49,7 +49,7 @@ def window_bounds(n_query, n_key, ratio):
     Source: AnyUp (arXiv 2510.12764), section on local window attention.
     """
     if ratio <= 0:
-        return torch.tensor([[0, n_key]], dtype=torch.int32).repeat(n_query, 1)
+        return torch.tensor([[0, n_key]], dtype=torch.int32, device="cpu").repeat(n_query, 1)
     position = (torch.arange(n_query, dtype=torch.float32, device="cpu") + 0.5) / n_query
     start = ((position - ratio).clamp(0.0, 1.0) * n_key).floor()
     end = ((position + ratio).clamp(0.0, 1.0) * n_key).ceil()
@@ -76,7 +76,7 @@ def neighborhood_bounds(n_query, n_key, ratio):
     Source: AnyUp (arXiv 2510.12764), published code, neighborhood attention.
     """
     if not 0 < ratio < 0.5:
-        return torch.tensor([[0, n_key]], dtype=torch.int32).repeat(n_query, 1)
+        return torch.tensor([[0, n_key]], dtype=torch.int32, device="cpu").repeat(n_query, 1)
     size = max(3, round(2 * ratio * n_key))
     size = min(size + 1 - size % 2, n_key)
     query = torch.arange(n_query, device="cpu")

@@ -96,8 +96,8 @@ class Tile:
 
     def outside(self, low, high, length):
         """Boolean (length, high - low): keys not seen; queries past the last see what it sees."""
-        windows = torch.tensor(self.windows + self.windows[-1:] * (length - len(self.windows)))
-        keys = torch.arange(low, high)
+        windows = torch.tensor(self.windows + self.windows[-1:] * (length - len(self.windows)), device="cpu")
+        keys = torch.arange(low, high, device="cpu")
         return (keys < windows[:, :1]) | (keys >= windows[:, 1:])
 
     @cached_property
@@ -159,7 +159,8 @@ def _bias(outside):
     if not outside.any():
         return None
     with torch.inference_mode(False):  # they are kept, for training too
-        return torch.zeros(outside.shape).masked_fill_(outside, float("-inf")).mT.contiguous()
+        bias = torch.zeros(outside.shape, dtype=torch.float32, device=outside.device)
+        return bias.masked_fill_(outside, float("-inf")).mT.contiguous()
 
 
 @lru_cache(maxsize=64)

@@ -21,11 +21,11 @@ def neighbours(places, length, pooled, like):
     ]
     firsts = [max(three[0][0], 0) for three in ranges]
     most = max(min(three[2][1], length) - first for three, first in zip(ranges, firsts, strict=True))
-    indices = (torch.tensor(firsts)[:, None] + torch.arange(most)).clamp(max=length - 1)
-    starts, ends = torch.tensor(ranges).unbind(-1)
-    positions = torch.tensor(firsts)[:, None, None] + torch.arange(most)
+    starts, ends = torch.tensor(ranges, device="cpu").unbind(-1)
+    positions = torch.tensor(firsts, device="cpu")[:, None, None] + torch.arange(most, device="cpu")
+    indices = positions[:, 0].clamp(max=length - 1)
     inside = (positions >= starts[..., None]) & (positions < ends[..., None])
-    outside = torch.tensor([[not 0 <= i < pooled for i in (p - 1, p, p + 1)] for p in places])
+    outside = torch.tensor([[not 0 <= i < pooled for i in (p - 1, p, p + 1)] for p in places], device="cpu")
     share = (inside & ~outside[..., None]).to(like) / (ends - starts)[..., None].to(like)
     return indices.to(like.device), share
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import expanded
 from ..image import SUFFIXES
 
 STAMP_SIDE = 0.25, 0.7  # least and greatest longer side of a cut-out, as a share of the picture's
@@ -39,7 +40,7 @@ def find_pictures(scenes, stamps=None, *, held_out=None):
         if folder is None:
             found.append(())
             continue
-        folder = Path(folder)
+        folder = expanded(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{name}: no folder {str(folder)!r}; name one that holds pictures")
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

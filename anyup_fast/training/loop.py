@@ -7,13 +7,12 @@ import math
 import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..files import written_aside
+from ..files import expanded, written_aside
 from ..model import AnyUp
 from ..plain.precision import fast_in_bfloat16
 from .objectives import OWN_TERMS, training_loss
@@ -46,7 +45,11 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
     """
     if save_every < 1:
         raise ValueError(f"save_every: must be at least 1, got {save_every}")
-    output = Path(output)
+    with torch.device("cpu"):  # whatever the default device
+        return _train(config, expanded(output), cache, save_every, progress)
+
+
+def _train(config, output, cache, save_every, progress):
     settings = json.loads(json.dumps(asdict(config), default=os.fspath))
     record = output / "config.json"
     if record.exists() and json.loads(record.read_text()) != settings:

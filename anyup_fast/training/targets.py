@@ -4,12 +4,11 @@ import hashlib
 import json
 import logging
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..files import written_aside
+from ..files import expanded, written_aside
 from ..image import normalize, resized
 from .composites import composite, find_pictures
 from .config import SHRINKS
@@ -32,7 +31,7 @@ class TargetCache:
         pictures = find_pictures(config.scenes, config.stamps, held_out=False if config.held_out else None)
         names = [path.name for path in pictures.scenes + pictures.stamps]
         digest = hashlib.sha256(json.dumps([settings, names]).encode()).hexdigest()[:12]
-        self.folder = Path(folder) / f"targets-{digest}"
+        self.folder = expanded(folder) / f"targets-{digest}"
         self.config, self.pictures = config, pictures
 
     def __len__(self):

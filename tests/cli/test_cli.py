@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,11 +35,13 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def upsample(made, capsys):
-    """Run `anyup-fast upsample PHOTO ...`: exit code, standard output and standard error."""
+def upsample(made, capsys, tmp_path):
+    """Run `anyup-fast upsample PHOTO ...`, with a file to write: exit code, standard output and standard error."""
     folder, options = made
 
-    def run(*arguments, photo=folder / "photo.png"):
+    def run(*arguments, photo=folder / "photo.png", written=True):
+        if written and not {"--out", "--figure", "--stream"} & {*map(str, arguments)}:
+            arguments += "--out", tmp_path / "unnamed.safetensors"
         code = cli.main(["upsample", str(photo), *options, "--size", "56x84", *map(str, arguments)])
         return code, *capsys.readouterr()
 
@@ -90,10 +93,47 @@ def test_the_features_are_those_of_the_verbs(upsample, made, tmp_path):
         (["--size", "28X70"], "32x28x70"),
     ],
 )
-def test_sizes(upsample, options, shape):
-    code, printed, _ = upsample(*options)
+def test_sizes(upsample, tmp_path, options, shape):
+    code, printed, _ = upsample(*options, "--out", tmp_path / "f.safetensors")
     assert code == 0 and f"high-res features: {shape}\n" in printed
-    assert "nothing written: name a file with --out, --figure or --stream" in printed
+
+
+@pytest.mark.parametrize("options", [[], ["--output-size", "28"], ["--region", 0, 0, 4, 4]])
+def test_nothing_to_write_is_told_before_the_work(upsample, options):
+    code, printed, err = upsample(*options, written=False)
+    assert code == 1 and printed == ""
+    assert "nothing would be written: name a file with --out, --figure or --stream" in refusal(err)
+
+
+@pytest.mark.parametrize("option, name", [("--out", "f.safetensors"), ("--figure", "f.png"), ("--stream", "f.npy")])
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(upsample, tmp_path, option, name):
+    (tmp_path / "file").write_text("in the way")
+    code, printed, err = upsample(option, tmp_path / "file" / name)
+    assert code == 1 and printed == "" and name in refusal(err) and "can't be written" in err
+
+
+@pytest.mark.parametrize("size", ["9999999", "200000", "400000x90000"])
+def test_sizes_beyond_the_memory_are_told_in_bytes(upsample, tmp_path, size):
+    code, printed, err = upsample("--output-size", size, "--out", tmp_path / "f.safetensors")
+    assert code == 1 and "high-res" not in printed
+    assert re.search(
+        r"--output-size: \d+x\d+ pixels of 32 channels take \d+ GiB of memory, this machine has", refusal(err)
+    )
+
+
+def test_value_range_and_orientation_of_the_picture(upsample, made, tmp_path):
+    folder = made[0]
+    deep = np.asarray(Image.open(folder / "photo.png").convert("L")).astype(np.uint16) * 16 + 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(deep).save(tmp_path / "deep.png", exif=exif)
+    read = tmp_path / "read.safetensors"
+    options = "--out", read, "--dtype", "float32", "--value-range", "0", "4095", "--as-stored"
+    assert upsample(*options, photo=tmp_path / "deep.png")[0] == 0
+    image = anyup_fast.load_image(deep, (56, 84), value_range=(0, 4095))
+    assert torch.equal(load_file(read)["lr_features"], anyup_fast.extract_features(image, made[1][1]))
+    with pytest.warns(UserWarning, match=r"fill 12 bits .* value_range=\(0, 4095\)"):
+        assert upsample("--out", tmp_path / "dark.safetensors", photo=tmp_path / "deep.png")[0] == 0
 
 
 def test_a_region_is_cut_from_the_whole(upsample, tmp_path):
@@ -171,9 +211,10 @@ def test_the_demo_has_a_photograph(made, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not checkpoints.EMBEDDED.is_file(), reason="this checkout has no embedded weights yet")
-def test_the_embedded_weights_are_the_default(made, capsys):
+def test_the_embedded_weights_are_the_default(made, tmp_path, capsys):
     folder, (*encoder, _, _, _, _) = made
-    assert cli.main(["upsample", str(folder / "photo.png"), *encoder, "--size", "28"]) == 0
+    out = str(tmp_path / "f.safetensors")
+    assert cli.main(["upsample", str(folder / "photo.png"), *encoder, "--size", "28", "--out", out]) == 0
     assert "AnyUp weights: embedded (embedded.safetensors)" in capsys.readouterr().out
 
 

@@ -655,3 +655,105 @@ def test_a_model_that_cannot_be_had(tmp_path, monkeypatch, fresh, transformers):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match="needs transformers: pip install"):
         load_encoder("owner/model")
+
+
+# ---- what stands between a name and its weights
+
+
+def refused(error, cause=None):
+    """A from_pretrained that raises."""
+
+    def raises(*args, **kwargs):
+        raise error from cause
+
+    return raises
+
+
+def hub_error(name):
+    errors = pytest.importorskip("huggingface_hub.errors")
+    kind = getattr(errors, name)
+    return kind.__new__(kind)
+
+
+GATED = "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/owner/model."
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (OSError(GATED), hub_error("GatedRepoError")),
+        lambda: (hub_error("GatedRepoError"), None),
+        lambda: (OSError("403 Client Error.\nCannot access gated repo for url ... awaiting a review"), None),
+    ],
+)
+@pytest.mark.parametrize("loader", ["AutoConfig", "AutoModel"])
+def test_a_gated_model_names_its_licence_and_not_the_network(monkeypatch, fresh, transformers, make, loader):
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *args, **kwargs: transformers.Dinov2Config())
+    monkeypatch.setattr(getattr(transformers, loader), "from_pretrained", refused(*make()))
+    with pytest.raises(RuntimeError) as caught:
+        load_encoder("owner/model")
+    said = str(caught.value)
+    assert said.startswith("owner/model is gated: accept its licence at https://huggingface.co/owner/model")
+    assert "`hf auth login`" in said and "network" not in said
+
+
+def test_a_name_that_the_hub_has_not_is_told_apart_from_no_network(monkeypatch, fresh, transformers):
+    missing = OSError("owner/model is not a local folder and is not a valid model identifier")
+    for error, words in (
+        ((missing, hub_error("RepositoryNotFoundError")), "the hub has no model of that name, or it is private"),
+        ((OSError("We couldn't connect to 'https://huggingface.co'"), None), "it needs network access"),
+        ((ImportError("TimmWrapperModel requires the timm library"), None), "requires the timm library"),
+    ):
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refused(*error))
+        with pytest.raises(RuntimeError, match=f"^owner/model could not be loaded.*{words}"):
+            load_encoder("owner/model")
+
+
+@pytest.mark.parametrize("kind", ["dinov9_convnext", "vit2", "mambavision9"])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"transformers_version": "99.1.0"}, "it was saved with transformers 99.1.0: pip install --upgrade"),
+        ({}, "its config does not say which version has it: pip install --upgrade"),
+    ],
+)
+def test_a_model_of_a_newer_transformers_names_both_versions(tmp_path, fresh, transformers, kind, settings, words):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 32, **settings}))
+    with pytest.raises(
+        RuntimeError, match=f"kind '{kind}' is unknown to transformers {transformers.__version__}, .*{words}"
+    ):
+        load_encoder(f"hf:{tmp_path}")
+
+
+def test_code_of_a_model_is_not_run_and_that_is_said(tmp_path, fresh, transformers):
+    settings = {"model_type": "own_kind", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "code.py").write_text("raise SystemExit('run')")
+    with pytest.raises((RuntimeError, ValueError), match="code of its own, which is not run"):
+        load_encoder(f"hf:{tmp_path}")
+
+
+def test_weights_of_a_newer_transformers_are_told_as_such(tmp_path, fresh, transformers):
+    folder = saved(tmp_path, made(transformers, "ViT", **TINY_VIT))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": 5, "transformers_version": "99.0.1"})
+    )
+    with pytest.raises(RuntimeError, match="missing .*; it was saved with transformers 99.0.1, and .* is installed"):
+        load_encoder(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("version", ["4.30.2", "3.5", "4.47.1.dev0"])
+def test_a_transformers_that_is_too_old_is_named_with_both_versions(monkeypatch, fresh, transformers, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(RuntimeError, match=f"need transformers 4.48 or newer, {version} is installed: pip install"):
+        load_encoder("owner/model")
+
+
+def test_a_model_that_wants_patches_cut_beforehand_is_named(tmp_path, fresh, transformers):
+    if not hasattr(transformers, "Siglip2VisionConfig"):
+        pytest.skip("this transformers has no Siglip2")
+    config = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**config, num_patches=9, patch_size=16))
+    with pytest.raises(RuntimeError, match="takes more than pixel_values .*NaFlex.*variant for a fixed size"):
+        load_encoder(f"hf:{saved(tmp_path, model)}")
