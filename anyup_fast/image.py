@@ -16,10 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .formats import SUFFIXES as SUFFIXES
+from .formats import add_openers, page_count, why_unknown
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of the files in a folder that are pictures
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
 
 _ROUNDING = 1e-4  # how far float pictures may leave [0, 1] and still be clipped without complaint
@@ -67,8 +69,8 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS)
     greyscale, CMYK, 1-bit and other modes become RGB; transparent parts are composited over white. 16-bit
     grey pictures are divided by 65535; mode I counts as 16-bit when it comes from a PNG or PPM file or holds
     a value above 255. Pillow decodes 16-bit *colour* files to 8 bits; to keep all 16, read them with another
-    library and pass the array. Embedded colour profiles are not applied. Of an animation the first frame is
-    taken; of a PIL image, the frame it stands on.
+    library and pass the array. Embedded colour profiles are not applied. Of a file with several pages or frames
+    the first is taken, with a warning; of a PIL image, the frame it stands on.
 
     Resizing, at most one, is bicubic with antialiasing in float32, clamped to [0, 1].
 
@@ -307,7 +309,11 @@ def _from_file_or_pil(source, max_pixels):
         if not os.path.exists(path):
             raise FileNotFoundError(f"source: there is no file {name}; check the path")
         with open(path, "rb") as file:
-            return _from_pil(_opened(file, name, max_pixels), name, max_pixels)
+            opened = _opened(file, name, max_pixels)
+            pages = page_count(opened)
+            if pages > 1:
+                warnings.warn(f"{name} has {pages} pages or frames, of which the first is taken", stacklevel=3)
+            return _from_pil(opened, name, max_pixels)
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
         return _from_pil(_opened(source, name, max_pixels), name, max_pixels)
@@ -321,6 +327,7 @@ def _opened(file, name, max_pixels):
     """The header of a binary file as a lazy PIL image; Pillow's own size limit yields to a higher one."""
     from PIL import Image
 
+    add_openers()
     try:
         if max_pixels is not None and max_pixels <= MAX_PIXELS:
             return Image.open(file)
@@ -336,7 +343,7 @@ def _opened(file, name, max_pixels):
             "Raise max_pixels (None: no limit) if that is intended"
         ) from error
     except Exception as error:
-        raise ValueError(f"source: {name} is damaged or not a picture that Pillow reads ({error})") from error
+        raise ValueError(f"source: {name} {why_unknown(file, error)}") from error
 
 
 def _from_pil(image, name, max_pixels):

@@ -27,7 +27,7 @@ LEVELS = [
     {"checks", "ops"},
     {"plain"},
     {"cpu", "kernels"},
-    {"files", "logs", "weights"},
+    {"files", "formats", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY = {"kernels": "ops", "cpu": "plain"}  # parts that a single other part may import
