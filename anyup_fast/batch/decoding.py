@@ -117,9 +117,10 @@ class _Decoder:
                 [sys.executable, *flags, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **apart
             )
             _widen(self.process.stdout)
-            self._send((sys.path, _plugins()))
         except OSError as error:
             raise RuntimeError(_remedy(f"a process that decodes can't be started ({error})")) from error
+        with suppress(BrokenPipeError):  # it has ended already, which reading from it tells
+            self._send((sys.path, _plugins()))
 
     def _work(self):
         try:

@@ -23,6 +23,7 @@ from .stages import HEAD, PCA, Reader, Upsampler
 
 logger = logging.getLogger("anyup_fast")
 
+_OPTIONAL = ("zarr_format", "aspect")  # settings that are described where they are not the usual ones
 MANY_PIXELS = 1 << 24  # of an output: fewer are computed on any machine
 
 
@@ -125,7 +126,7 @@ def _refuse_others(manifest, described, folder, overwrite):
     done = {record["settings"] for record in manifest.records.values() if record["status"] == "done"}
     for digest in sorted(done):
         then = manifest.settings[digest]
-        differing = [key for key in {**described, **then} if then.get(key) != described.get(key)]
+        differing = [key for key in dict.fromkeys((*described, *_OPTIONAL)) if then.get(key) != described.get(key)]
         if differing:
             told = ", ".join(f"{key} {then.get(key)!r} (now {described.get(key)!r})" for key in differing)
             raise ValueError(
