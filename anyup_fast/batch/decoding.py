@@ -17,6 +17,8 @@ import warnings
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -120,7 +122,7 @@ class _Decoder:
         except OSError as error:
             raise RuntimeError(_remedy(f"a process that decodes can't be started ({error})")) from error
         with suppress(BrokenPipeError):  # it has ended already, which reading from it tells
-            self._send((sys.path, _plugins()))
+            self._send((sys.path, plugins()))
 
     def _work(self):
         try:
@@ -228,13 +230,20 @@ def _ending(code):
     return f"was ended by {name}{because}"
 
 
-def _plugins():
+def plugins():
     """Modules that taught Pillow further formats in this process."""
     if "PIL.Image" not in sys.modules:
         return []
     factories = [factory for factory, _ in sys.modules["PIL.Image"].OPEN.values()]
     modules = {getattr(factory, "__module__", "__main__") for factory in factories} - {"__main__"}
     return sorted(module for module in modules if not module.startswith("PIL."))
+
+
+def add_plugins(modules):
+    """Import what `plugins` has named in another process, as far as it can be found in this one."""
+    for name in modules:
+        if find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
 
 
 def _widen(pipe):
@@ -268,9 +277,6 @@ def _received(stream):
 
 def serve(modules):
     """What a process does: read sources, write pictures, until there is nothing more to read."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
     given, taken = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no picture
     if hasattr(os, "nice"):
@@ -280,9 +286,7 @@ def serve(modules):
             file.write("500")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for name in modules:
-        if find_spec(name.partition(".")[0]) is not None:
-            import_module(name)
+    add_plugins(modules)
     taken.write(_READY)
     taken.flush()
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .decoding import add_plugins, plugins
 from .outputs import PARTIAL
 from .stages import Picture, Upsampler, Writer, about_source
 
@@ -123,9 +124,10 @@ def _died(picture, stage):
 
 class _Read:
     def __init__(self, reader, folder):
-        self.reader, self.tries = reader, _Tries(folder)
+        self.reader, self.tries, self.plugins = reader, _Tries(folder), plugins()
 
     def __call__(self, row):
+        add_plugins(self.plugins)
         sources, names = pickle.loads(row["batch"])
         return {"pictures": pickle.dumps([self._read(source) for source in sources]), "names": pickle.dumps(names)}
 

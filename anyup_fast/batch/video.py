@@ -77,17 +77,18 @@ class _Census:
             except av.FFmpegError as error:  # nothing can be read beyond
                 self.errors.append(str(error))
                 packet = None
-            if packet is None:
-                break
-            self.packets += packet.size > 0
-            if packet.size and not packet.is_discard:
-                self.announced.append(packet.pts)
+            if packet is not None:
+                self.packets += packet.size > 0
+                if packet.size and not packet.is_discard:
+                    self.announced.append(packet.pts)
             try:
-                for frame in packet.decode():
+                for frame in _decoded(stream, packet):
                     self.decoded.append(frame.pts)
                     self.interlaced |= bool(getattr(frame, "interlaced_frame", False))
             except av.FFmpegError as error:
                 self.errors.append(str(error))
+            if packet is None:
+                break
 
     def frames(self):
         """As `frames_of` gives them."""
@@ -131,6 +132,16 @@ def frame_size(path):
     """(H, W) of the first frame of a video, upright."""
     frame = _Frames(path).read(None, 0)
     return (frame.height, frame.width) if round(frame.rotation / 90) % 2 == 0 else (frame.width, frame.height)
+
+
+def _decoded(stream, packet):
+    """Frames that a packet completes; of None, those that the decoder still has."""
+    if packet is not None:
+        return packet.decode()
+    try:
+        return stream.codec_context.decode(None)
+    except _av().error.EOFError:  # the last packet of an unbroken file has fetched them
+        return []
 
 
 def frame_rate(path):
@@ -211,13 +222,12 @@ class _Frames:
                 packet = next(packets, None)
             except av.FFmpegError:  # the file ends here; `frames_of` has told so
                 packet = None
+            try:
+                yield from _decoded(self.stream, packet)
+            except av.FFmpegError:  # a damaged packet, told by `frames_of`; others follow
+                pass
             if packet is None:
                 return
-            try:
-                decoded = packet.decode()
-            except av.FFmpegError:  # a damaged packet, told by `frames_of`; others follow
-                continue
-            yield from decoded
 
     def _near(self):
         """How far ahead a frame is reached faster by decoding than by seeking: some forty frames."""

@@ -314,11 +314,13 @@ def everything(data, deaths):
     for kind, told in deaths.items():
         crashing.write(data / f"{kind}.crash", kind)
         reasons[f"{kind}.crash"] = f"the process that decoded it .*{told}.*|decoded it died"
-    crashing.write(data / "once.crash", f"once {data.parent / 'died'}")
+    good = [*GOOD, "n" * 247 + ".png"]
+    if len(deaths) > 1:
+        crashing.write(data / "once.crash", f"once {data.parent / 'died'}")
+        good.append("once.crash")
     for name in ("._a.png", ".hidden.png", "photo.heic", "notes.txt"):
         (data / name).write_bytes(b"nothing")
     shutil.copy(data / "a.png", data / ("n" * 247 + ".png"))
-    good = [*GOOD, "once.crash", "n" * 247 + ".png"]
     if sys.platform == "linux":
         shutil.copy(data / "a.png", os.fsencode(data) + b"/caf\xe9.png")
         good.append("caf\udce9.png")
