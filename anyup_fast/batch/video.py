@@ -21,6 +21,7 @@ def _av():
     return av
 
 
+_EXACT = "SLICE"  # threads that lose no frame and no error beside one that can't be decoded, as others do
 _HIDDEN = ("vp8", "vp9", "av1")  # codecs with packets that show nothing
 
 
@@ -46,10 +47,13 @@ def frames_of(path):
     """
     av = _av()
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"input: {str(path)!r} has no video stream")
-            found = _Census(container, path)
+        for threads in ("AUTO", _EXACT):
+            with av.open(str(path)) as container:
+                if not container.streams.video:
+                    raise ValueError(f"input: {str(path)!r} has no video stream")
+                found = _Census(container, path, threads)
+            if len(found.decoded) >= len(found.announced):
+                break
     except av.FFmpegError as error:
         raise ValueError(f"input: {str(path)!r} can't be read as a video ({error})") from error
     if not found.decoded:
@@ -60,10 +64,10 @@ def frames_of(path):
 class _Census:
     """Frames of an open video, those that can be decoded and those that can't."""
 
-    def __init__(self, container, path):
+    def __init__(self, container, path, threads):
         av, self.path = _av(), path
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type = threads
         self.decoded, self.announced, self.errors, self.interlaced = [], [], [], False
         self.codec, self.rate, self.base = stream.codec_context.name, stream.average_rate, stream.time_base
         # Tables of samples count exactly; other containers estimate, or count frames that were dropped.
@@ -200,11 +204,11 @@ class _Frames:
         return frame
 
     def _from_the_start(self, wanted):
-        """The first frame that is wanted, in a video opened anew: not every container can seek."""
+        """The first frame that is wanted, in a video opened anew: not every container can seek, nor every thread."""
         self.container.close()
         self.container = _av().open(self.path)
         self.stream = self.container.streams.video[0]
-        self.stream.thread_type = "AUTO"
+        self.stream.thread_type = _EXACT
         self.decoded = self._frames()
         for index, frame in enumerate(self.decoded):
             if wanted(index, frame):
