@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from .files import expanded
+from .formats import SUFFIXES as SUFFIXES
+from .formats import add_openers, page_count, why_unknown
 from .logs import warn_caller
 from .ranges import (
     IMAGENET_MEAN,
@@ -28,7 +30,6 @@ from .ranges import (
     whole_numbers,
 )
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of the files in a folder that are pictures
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
 
 _URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:\w+/", re.IGNORECASE)
@@ -101,8 +102,8 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     greyscale, CMYK, 1-bit and other modes become RGB; transparent parts are composited over white. 16-bit
     grey pictures are divided by 65535; mode I counts as 16-bit when it comes from a PNG or PPM file or holds
     a value above 255. Pillow decodes 16-bit *colour* files to 8 bits; to keep all 16, read them with another
-    library and pass the array. Embedded colour profiles are not applied. Of an animation the first frame is
-    taken; of a PIL image, the frame it stands on.
+    library and pass the array. Embedded colour profiles are not applied. Of a file with several pages or frames
+    the first is taken, with a warning; of a PIL image, the frame it stands on.
 
     Resizing, at most one, is bicubic with antialiasing in float32, clamped to [0, 1].
 
@@ -310,7 +311,11 @@ def _from_file_or_pil(source, max_pixels, value_range, upright):
         if not os.path.exists(path):
             raise FileNotFoundError(f"source: there is no file {name}; check the path")
         with open(path, "rb") as file:
-            return _from_pil(_opened(file, name, max_pixels), name, max_pixels, value_range, upright)
+            opened = _opened(file, name, max_pixels)
+            pages = page_count(opened)
+            if pages > 1:
+                warn_caller(f"{name} has {pages} pages or frames, of which the first is taken")
+            return _from_pil(opened, name, max_pixels, value_range, upright)
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
         return _from_pil(_opened(source, name, max_pixels), name, max_pixels, value_range, upright)
@@ -324,6 +329,7 @@ def _opened(file, name, max_pixels):
     """The header of a binary file as a lazy PIL image; Pillow's own size limit yields to a higher one."""
     from PIL import Image
 
+    add_openers()
     try:
         if max_pixels is not None and max_pixels <= MAX_PIXELS:
             return Image.open(file)
@@ -339,7 +345,7 @@ def _opened(file, name, max_pixels):
             "Raise max_pixels (None: no limit) if that is intended"
         ) from error
     except Exception as error:
-        raise ValueError(f"source: {name} is damaged or not a picture that Pillow reads ({error})") from error
+        raise ValueError(f"source: {name} {why_unknown(file, error)}") from error
 
 
 def _from_pil(image, name, max_pixels, value_range, upright):

@@ -67,8 +67,7 @@ class Prepared:
     def __init__(self, model, image, features, read=None, state=None, backend=None):
         """Use `AnyUp.prepare`. With `read` (first, last) -> rows (n, W, channels), `image` is but a shape."""
         self.model, self._features, self._value = model, features, features.permute(0, 2, 3, 1)
-        self._image, self._read = (image, None) if read is None else (None, read)
-        self._image_shape = tuple(image.shape)
+        self._image, self._read, self._image_shape = (image if read is None else None), read, tuple(image.shape)
         self._shared = {} if state is None else checked_state(state, features)
         self._argmax, self._precision = False, precision.requested()
         self._backend = requested() if backend is None else backend

@@ -27,7 +27,7 @@ LEVELS = [
     {"checks", "ranges", "ops"},
     {"plain"},
     {"cpu", "kernels"},
-    {"endings", "files", "logs", "weights"},
+    {"endings", "files", "formats", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY = {"kernels": "ops", "cpu": "plain"}  # parts that a single other part may import

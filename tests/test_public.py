@@ -26,7 +26,7 @@ NAMES = {
         "res_block use_backend use_precision why_not window_bounds windowed_attention"
     ),
     "anyup_fast.encoders": "Encoder list_encoders load_encoder",
-    "anyup_fast.batch": "Archive Settings Summary make_film open_archive run",
+    "anyup_fast.batch": "Archive Settings Summary check_film make_film open_archive run",
     "anyup_fast.training": "TrainConfig TargetCache train",
     "anyup_fast.export": "export_onnx",
     "anyup_fast.plain.reference": "windowed_attention feature_unification",
@@ -64,7 +64,7 @@ OPTIONS = {
     ),
     "batch": (
         "--batch-size --device --dtype --encoder --engine --film --format --head --kind --layer --output-size "
-        "--overwrite --pca --rate --ray-address --size --verify --weights --workers input output"
+        "--overwrite --pages --pca --rate --ray-address --size --verify --weights --workers --zarr-format input output"
     ),
     "info": "",
 }

@@ -6,6 +6,7 @@ _HOME_OF = {
     "Archive": "archive",
     "Settings": "settings",
     "Summary": "runner",
+    "check_film": "video",
     "make_film": "film",
     "open_archive": "archive",
     "run": "runner",

@@ -32,7 +32,7 @@ def open_archive(output, *, weights=None, device="cpu"):
     Raises:
         FileNotFoundError: no manifest there. ValueError: a damaged one.
     """
-    folder = Path(output)
+    folder = Path(output).expanduser()
     if not (folder / NAME).is_file():
         raise FileNotFoundError(f"output: there is no {NAME} in {str(folder)!r}; name the folder of a batch run")
     return Archive(folder, weights, checked_device(device))
@@ -63,7 +63,7 @@ class Archive(Mapping):
             reason = f"it failed: {self.failed[name]}" if name in self.failed else "it is not in the manifest"
             raise KeyError(f"{name!r}: {reason}")
         settings = self.settings(name)
-        things = outputs.read_back(self.folder, name, settings)
+        things = outputs.read_back(self.folder, self._done[name]["files"], settings)
         if settings.kind == "lowres":
             image = unpack_image(things["image"][:]).to(self._device)
             state = {part: things[part][:][None] for part in ("key", "norms")}

@@ -6,36 +6,41 @@ Every machine has to see the input and the output under the same paths.
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
 import pickle
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from .stages import Reader, Upsampler, Writer
+from .decoding import add_plugins, plugins
+from .outputs import PARTIAL
+from .stages import Picture, Upsampler, Writer, about_source
 
 BLOCKS = 2000  # blocks that Ray Data plans with, at most; a batch to each is finest
 SHARE = 0.25  # of a CPU, for reading and for writing
+TRIES = 2  # processes that a picture may cost, at each stage
 
 
 class RayEngine:
     """As `LocalEngine`.
 
     Args:
-        device: "cpu", or "cuda" for actors that ask for a GPU each.
+        device: "cpu", or "cuda" for actors that ask for a GPU each. reader: a `Reader`.
         workers, writers: tasks that read, and that write, at a time; None leaves it to Ray.
         at_a_time: actors; None means one for each GPU, or for each CPU of the cluster.
         ray_address: of a running cluster; None starts Ray on this machine and stops it afterwards.
     """
 
-    def __init__(self, settings, folder, device, patch, workers, at_a_time, writers, ray_address):
-        self.settings, self.folder, self.device = settings, os.path.abspath(folder), device
-        self.reader = Reader(settings, patch)
+    def __init__(self, settings, folder, device, reader, workers, at_a_time, writers, ray_address):
+        self.settings, self.folder, self.device, self.reader = settings, os.path.abspath(folder), device, reader
         self.workers, self.at_a_time, self.writers = workers, at_a_time, writers
         self.address = ray_address
-        self.waits = {}
+        self.waits, self.abandoned = {}, False
 
-    def __call__(self, batches, stopped, done):
+    def __call__(self, batches, stop, done):
         ray = _ray()
         started = not ray.is_initialized()
         if started:
@@ -44,15 +49,19 @@ class RayEngine:
             except ConnectionError as error:
                 raise RuntimeError(f"ray_address: no Ray cluster answers at {self.address!r} ({error})") from error
         try:
-            # What is computed when the signal comes is thrown away, and made again by the next run.
+            # What is computed when a signal comes is thrown away, and made again by the next run.
             for row in self._results(ray, batches).iter_rows():
-                for picture in pickle.loads(row["pictures"]):
-                    done(picture)
-                if stopped():
+                with stop.held():
+                    for picture in pickle.loads(row["pictures"]):
+                        done(picture)
+                if stop():
                     break
+        except ray.exceptions.RayError as error:
+            raise RuntimeError(f"engine: Ray could not go on ({' '.join(str(error).split())[-400:]})") from error
         finally:
             if started:
-                ray.shutdown()
+                with stop.held():
+                    ray.shutdown()
 
     def _results(self, ray, batches):
         from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -67,7 +76,7 @@ class RayEngine:
         share = {"num_gpus": 1} if on_gpu else {"num_cpus": max(SHARE, 1 - 2 * SHARE)}
         rows = [{"batch": pickle.dumps((_absolute(sources), names))} for sources, names in batches]
         found = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS))
-        read = found.map(_Read(self.reader), num_cpus=SHARE, compute=TaskPoolStrategy(self.workers))
+        read = found.map(_Read(self.reader, self.folder), num_cpus=SHARE, compute=TaskPoolStrategy(self.workers))
         pool = ActorPoolStrategy(size=min(actors, len(rows)))
         given = (self.settings, self.folder, self.device)
         computed = read.map(_Computed, fn_constructor_args=given, compute=pool, **share)
@@ -88,25 +97,63 @@ def _ray():
     return ray
 
 
+class _Tries:
+    """How often something was begun and not ended, because its process died: kept in files, for others to see."""
+
+    def __init__(self, folder):
+        self.place = Path(folder) / PARTIAL / "tries"
+
+    @contextmanager
+    def of(self, stage, source):
+        """Begin something; gives whether that has cost so many processes already that it should be left."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        path = self.place / hashlib.sha256(repr((stage, source.name)).encode()).hexdigest()
+        tries = len(path.read_bytes()) if path.exists() else 0
+        if tries < TRIES:
+            path.write_bytes(b"x" * (tries + 1))
+        yield tries >= TRIES
+        path.unlink(missing_ok=True)
+
+
+def _died(picture, stage):
+    how = "perhaps for want of memory, or because a library crashed"
+    picture.error = f"the process that {stage} it died, and so did another that tried it again ({how})"
+    picture.image = None
+    return picture
+
+
 class _Read:
-    def __init__(self, reader):
-        self.reader = reader
+    def __init__(self, reader, folder):
+        self.reader, self.tries, self.plugins = reader, _Tries(folder), plugins()
 
     def __call__(self, row):
+        add_plugins(self.plugins)
         sources, names = pickle.loads(row["batch"])
-        return {"pictures": pickle.dumps([self.reader(source) for source in sources]), "names": pickle.dumps(names)}
+        return {"pictures": pickle.dumps([self._read(source) for source in sources]), "names": pickle.dumps(names)}
+
+    def _read(self, source):
+        with self.tries.of("decoded", source) as left:
+            return _died(Picture(source, about_source(source)), "decoded") if left else self.reader(source)
 
 
 class _Computed:
     def __init__(self, settings, folder, device):
         if device == "cpu":
             torch.set_num_threads(1)
-        self.upsampler = Upsampler(settings, folder, device)
+        self.upsampler, self.tries = Upsampler(settings, folder, device), _Tries(folder)
 
     def __call__(self, row):
         names = pickle.loads(row["names"])
-        pictures = self.upsampler(pickle.loads(row["pictures"]))
+        pictures = self._compute(pickle.loads(row["pictures"]))
         return {"pictures": pickle.dumps([picture for picture in pictures if picture.source.name in names])}
+
+    def _compute(self, pictures):
+        with self.tries.of(f"computed {len(pictures)}", pictures[0].source) as left:
+            if not left:
+                return self.upsampler(pictures)
+            if len(pictures) == 1:
+                return [_died(pictures[0], "computed")]
+        return [picture for one in pictures for picture in self._compute([one])]
 
 
 class _Written:

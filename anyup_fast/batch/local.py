@@ -4,90 +4,69 @@ On a CPU several pictures are computed at a time, each by one thread: nobody wai
 costs a fifth on an idle machine, and much more on one that decodes and writes besides.
 """
 
-import os
-import signal
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from .stages import Reader, Upsampler, Writer
+from .pool import Pool, result_of
+from .stages import Upsampler, Writer
+from .stopping import GRACE
 
-AHEAD = 2  # batches that every decoding process prepares
 MOST_AT_A_TIME = 8  # batches that a CPU computes at a time, unless told otherwise
 
 
-class _Batches(Dataset):
-    """Batches of sources, read when they are asked for."""
-
-    def __init__(self, batches, reader):
-        self.batches, self.reader = batches, reader
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        sources, names = self.batches[index]
-        return [self.reader(source) for source in sources], names
-
-
 class LocalEngine:
-    """Calling it with batches, `stopped` (tells when to stop) and `done` gives `done` each picture as it is written.
+    """Calling it with batches, a `Stop` and `done` gives `done` each picture as it is written.
+
+    Args:
+        decoders: open `Decoders`. encoder: that of the settings, on the device.
 
     Attributes:
-        waits: what this process waited for -> seconds.
+        waits: what this process waited for -> seconds. abandoned: whether something is still being computed.
     """
 
-    def __init__(self, settings, folder, device, patch, workers, at_a_time, writers, ray_address):
+    def __init__(self, settings, folder, device, at_a_time, writers, decoders, encoder):
         self.settings, self.folder, self.device, self.writers = settings, folder, device, writers
-        self.reader = Reader(settings, patch)
-        self.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers
         if at_a_time is None:
             at_a_time = min(MOST_AT_A_TIME, torch.get_num_threads()) if device == "cpu" else 1
-        self.at_a_time = at_a_time
-        self.waits = {}
+        self.at_a_time, self.decoders, self.encoder = at_a_time, decoders, encoder
+        self.waits, self.abandoned = {}, False
 
-    def __call__(self, batches, stopped, done):
-        # The processes are made before threads and models are: where they are forked they inherit neither. On a GPU its
-        # context is there already, which they make no use of.
-        ahead = {"prefetch_factor": AHEAD, "worker_init_fn": _calm} if self.workers else {}
-        loader = DataLoader(
-            _Batches(batches, self.reader), batch_size=None, collate_fn=_as_it_is, num_workers=self.workers, **ahead
-        )
-        arriving = iter(loader)
-        upsampler = Upsampler(self.settings, self.folder, self.device)
-        with _sharing_threads(self.at_a_time) as start, ThreadPoolExecutor(self.writers) as writers:
-            writing = _Writing(writers, Writer(self.settings, self.folder), 2 * self.writers, done)
-            computing = deque()
-            with ThreadPoolExecutor(self.at_a_time, initializer=start) as computers:
-                try:
-                    while not stopped():
-                        if len(computing) <= self.at_a_time:
-                            batch = self._timed("waiting for pictures", _next, arriving, stopped)
-                            if batch is not None:
-                                computing.append((computers.submit(upsampler, batch[0]), batch[1]))
-                                continue
-                        if not computing:
-                            break
-                        writing.add(*self._computed(computing))
-                finally:
-                    try:
-                        while computing:  # what is in work is finished
-                            writing.add(*self._computed(computing))
-                    finally:
-                        computing.clear()
-                        writing.finish()
+    def __call__(self, batches, stop, done):
+        upsampler = Upsampler(self.settings, self.folder, self.device, encoder=self.encoder)
+        arriving = self.decoders.batches(batches, stop)
+        with _sharing_threads(self.at_a_time) as start:
+            work = _Work(self, upsampler, start, stop, done)
+            try:
+                with stop.held():
+                    self._compute(work, arriving, self.at_a_time)
+                    # What ran out of memory beside others is tried again, alone.
+                    alone = [((source,), frozenset([source.name])) for source in work.alone]
+                    work.alone = None
+                    self._compute(work, self.decoders.batches(alone, stop), 0)
+            except KeyboardInterrupt:  # asked twice
+                work.until = 0
+                raise
+            finally:
+                with stop.held():
+                    self.abandoned = not work.finish()
 
-    def _computed(self, computing):
-        """The pictures of the oldest batch, those that are to be written."""
-        computed, names = computing.popleft()
-        pictures = self._timed("waiting for answers", computed.result)
-        return [picture for picture in pictures if picture.source.name in names]
+    def _compute(self, work, arriving, ahead):
+        """Compute batches, `ahead` of them besides the one that is waited for, until there is none or it is to stop."""
+        while not work.stop():
+            if len(work.computing) <= ahead:
+                batch = self.timed("waiting for pictures", next, arriving, None)
+                if batch is not None:
+                    work.compute(*batch)
+                    continue
+            if not work.computing:
+                return
+            self.timed("waiting for answers", work.collect)
 
-    def _timed(self, what, function, *arguments):
+    def timed(self, what, function, *arguments):
+        """Call a function, and note how long that took."""
         start = time.perf_counter()
         try:
             return function(*arguments)
@@ -106,49 +85,67 @@ def _sharing_threads(count):
         torch.set_num_threads(total)
 
 
-class _Writing:
-    """Pictures on their way to the disk, at most `limit` of them, told to `done` in order."""
+class _Work:
+    """Batches that are computed and pictures on their way to the disk, told to `done` in order.
 
-    def __init__(self, pool, writer, limit, done):
-        self.pool, self.writer, self.limit, self.done = pool, writer, limit, done
-        self.pending = deque()
+    Attributes:
+        computing: (Future of pictures, names) of batches. writing: Futures of pictures.
+        alone: sources that ran out of memory, to be tried again; None while they are.
+    """
 
-    def add(self, *pictures):
-        for picture in pictures:
-            self.pending.append(self.pool.submit(self.writer, picture))
-        while self.pending and (len(self.pending) > self.limit or self.pending[0].done()):
-            self.done(self.pending.popleft().result())
+    def __init__(self, engine, upsampler, start, stop, done):
+        self.upsampler, self.stop, self.done = upsampler, stop, done
+        self.computers, self.writers = Pool(engine.at_a_time, start), Pool(engine.writers)
+        self.writer, self.limit = Writer(engine.settings, engine.folder), 2 * engine.writers
+        self.several = engine.at_a_time > 1
+        self.computing, self.writing, self.alone = deque(), deque(), []
+        self.until = None  # when to wait no longer
+
+    def compute(self, pictures, names):
+        """Have a batch computed."""
+        self.computing.append((self.computers.submit(self.upsampler, pictures), names))
+
+    def collect(self, stop=None):
+        """Wait for the oldest batch and have it written; whether it came before there was reason to stop."""
+        stop = stop or self.stop
+        future, names = self.computing[0]
+        if not result_of(future, stop):
+            return False
+        self.computing.popleft()
+        for picture in future.result():
+            if picture.source.name not in names:
+                continue
+            if picture.cause == "memory" and self.several and self.alone is not None:
+                self.alone.append(picture.source)
+                continue
+            self.writing.append(self.writers.submit(self.writer, picture))
+        while self.writing and (len(self.writing) > self.limit or self.writing[0].done()):
+            if not self._written(stop):
+                return False
+        return True
+
+    def _written(self, stop):
+        if not result_of(self.writing[0], stop):
+            return False
+        self.done(self.writing.popleft().result())
+        return True
+
+    def _is_late(self):
+        """Whether a signal came, and what is in work has had its time."""
+        if self.until is None and self.stop():
+            self.until = time.monotonic() + GRACE
+        return self.until is not None and time.monotonic() > self.until
 
     def finish(self):
-        """Wait for all of them, whatever ended the run; then raise the first failure."""
-        failures = []
-        while self.pending:
+        """Record what is in work, whatever ended the run; whether all of it came in time."""
+        in_time, failure = True, None
+        while in_time and (self.computing or self.writing):
             try:
-                self.done(self.pending.popleft().result())
-            except OSError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
-
-
-def _next(arriving, stopped):
-    """The next batch; None at the end, or where a signal to all processes has ended those that decode."""
-    try:
-        return next(arriving, None)
-    except RuntimeError:
-        if stopped():
-            return None
-        raise
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _calm(_):
-    """A decoding process yields to computing, and leaves signals to the process that has it."""
-    if hasattr(os, "nice"):
-        os.nice(10)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+                in_time = self.collect(self._is_late) if self.computing else self._written(self._is_late)
+            except OSError as error:  # the next ones may fare better; the first is told
+                failure = failure or error
+        self.computers.close()
+        self.writers.close()
+        if failure is not None:
+            raise failure
+        return in_time

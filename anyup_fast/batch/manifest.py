@@ -15,8 +15,9 @@ class Manifest:
 
     Two kinds of lines: `{"settings": DIGEST, "is": {...}, "anyup_fast": VERSION}` before the first picture made with
     them, and one for each picture: `name`, `status` ("done" or "failed"), `settings` (the digest), `source`
-    (`path`, `bytes`, `mtime_ns`, `sha256`, in a video `frame`), and `files` (relative path -> `bytes`, `sha256`) with
-    `shape`, or `error`.
+    (`path`, `bytes`, `mtime_ns`, `sha256`; `size`, [H, W] of the picture as it is stored, and its EXIF `orientation`
+    and number of `frames` where these are not 1; in a video `frame`, of several pages `page`), and `files` (relative
+    path -> `bytes`, `sha256`) with `shape`, or `error`.
 
     A line that a killed process left unfinished is dropped when the manifest is opened for writing.
 
@@ -64,7 +65,10 @@ class Manifest:
         Raises:
             OSError: the line could not be written.
         """
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        try:
+            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        except UnicodeEncodeError:  # a name that is no text for this system; its escapes are
+            line = (json.dumps(record) + "\n").encode()
         with self._lock:
             with open(self.path, "ab", buffering=0) as file:
                 if file.tell() != self._length:

@@ -3,6 +3,7 @@
 Everything is made below OUTPUT/.partial and renamed from there, so that whatever carries its name is complete.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -21,6 +22,8 @@ STORE = "store.zarr"
 ZARR_CHUNK = 512  # rows and columns of a chunk
 
 _BLOCK = 1 << 20
+_OWN = {"head", "pca"}  # with a suffix, files of the run itself
+_OF_STORES = {"zarr.json", ".zgroup", ".zattrs", ".zarray"}
 
 
 def aside(folder):
@@ -36,14 +39,60 @@ def clear_partial(folder):
         shutil.rmtree(Path(folder) / PARTIAL)
 
 
-def paths_of(name, settings):
-    """Relative paths of the files (with zarr: folders) of a picture, one for each thing that is kept apart."""
-    if settings.format == "safetensors":
-        return [f"{name}.safetensors"]
-    if settings.format == "zarr":
-        return [f"{STORE}/{name}{'' if thing == settings.storage[0] else '.' + thing}" for thing in settings.storage]
-    suffix = settings.format
-    return [f"{name}.{suffix if thing == settings.storage[0] else f'{thing}.{suffix}'}" for thing in settings.storage]
+def probe(folder):
+    """Write a small file into the folder of a run, read it back and remove it.
+
+    Raises:
+        OSError: that can't be done; the message says why, and that no picture is at fault.
+    """
+    try:
+        path = f"{PARTIAL}/{uuid.uuid4().hex}"
+        _save_bytes(folder, path, b"a file can be written here\n")
+        remove(folder, path)
+    except OSError as error:
+        number = error.errno or errno.EIO
+        raise OSError(number, f"output: {folder} can't be written ({error.strerror or error})") from error
+
+
+def paths_of(name, settings, limit=255):
+    """Relative paths of the files (with zarr: folders) of a picture, one for each thing that is kept apart.
+
+    Args:
+        limit: bytes that the name of a file may have. A longer one is cut, and a digest of it appended; so is one that
+            a file of the run itself has.
+    """
+    *folders, leaf = name.split("/")
+    longest = max(len(_suffix(thing, settings)) for thing in settings.storage)
+    own = _OF_STORES if settings.format == "zarr" else () if folders else _OWN
+    leaf = _shortened(leaf, limit - longest, leaf in own)
+    folders = [_shortened(part, limit, not index and part in (STORE, PARTIAL)) for index, part in enumerate(folders)]
+    place = "/".join([STORE] * (settings.format == "zarr") + folders + [leaf])
+    kept = settings.storage[:1] if settings.format == "safetensors" else settings.storage
+    return [place + _suffix(thing, settings) for thing in kept]
+
+
+def _suffix(thing, settings):
+    inner = "" if thing == settings.storage[0] else f".{thing}"
+    return inner if settings.format == "zarr" else f"{inner}.{settings.format}"
+
+
+def _shortened(part, limit, taken=False):
+    """A part of a path in at most `limit` bytes, of one that is longer or `taken` its beginning and a digest."""
+    if len(os.fsencode(part)) <= limit and not taken:
+        return part
+    stem, kept = f"~{hashlib.sha256(os.fsencode(part)).hexdigest()[:16]}", ""
+    for letter in part:
+        if len(os.fsencode(kept + letter)) + len(stem) > limit:
+            break
+        kept += letter
+    return kept + stem
+
+
+def longest_name(folder):
+    """Bytes that the name of a file may have in a folder."""
+    if hasattr(os, "pathconf") and "PC_NAME_MAX" in os.pathconf_names:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    return 255
 
 
 def save(folder, name, tensors, settings):
@@ -58,10 +107,10 @@ def save(folder, name, tensors, settings):
     Raises:
         OSError: a disk that is full or fails. Nothing half written carries its name then.
     """
-    paths = paths_of(name, settings)
+    paths = paths_of(name, settings, longest_name(folder))
     if settings.format == "zarr":
         return {
-            path: _save_array(folder, path, tensors[thing])
+            path: _save_array(folder, path, tensors[thing], settings.zarr_format)
             for path, thing in reversed(list(zip(paths, settings.storage, strict=True)))
         }
     if settings.format == "safetensors":
@@ -124,19 +173,20 @@ def _check_written(place, data):
         raise OSError(f"{place} holds {read} of the {len(view)} bytes written into it: is the disk full?")
 
 
-def _save_array(folder, path, tensor):
+def _save_array(folder, path, tensor, zarr_format):
     zarr = open_zarr()
     array, place, target = tensor.numpy(), aside(folder), Path(folder) / path
     chunks = tuple(min(n, ZARR_CHUNK) for n in array.shape)
     chunks = (*array.shape[:-2], *chunks[-2:]) if array.ndim >= 2 and array.dtype != np.uint8 else chunks
     try:
         made = zarr.create_array(
-            store=str(place), shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=None
-        )
+            store=str(place), shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=None,
+            zarr_format=zarr_format,
+        )  # fmt: skip
         made[...] = array
         if not np.array_equal(zarr.open_array(store=str(place), mode="r")[...], array):
             raise OSError(f"{place} does not hold what was written into it: the disk or the file system fails")
-        _make_groups(folder, Path(path).parent)
+        _make_groups(folder, Path(path).parent, zarr_format)
         if target.exists():
             os.replace(target, aside(folder))
         os.replace(place, target)
@@ -145,12 +195,13 @@ def _save_array(folder, path, tensor):
     return folder_digest(target)
 
 
-def _make_groups(folder, group):
+def _make_groups(folder, group, zarr_format):
     """The zarr groups on the way to an array: a small file in each folder."""
+    about = {"zarr_format": zarr_format, **({"node_type": "group"} if zarr_format == 3 else {})}
     for part in reversed([group, *group.parents][:-1]):
-        place = Path(folder) / part / "zarr.json"
-        if not place.exists():
-            _save_bytes(folder, part / "zarr.json", json.dumps({"zarr_format": 3, "node_type": "group"}).encode())
+        path = part / ("zarr.json" if zarr_format == 3 else ".zgroup")
+        if not (Path(folder) / path).exists():
+            _save_bytes(folder, path, json.dumps(about).encode())
 
 
 def folder_digest(path):
@@ -183,13 +234,16 @@ def remove(folder, path):
         place.unlink(missing_ok=True)
 
 
-def read_back(folder, name, settings):
+def read_back(folder, files, settings):
     """What `save` has kept of a picture, as arrays that read no more of the file than is asked for.
+
+    Args:
+        files: what `save` gave.
 
     Returns:
         thing -> `Stored`.
     """
-    paths = [Path(folder) / path for path in paths_of(name, settings)]
+    paths = [Path(folder) / path for path in reversed(list(files))]
     if settings.format == "safetensors":
         return {thing: Stored(_slices(paths[0], thing)) for thing in settings.storage}
     if settings.format == "zarr":

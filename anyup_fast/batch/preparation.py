@@ -3,29 +3,43 @@
 import hashlib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..checkpoints import locate_checkpoint
 from ..files import written_aside
 from ..heads import linear_head, load_head
+from ..model import AnyUp
+from ..plain.memory import forward_memory
 from .colours import Colours
+from .manifest import settings_digest
+from .reasons import gigabytes, memory_of_machine, shown
+from .settings import output_size_of
 from .sources import file_digest
 from .stages import HEAD, PCA, Reader, Upsampler
 
 logger = logging.getLogger("anyup_fast")
 
+_OPTIONAL = ("zarr_format", "aspect")  # settings that are described where they are not the usual ones
+MANY_PIXELS = 1 << 24  # of an output: fewer are computed on any machine
 
-def describe(settings, folder, manifest, sources, head, pca, pca_sample, device, overwrite):
+
+def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwrite, encoder, decoders):
     """Bring head and PCA to the folder of a run, and say what its files depend on.
 
+    Args:
+        encoder: gives the encoder when it is called. decoders: gives open `Decoders` when it is called.
+
     Returns:
-        JSON-able settings, with digests of the weights, the head and the PCA.
+        (settings, with the aspect that the run has been begun with; JSON-able settings, with digests of the weights,
+        the head and the PCA).
 
     Raises:
         ValueError: the folder holds pictures made with other settings and `overwrite` is not given; a head or PCA that
-            is missing, does not fit or is not needed.
+            is missing, does not fit or is not needed; an output that no machine's memory holds.
     """
     described = {
         "kind": settings.kind,
@@ -38,20 +52,68 @@ def describe(settings, folder, manifest, sources, head, pca, pca_sample, device,
         "size": _json(settings.size),
         "output_size": _json(settings.output_size),
     }
-    content = _head(head, settings, folder)
+    if settings.zarr_format != 3:
+        described["zarr_format"] = settings.zarr_format
+    if settings.kind != "pca" and pca is not None:
+        raise ValueError(f"pca: goes with the kind 'pca', got kind={settings.kind!r}")
+    content, channels = _head(head, settings, folder)
     if content is not None:
         described["head_sha256"] = hashlib.sha256(content).hexdigest()
+    settings = _as_begun(settings, described, manifest, folder)
     _refuse_others(manifest, described, folder, overwrite)
     if content is not None:
+        if settings.layer == -1 and channels[1] != encoder().dim:
+            raise ValueError(
+                f"head: it takes {channels[1]} channels, the encoder {settings.encoder} gives {encoder().dim}; give "
+                "the head that was trained on these features"
+            )
         with written_aside(Path(folder) / HEAD) as aside:
             aside.write_bytes(content)
+    _refuse_beyond_reason(settings, channels[0], encoder)
     if settings.kind == "pca":
-        _place_colours(settings, folder, sources, pca, pca_sample, device)
+        _place_colours(settings, folder, sources, pca, pca_sample, encoder, decoders)
         described["pca_sha256"] = file_digest(Path(folder) / PCA)
         _refuse_others(manifest, described, folder, overwrite)
-    elif pca is not None:
-        raise ValueError(f"pca: goes with the kind 'pca', got kind={settings.kind!r}")
-    return described
+    return settings, described
+
+
+def _as_begun(settings, described, manifest, folder):
+    """Settings with the aspect ratio that pictures in the folder have, if there are any; noted in `described`."""
+    if not isinstance(settings.output_size, int):
+        return settings
+    former = {**described}
+    if settings.kind == "pca" and (Path(folder) / PCA).is_file():
+        former["pca_sha256"] = file_digest(Path(folder) / PCA)
+    if any(record["settings"] == settings_digest(former) for record in manifest.records.values()):
+        return replace(settings, aspect="resized")
+    described["aspect"] = settings.aspect
+    return settings
+
+
+def _refuse_beyond_reason(settings, channels, encoder):
+    """Raise where the output of one picture, or on a CPU computing it, would take more than the machine's memory."""
+    limit = memory_of_machine()
+    if settings.output_size is None or settings.kind == "lowres" or limit is None:
+        return
+    height, width = output_size_of(settings, (1, 1))
+    if height * width < MANY_PIXELS:
+        return
+    encoder = encoder()
+    channels = channels or (3 if settings.kind == "pca" else encoder.dim)
+    needed = height * width * (1 if settings.kind == "labels" else 4 * channels)
+    if encoder.device.type == "cpu":
+        dim = AnyUp.from_pretrained(settings.weights).rope.freqs.shape[1]
+        shapes = (1, 3, 1, 1), (1, 1 if settings.kind == "labels" else channels, 1, 1), (height, width)
+        needed = forward_memory(*shapes, dim, torch.float32, encoder.device, plain=True)
+    if needed > limit:
+        raise ValueError(
+            f"output_size: {_told(settings.output_size)} takes {gigabytes(needed)} of memory for a picture, this "
+            f"machine has {gigabytes(limit)}; ask for less, or use the kind 'lowres', which gives any part when asked"
+        )
+
+
+def _told(size):
+    return "x".join(map(str, size)) if isinstance(size, tuple) else size
 
 
 def _json(size):
@@ -64,55 +126,75 @@ def _refuse_others(manifest, described, folder, overwrite):
     done = {record["settings"] for record in manifest.records.values() if record["status"] == "done"}
     for digest in sorted(done):
         then = manifest.settings[digest]
-        differing = [key for key in described if then.get(key) != described[key]]
+        differing = [key for key in dict.fromkeys((*described, *_OPTIONAL)) if then.get(key) != described.get(key)]
         if differing:
-            told = ", ".join(f"{key} {then.get(key)!r} (now {described[key]!r})" for key in differing)
+            told = ", ".join(f"{key} {then.get(key)!r} (now {described.get(key)!r})" for key in differing)
             raise ValueError(
                 f"output: {folder} holds pictures made with {told}; overwrite them, or name another folder"
             )
 
 
 def _head(head, settings, folder):
-    """The head as the bytes of a .safetensors file; None where the kind needs none."""
+    """The head as the bytes of a .safetensors file, and its (outputs, channels); None where the kind needs none."""
     from safetensors.torch import save
 
     if settings.kind not in ("head", "labels"):
         if head is not None:
             raise ValueError(f"head: goes with the kinds 'head' and 'labels', got kind={settings.kind!r}")
-        return None
+        return None, (None, None)
     if head is None and not (Path(folder) / HEAD).is_file():
         raise ValueError(
             f"head: the kind {settings.kind!r} needs one: a .safetensors file with weight (K, C) and bias (K,)"
         )
     if head is None:
         head = Path(folder) / HEAD
-    weight, bias = load_head(head) if isinstance(head, (str, os.PathLike)) else linear_head(head)
+    if isinstance(head, (str, os.PathLike)):
+        weight, bias = load_head(Path(head).expanduser())
+    else:
+        weight, bias = linear_head(head)
     tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
+    content = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
+    return content, tuple(weight.shape)
 
 
-def _place_colours(settings, folder, sources, given, sample, device):
+def _place_colours(settings, folder, sources, given, sample, encoder, decoders):
     """Have a PCA that fits the settings in the folder: the given one, the one that is there, or a new one."""
     place = Path(folder) / PCA
     features = {"encoder": settings.encoder, "encoder_weights": settings.encoder_weights, "layer": settings.layer}
     if given is not None:
-        colours = Colours.load(given)
+        colours = Colours.load(Path(given).expanduser())
         if colours.features != features:
             raise ValueError(f"pca: {given} was fitted to {colours.features}, the run has {features}")
         colours.save(place)
     elif not place.is_file() or Colours.load(place).features != features:
-        fit_colours(settings, folder, sources, sample, device, features).save(place)
+        fit_colours(settings, folder, sources, sample, features, encoder(), decoders()).save(place)
+    if settings.layer == -1:
+        Colours.load(place).head(encoder().dim)  # raises where it does not fit
 
 
-def fit_colours(settings, folder, sources, sample, device, features):
-    """PCA of the low-res features of at most `sample` pictures, spread evenly over the sources."""
-    upsampler = Upsampler(settings, folder, device, colours=False)
-    reader = Reader(settings, upsampler.encoder.patch_size)
-    chosen = np.unique(np.linspace(0, len(sources) - 1, min(sample, len(sources))).round().astype(int))
+def fit_colours(settings, folder, sources, sample, features, encoder, decoders):
+    """PCA of the low-res features of at most `sample` pictures, spread evenly over the sources.
+
+    Pictures that can't be made are left out. Where none of these can be, all others are tried.
+
+    Raises:
+        ValueError: not one picture can be made.
+    """
+    upsampler = Upsampler(settings, folder, str(encoder.device), colours=False, encoder=encoder)
+    decoders.reader = Reader(settings, encoder.patch_size)
+    chosen = np.unique(np.linspace(0, len(sources) - 1, min(sample, len(sources))).round().astype(int)).tolist()
     logger.info("fitting the PCA to %d pictures", len(chosen))
-    maps = []
-    for index in chosen:
-        picture = reader(sources[index])
-        if picture.error is None:
-            maps.append(upsampler.features([picture.image])[1][0].cpu())
+    maps, why = [], None
+    others = sorted(set(range(len(sources))) - set(chosen))
+    for indices in (chosen, *([index] for index in others)):
+        if maps:
+            break
+        for (picture,), _ in decoders.batches([((sources[index],), frozenset()) for index in indices], lambda: None):
+            features_of = upsampler.features_of(picture)
+            if features_of is None:
+                why = why or f"{shown(picture.source.name)}: {picture.error}"
+            else:
+                maps.append(features_of)
+    if not maps:
+        raise ValueError(f"pca: there is no picture to fit it to, all {len(sources)} fail; the first, {why}")
     return Colours.fit(maps, features)

@@ -1,31 +1,33 @@
 """A run over a data set: what is to do, done by an engine, recorded, and told."""
 
+import errno
 import logging
+import os
 import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-
-import torch
 
 from .. import __version__
 from ..encoders import load_encoder
-from ..image import target_size
-from ..model import AnyUp
 from . import outputs
+from .decoding import Decoders
+from .grouping import at_once, batches_of
 from .manifest import Manifest, settings_digest
 from .preparation import describe
-from .settings import Settings, output_size_of
-from .sources import file_digest, find_sources, fingerprint, picture_size
+from .reasons import ROOM, shown
+from .settings import Settings
+from .sources import file_digest, fingerprint, survey
+from .stages import Reader
+from .stopping import Stopped, stopping
 
 logger = logging.getLogger("anyup_fast")
 
 ENGINES = ("local", "ray")
-GPU_BATCH = 8  # pictures of one size that a GPU takes at once
+OVERFLOWS = 3  # pictures whose values leave the dtype, before any fits, that end a run
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 @dataclass
@@ -36,7 +38,9 @@ class Summary:
         total: pictures of the input. done: made in this run. skipped: done before.
         failed: name -> why it could not be read or made, in this run.
         seconds: of the run. bytes: written. stages: what -> seconds, summed over processes and threads.
-        signal: number of the signal that stopped it, or None.
+        signal: number of the signal that stopped it, or None. abandoned: whether what was in work when it came is
+        still being computed, for nothing.
+        left_out: (what, why) -> how many files of the input were not taken as pictures.
     """
 
     total: int
@@ -47,6 +51,8 @@ class Summary:
     bytes: int = 0
     stages: dict = field(default_factory=dict)
     signal: int | None = None
+    abandoned: bool = False
+    left_out: dict = field(default_factory=dict)
 
     @property
     def complete(self):
@@ -61,7 +67,7 @@ class Summary:
             yield "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.stages.items())
         if self.failed:
             yield f"{len(self.failed)} failed:"
-            yield from (f"  {name}: {error}" for name, error in self.failed.items())
+            yield from (shown(f"  {name}: {error}") for name, error in self.failed.items())
         if self.signal is not None:
             left = self.total - self.done - self.skipped - len(self.failed)
             yield f"stopped by {signal.Signals(self.signal).name} with {left} to do; the same command goes on"
@@ -84,6 +90,7 @@ def run(
     overwrite=False,
     verify=False,
     progress=None,
+    pages=False,
     **settings,
 ):
     """Features of every picture of a data set, upsampled, in files; interrupted, the same call goes on.
@@ -97,7 +104,9 @@ def run(
             `pca_sample` pictures spread over the input.
         batch_size: pictures of one size computed together; None means 1 on CPUs; on GPUs up to 8,
             as many as half of the memory holds.
-        workers: processes that decode; None means one less than there are CPUs, at most 4; 0 decodes in this one.
+        workers: processes that decode; None means one less than there are CPUs, at most 4; 0 decodes in this one, which
+            a picture that crashes its decoder then ends. They are fresh processes, spoken to through pipes: a script
+            needs no main guard, and no shared memory is used.
         at_a_time: batches that are computed at the same time; None means on CPUs one for each thread of PyTorch, at
             most 8, and on a GPU 1. Memory grows with it.
         writers: threads that write.
@@ -108,16 +117,21 @@ def run(
         verify: read what is done and compare it with its digest; what differs is made again.
         progress: called with the number of pictures to do, gives a bar with `update(n)`, `set_postfix_str(text)` and
             `close()`, as tqdm does.
+        pages: make every page or frame of files with several, not the first alone.
         settings: `anyup_fast.batch.Settings`.
 
     Returns:
-        Summary. Pictures that can't be read are in `failed`, and the run goes on. SIGINT and SIGTERM (in the main
-        thread) finish what is being computed and return; a second SIGINT raises KeyboardInterrupt.
+        Summary. Pictures that can't be read, computed or written are in `failed`, and the run goes on. SIGINT and
+        SIGTERM (in the main thread) finish what is being computed, if that takes no more than five seconds, and return;
+        a second SIGINT raises KeyboardInterrupt.
 
     Raises:
-        ValueError: settings that are wrong, or other than those that the output was made with.
-        FileNotFoundError: no input. RuntimeError: a package or weights are missing, or another run is writing there.
-        OSError: the disk is full or fails. What is done stays done, and no file is left half written.
+        ValueError: settings that are wrong, or other than those that the output was made with; the values of the first
+            three pictures all leave the range of the dtype.
+        FileNotFoundError: no input. RuntimeError: a package or weights are missing, another run is writing there, no
+            process that decodes can be started, or a GPU answers no more.
+        OSError: the folder can't be written, the disk is full or fails. What is done stays done, and no file is left
+            half written.
     """
     start = time.perf_counter()
     settings = Settings(**settings)
@@ -133,45 +147,93 @@ def run(
     ):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name}: must be a whole number of at least {least}, got {value!r}")
-    folder = Path(output)
+    folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {str(folder)!r} is a file; name a folder")
-    sources = find_sources(input, without=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), _signals() as stopped:
-        outputs.clear_partial(folder)
-        manifest = Manifest(folder)
-        device = _device(device)
-        described = describe(settings, folder, manifest, sources, head, pca, pca_sample, device, overwrite)
-        digest = settings_digest(described)
-        to_do = _to_do(sources, manifest, folder, digest, verify)
-        summary = Summary(len(sources), skipped=len(sources) - len(to_do))
-        if to_do:
-            encoder = load_encoder(settings.encoder, weights=settings.encoder_weights)
-            patch = encoder.patch_size
-            if batch_size is None:
-                batch_size = (
-                    1 if device == "cpu" else partial(at_once, encoder=encoder, settings=settings, device=device)
-                )
-            batches = list(_batches(sources, {source.name for source in to_do}, batch_size, patch, settings))
-            made = _make_engine(engine, settings, folder, device, patch, workers, at_a_time, writers, ray_address)
-            weights = str(Path(settings.weights).resolve()) if Path(settings.weights).is_file() else settings.weights
-            manifest.begin(described, weights=weights, anyup_fast=__version__)
-            _work(made, batches, manifest, digest, folder, summary, progress, len(to_do), stopped)
-        summary.signal = stopped()
-        outputs.clear_partial(folder)
+    sources, left_out = survey(input, folder, pages)
+    for meant, line in left_out.lines():
+        logger.log(logging.WARNING if meant else logging.INFO, "%s", shown(line))
+    summary = Summary(len(sources), left_out=dict(left_out))
+    with _locked(folder), stopping() as stop:
+        try:
+            with _explained(folder, "written"):
+                outputs.clear_partial(folder)
+                outputs.probe(folder)
+            _run(
+                settings, sources, folder, summary, head, pca, pca_sample, batch_size, workers, at_a_time, writers,
+                _device(device), engine, ray_address, overwrite, verify, progress, stop,
+            )  # fmt: skip
+        except Stopped:
+            pass  # while nothing was in work
+        summary.signal = stop()
+        if not summary.abandoned:
+            outputs.clear_partial(folder)
     summary.seconds = time.perf_counter() - start
     for line in summary.lines():
         logger.info("%s", line)
     return summary
 
 
-def _work(engine, batches, manifest, digest, folder, summary, progress, count, stopped):
+def _run(
+    settings, sources, folder, summary, head, pca, pca_sample, batch_size, workers, at_a_time, writers, device, engine,
+    ray_address, overwrite, verify, progress, stop,
+):  # fmt: skip
+    manifest = Manifest(folder)
+    encoder_device = "cpu" if engine == "ray" else device
+
+    @cache
+    def encoder():
+        return load_encoder(settings.encoder, weights=settings.encoder_weights, device=encoder_device)
+
+    count = min(4, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers
+    opened = cache(lambda: Decoders(min(count, len(sources))))
+    try:
+        if engine == "local" and any(source.name not in manifest.records for source in sources):
+            opened()  # they start while the encoder is loaded
+        settings, described = describe(
+            settings, folder, manifest, sources, head, pca, pca_sample, overwrite, encoder, opened
+        )
+        digest = settings_digest(described)
+        to_do = _to_do(sources, manifest, folder, digest, verify)
+        summary.skipped = len(sources) - len(to_do)
+        if not to_do:
+            return
+        decoders = opened() if engine == "local" else None
+        patch = encoder().patch_size
+        if batch_size is None:
+            batch_size = 1 if device == "cpu" else partial(at_once, encoder=encoder(), settings=settings, device=device)
+        batches = list(batches_of(sources, {source.name for source in to_do}, batch_size, patch, settings))
+        if engine == "ray":
+            from .distributed import RayEngine
+
+            made = RayEngine(
+                settings, folder, device, Reader(settings, patch), workers, at_a_time, writers, ray_address
+            )
+        else:
+            from .local import LocalEngine
+
+            decoders.reader = Reader(settings, patch)
+            made = LocalEngine(settings, folder, device, at_a_time, writers, decoders, encoder())
+        weights = str(Path(settings.weights).resolve()) if Path(settings.weights).is_file() else settings.weights
+        manifest.begin(described, weights=weights, anyup_fast=__version__)
+        _work(made, batches, manifest, digest, folder, summary, progress, len(to_do), stop)
+    finally:
+        if opened.cache_info().currsize:
+            opened().close()
+
+
+def _work(engine, batches, manifest, digest, folder, summary, progress, count, stop):
     bar, start = progress(count) if progress else None, time.perf_counter()
 
     def done(picture):
         name, before = picture.source.name, manifest.records.get(picture.source.name, {})
+        if picture.cause in ("room", "disk"):
+            raise OSError(errno.ENOSPC if picture.cause == "room" else errno.EIO, picture.error)
+        if picture.cause == "device":
+            raise RuntimeError(f"device: it answers no more ({picture.error}); run the same again, it goes on")
         manifest.add(picture.record(digest))
+        for note in picture.notes:
+            logger.warning("%s: %s", shown(name), note)
         if picture.error is None:
             summary.done += 1
             summary.bytes += sum(about["bytes"] for about in picture.files.values())
@@ -179,35 +241,50 @@ def _work(engine, batches, manifest, digest, folder, summary, progress, count, s
                 outputs.remove(folder, path)
         else:
             summary.failed[name] = picture.error
-            logger.warning("%s: %s", name, picture.error)
+            logger.warning("%s", shown(f"{name}: {picture.error}"))
+            overflows.append(picture.cause == "range")
         for stage, seconds in picture.seconds.items():
             summary.stages[stage] = summary.stages.get(stage, 0.0) + seconds
         if bar is not None:
             rate = summary.bytes / (time.perf_counter() - start) / 1e6
             bar.set_postfix_str(f"{rate:.1f} MB/s" + (f", {len(summary.failed)} failed" if summary.failed else ""))
             bar.update(1)
+        if picture.cause == "range" and not summary.done and sum(overflows) == OVERFLOWS and not stop():
+            raise ValueError(
+                f"dtype: of the first {len(overflows)} pictures none fits, the values of {OVERFLOWS} leave the range "
+                "of the dtype; use bfloat16 or float32 (--dtype)"
+            )
 
+    overflows = []
     try:
-        engine(batches, stopped, done)
+        engine(batches, stop, done)
     except OSError as error:
         left = count - summary.done - len(summary.failed)
+        told = error.strerror or str(error)
+        told = told if told.startswith("output: ") else f"output: {folder} can't be written ({told})"
+        remedy = "make room and run" if error.errno in ROOM else "mend that and run"
         raise OSError(
             error.errno,
-            f"output: {folder} can't be written ({error}); {summary.done} pictures were made, {left} are left: make "
-            "room and run the same again, it goes on where this stopped",
+            f"{told}; {summary.done} pictures were made, {left} are left: {remedy} the same again, it goes on where "
+            "this stopped",
         ) from error
     finally:
         if bar is not None:
             bar.close()
         summary.stages |= engine.waits
+        summary.abandoned = engine.abandoned
 
 
-def _make_engine(engine, *arguments):
-    if engine == "ray":
-        from .distributed import RayEngine as Engine
-    else:
-        from .local import LocalEngine as Engine
-    return Engine(*arguments)
+@contextmanager
+def _explained(folder, what):
+    """Say what an `OSError` of the folder itself means for the run, before there is any work."""
+    try:
+        yield
+    except OSError as error:
+        told = error.strerror or str(error)
+        told = told if told.startswith("output: ") else f"output: {folder} can't be {what} ({told})"
+        remedy = "make room" if error.errno in ROOM else "allow writing there, or name another folder"
+        raise OSError(error.errno, f"{told}; {remedy}") from error
 
 
 def _device(name):
@@ -225,36 +302,22 @@ def _locked(folder):
     """Only one run at a time writes to a folder; the lock goes with the process that holds it."""
     from filelock import FileLock, Timeout
 
+    with _explained(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RuntimeError(f"output: another run is writing to {folder}; wait for it, or name another") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            with _explained(folder, "written"):
+                raise
+        logger.warning("%s: this file system has no locks; see to it that no other run writes there", folder)
     try:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _signals():
-    """Catch SIGINT and SIGTERM for a while; gives a function that tells which came first, or None."""
-    caught = []
-
-    def note(number, _):
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-        logger.warning("%s: finishing what is being computed ...", signal.Signals(number).name)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: caught[0] if caught else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _to_do(sources, manifest, folder, digest, verify):
@@ -271,7 +334,7 @@ def _is_done(source, manifest, folder, digest, verify, states):
         if outputs.size_on_disk(folder / path) != about["bytes"]:
             return False
         if verify and outputs.folder_digest(folder / path)["sha256"] != about["sha256"]:
-            logger.warning("%s: %s is not what was written; it is made again", source.name, path)
+            logger.warning("%s", shown(f"{source.name}: {path} is not what was written; it is made again"))
             return False
     if source.path not in states:
         states[source.path] = fingerprint(source.path)
@@ -284,51 +347,3 @@ def _is_done(source, manifest, folder, digest, verify, states):
         return False
     manifest.add({**record, "source": {**then, **now}})  # touched, not changed
     return True
-
-
-def at_once(size, encoder, settings, device):
-    """How many pictures (H, W) a GPU takes at once: what half of its memory holds, from 1 to `GPU_BATCH`.
-
-    All of its memory counts, not what happens to be free, so that every run on such a device makes the same batches.
-    """
-    grid = [max(1, n // encoder.patch_size) for n in size]
-    height, width = output_size_of(settings, size)
-    with torch.device("meta"):
-        model = AnyUp()
-    one = model.estimate_memory((1, 3, *size), (1, encoder.dim, *grid), (height, width), device=device)
-    one += height * width * encoder.dim * 4  # the answer in the dtype that is written, beside the one that is computed
-    return max(1, min(GPU_BATCH, _memory_of(torch.device(device)) // 2 // one))
-
-
-def _memory_of(device):
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return getattr(torch, device.type).get_device_properties(device).total_memory
-
-
-def _batches(sources, wanted, batch_size, patch, settings):
-    """Pictures that are computed together: (sources, names of those to be written).
-
-    Args:
-        batch_size: how many; or a function from the size (H, W) of the pictures to that.
-
-    Which pictures share a batch depends on the sources alone, not on what is done: rounding may depend on the batch,
-    and a run that was interrupted gives the same files as one that was not.
-    """
-    groups = {}
-    if batch_size == 1 or isinstance(settings.size, tuple):
-        groups[None] = sources
-    else:
-        with ThreadPoolExecutor(8) as pool:
-            for index, (source, size) in enumerate(zip(sources, pool.map(picture_size, sources), strict=True)):
-                key = ("unreadable", index) if size is None else target_size(size, settings.size, patch)
-                groups.setdefault(key, []).append(source)
-    for key, group in groups.items():
-        several = batch_size
-        if callable(batch_size):  # a picture that can't be read is a group of its own, of no size
-            several = batch_size(settings.size if key is None else key) if len(group) > 1 else 1
-        for first in range(0, len(group), several):
-            batch = tuple(group[first : first + several])
-            names = frozenset(source.name for source in batch) & wanted
-            if names:
-                yield batch, names

@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from ..image import MAX_PIXELS
+
 KINDS = {
     "features": "every channel of every output pixel",
     "head": "the outputs of a linear head in place of the channels",
@@ -29,8 +31,11 @@ class Settings:
         weights: of AnyUp, as for `AnyUp.from_pretrained`.
         size: the pictures are resized to this shorter side, or exactly to (height, width); None keeps their size. Both
             sides then go to the nearest multiple of the encoder's patch.
-        output_size: None gives every pixel of the resized picture; a number the shorter side of the output, aspect
-            ratio kept; (height, width) exactly that.
+        output_size: None gives every pixel of the resized picture; a number the shorter side of the output, (height,
+            width) exactly that.
+        aspect: of outputs whose shorter side is given: "picture", as the picture had it before it was resized, or
+            "resized", which runs have that were begun before there was a choice.
+        zarr_format: of stores, 3, or 2 for readers that know no other.
 
     Raises:
         ValueError: one of them is unknown, or two don't fit together.
@@ -45,6 +50,8 @@ class Settings:
     weights: str = "embedded"
     size: int | tuple | None = 448
     output_size: int | tuple | None = None
+    aspect: str = "picture"
+    zarr_format: int = 3
 
     def __post_init__(self):
         if self.format is None:
@@ -63,6 +70,15 @@ class Settings:
                 len(values) in (1, 2) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in values)
             ):
                 raise ValueError(f"{name}: must be None, a positive int or (height, width), got {value!r}")
+            if value is not None and name == "size" and values[0] * values[-1] > MAX_PIXELS:
+                raise ValueError(
+                    f"size: {value!r} makes pictures of {values[0]} x {values[-1]} pixels and more, {MAX_PIXELS:,} is "
+                    "the most; ask for less"
+                )
+        if self.zarr_format not in (2, 3):
+            raise ValueError(f"zarr_format: must be 2 or 3, got {self.zarr_format!r}")
+        if self.zarr_format != 3 and self.format != "zarr":
+            raise ValueError(f"zarr_format: goes with format='zarr', got format={self.format!r}")
         kind, form, dtype = self.kind, self.format, self.dtype
         if form == "png" and kind not in ("labels", "pca"):
             raise ValueError(f"format: png holds labels and PCA pictures, not {kind}; use safetensors, npy or zarr")
@@ -82,11 +98,12 @@ class Settings:
         return (first, "scale") if self.dtype == "int8" and self.kind in ("features", "head") else (first,)
 
 
-def output_size_of(settings, image_size):
-    """(H', W') for an image of a size."""
+def output_size_of(settings, image_size, picture_size=None):
+    """(H', W') for an image of a size (H, W), resized from a picture of another, where that is known."""
     wanted = settings.output_size
     if wanted is None:
         return tuple(image_size)
     if isinstance(wanted, tuple):
         return wanted
-    return tuple(max(1, round(side * wanted / min(image_size))) for side in image_size)
+    size = image_size if picture_size is None or settings.aspect == "resized" else picture_size
+    return tuple(max(1, round(side * wanted / min(size))) for side in size)

@@ -1,6 +1,7 @@
 """What every engine does to a picture: read it, encode and upsample it, write the answer."""
 
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from ..encoders import load_encoder
 from ..heads import load_head
 from ..image import denormalize, normalize
 from ..model import AnyUp
+from ..plain.memory import forward_memory
 from . import outputs
 from .colours import Colours
+from .reasons import ROOM, is_device_lost, is_memory, memory_of_machine, reason_of, reason_of_writing
 from .settings import output_size_of
-from .sources import Source, fingerprint, read_source
+from .sources import Source, fingerprint, header_of, read_source, upright
 
 HEAD, PCA = "head.safetensors", "pca.safetensors"
 
@@ -28,6 +31,8 @@ class Picture:
         source: what it is made of. about: the source, for the manifest. seconds: stage -> seconds spent.
         image: (3, H, W) once it is read. tensors: thing -> tensor once they are computed. files: path -> size and
         digest once they are written. error: why there is nothing; then it passes the other stages untouched.
+        cause: of an error, where it matters to the rest: "memory", "range" (of the dtype), "room" (on the disk),
+        "disk" (it can't be written at all) or "device" (it answers no more). notes: what is worth a warning.
     """
 
     source: Source
@@ -38,6 +43,14 @@ class Picture:
     shape: tuple | None = None
     files: dict | None = None
     error: str | None = None
+    cause: str | None = None
+    notes: list = field(default_factory=list)
+
+    def failed(self, error):
+        """Note an exception as the reason why there is nothing; returns the picture."""
+        self.error, self.image, self.tensors = reason_of(error), None, None
+        self.cause = "memory" if is_memory(error) else "device" if is_device_lost(error) else None
+        return self
 
     def record(self, settings_digest):
         """Its line in the manifest."""
@@ -58,11 +71,18 @@ class Reader:
         start = time.perf_counter()
         picture = Picture(source, about_source(source))
         try:
-            picture.image, digest = read_source(source, self.size, self.patch)
+            if source.frame is None:
+                picture.about.update(header_of(source.path))
+            frames = picture.about.get("frames", 1)
+            if frames > 1 and source.page is None:
+                picture.notes.append(f"has {frames} pages or frames, of which the first is taken; --pages takes all")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).* pages or frames, of which the first is taken")
+                picture.image, digest = read_source(source, self.size, self.patch, picture.about)
             if digest is not None:
                 picture.about["sha256"] = digest
-        except (ValueError, OSError) as error:
-            picture.error = " ".join(str(error).split()) or type(error).__name__
+        except Exception as error:  # whatever a decoder raises
+            picture.failed(error)
         picture.seconds["read"] = time.perf_counter() - start
         return picture
 
@@ -70,7 +90,8 @@ class Reader:
 def about_source(source):
     """What the manifest says of a source before it is read."""
     about = {"path": source.path, **(fingerprint(source.path) or {})}
-    return about if source.frame is None else {**about, "frame": source.frame}
+    places = {"frame": source.frame, "page": source.page}
+    return {**about, **{name: number for name, number in places.items() if number is not None}}
 
 
 class Upsampler:
@@ -78,12 +99,12 @@ class Upsampler:
 
     Args:
         settings: of the run. folder: of the run, where head and PCA lie. device: where to compute.
-        colours: whether the PCA is there, and is to be read.
+        colours: whether the PCA is there, and is to be read. encoder: that of the settings, if it is loaded.
     """
 
-    def __init__(self, settings, folder, device="cpu", colours=True):
+    def __init__(self, settings, folder, device="cpu", colours=True, encoder=None):
         self.settings, self.device = settings, torch.device(device)
-        self.encoder = load_encoder(settings.encoder, weights=settings.encoder_weights, device=device)
+        self.encoder = encoder or load_encoder(settings.encoder, weights=settings.encoder_weights, device=device)
         self.model = AnyUp.from_pretrained(settings.weights, device=device)
         self.head = self.colours = None
         if settings.kind in ("head", "labels"):
@@ -94,36 +115,82 @@ class Upsampler:
     def __call__(self, pictures):
         start = time.perf_counter()
         readable = [picture for picture in pictures if picture.error is None]
-        if readable:
-            self._compute(readable)
+        self._compute(readable)
         for picture in readable:
+            picture.image = None
             picture.seconds["compute"] = (time.perf_counter() - start) / len(readable)
         return pictures
+
+    @torch.no_grad()
+    def features_of(self, picture):
+        """Features (C, h, w) of one picture on the CPU; None, with a reason in the picture, where there are none."""
+        if picture.error is None:
+            try:
+                features = self.features([picture.image])[1][0].cpu()
+            except Exception as error:  # whatever an encoder refuses
+                picture.failed(error)
+            else:
+                if features.isfinite().all():
+                    return features
+                picture.error = f"the encoder {self.settings.encoder} gives values that are not finite for it"
+        return None
 
     def features(self, images):
         """Images (B, 3, H, W) on the device and their features (B, C, h, w) in float32."""
         images = torch.stack(images).to(self.device)
         return images, self.encoder(images, layer=self.settings.layer).float()
 
-    @torch.no_grad()
     def _compute(self, pictures):
+        """Make what can be made of pictures: together, and where that fails one by one."""
+        if not pictures:
+            return
+        try:
+            self._compute_together(pictures)
+        except Exception as error:  # whatever an encoder refuses, and memory that is missing
+            picture = pictures[0]
+            if len(pictures) > 1 and not is_device_lost(error):
+                del error
+                for picture in pictures:
+                    self._compute([picture])
+            else:
+                for picture in pictures:
+                    picture.failed(error)
+
+    @torch.no_grad()
+    def _compute_together(self, pictures):
+        output_size = output_size_of(self.settings, pictures[0].image.shape[1:], upright(pictures[0].about))
+        self._refuse_more_than_memory(pictures[0].image.shape[1:], output_size)
         images, features = self.features([picture.image for picture in pictures])
         prepared = self.model.prepare(images, features)
-        answer = getattr(self, f"_{self.settings.kind}")
-        answers, finite = answer(prepared)
+        answers, finite = getattr(self, f"_{self.settings.kind}")(prepared, output_size)
         for index, picture in enumerate(pictures):
-            picture.image = None
             if not features[index].isfinite().all():
                 picture.error = f"the encoder {self.settings.encoder} gives values that are not finite for it"
             elif not finite[index]:
                 picture.error = f"its values leave the range of {self.settings.dtype}; use bfloat16 or float32"
+                picture.cause = "range"
             else:
                 picture.tensors = {thing: part[index] for thing, part in answers.items()}
                 picture.shape = tuple(next(iter(answers.values())).shape[1:])
 
-    def _features(self, prepared):
+    def _refuse_more_than_memory(self, size, output_size):
+        """Raise where a CPU would be asked for more memory than the machine has: the system would end the process."""
+        limit = memory_of_machine()
+        if self.device.type != "cpu" or limit is None or self.settings.kind == "lowres":
+            return
+        grid = [max(1, n // self.encoder.patch_size) for n in size]
+        dim = self.model.rope.freqs.shape[1]
+        channels = (
+            self.encoder.dim if self.settings.kind == "features" else 3 if self.head is None else len(self.head[0])
+        )
+        shapes = (1, 3, *size), (1, channels, *grid), output_size
+        needed = forward_memory(*shapes, dim, torch.float32, self.device, plain=True)
+        if needed > limit:
+            raise MemoryError(f"tried to allocate {needed} bytes")
+
+    def _features(self, prepared, size):
         """What is kept, thing -> (B, ...), contiguous on the CPU; and for which pictures the dtype was wide enough."""
-        maps, dtype, size = prepared.maps, self.settings.dtype, self._output_size(prepared)
+        maps, dtype = prepared.maps, self.settings.dtype
         name = self.settings.storage[0]
         if dtype == "int8":
             full = prepared.full(size)
@@ -135,27 +202,24 @@ class Upsampler:
         maps = maps.to(getattr(torch, dtype))
         return {name: _on_host(prepared.showing(maps).full(size))}, maps.isfinite().flatten(1).all(1)
 
-    def _head(self, prepared):
-        return self._features(prepared.head(self.head))
+    def _head(self, prepared, size):
+        return self._features(prepared.head(self.head), size)
 
-    def _labels(self, prepared):
-        labels = prepared.head(self.head, argmax=True).full(self._output_size(prepared))
+    def _labels(self, prepared, size):
+        labels = prepared.head(self.head, argmax=True).full(size)
         classes = len(self.head[0])
         dtype = torch.uint8 if classes <= 256 else torch.uint16 if classes <= 65536 else torch.int32
         return {"labels": labels.to(dtype).cpu()}, [True] * len(labels)
 
-    def _pca(self, prepared):
-        coordinates = prepared.head(self.colours.head(prepared.channels)).full(self._output_size(prepared))
+    def _pca(self, prepared, size):
+        coordinates = prepared.head(self.colours.head(prepared.channels)).full(size)
         return {"picture": self.colours.paint(coordinates).cpu()}, [True] * len(coordinates)
 
-    def _lowres(self, prepared):
+    def _lowres(self, prepared, _):
         maps = prepared.maps.to(getattr(torch, self.settings.dtype))
         state = {name: _on_host(tensor) for name, tensor in prepared.state().items()}
         kept = {"features": _on_host(maps), **state, "image": [pack_image(image) for image in prepared.image]}
         return kept, maps.isfinite().flatten(1).all(1)
-
-    def _output_size(self, prepared):
-        return output_size_of(self.settings, prepared.output_size)
 
 
 def _on_host(tensor):
@@ -185,7 +249,25 @@ class Writer:
     def __call__(self, picture):
         start = time.perf_counter()
         if picture.error is None:
-            picture.files = outputs.save(self.folder, picture.source.name, picture.tensors, self.settings)
+            try:
+                picture.files = outputs.save(self.folder, picture.source.name, picture.tensors, self.settings)
+            except OSError as error:
+                self._judge(picture, error)
+            except Exception as error:  # a name that can't be encoded, say
+                picture.failed(error)
             picture.tensors = None
         picture.seconds["write"] = time.perf_counter() - start
         return picture
+
+    def _judge(self, picture, error):
+        """Whether a file could not be written because of its picture, or because none can."""
+        if error.errno in ROOM:
+            picture.error, picture.cause = f"output: {self.folder} can't be written ({error.strerror})", "room"
+            return
+        try:
+            outputs.probe(self.folder)
+        except OSError as general:
+            picture.error, picture.cause = general.strerror, "room" if general.errno in ROOM else "disk"
+            return
+        size = sum(tensor.numel() * tensor.element_size() for tensor in picture.tensors.values())
+        picture.error = reason_of_writing(error, size)

@@ -19,11 +19,12 @@ def main(argv=None):
     """Run `anyup-fast` with the arguments `argv` (None: the command line's) and return its exit code.
 
     0 = done, 1 = it could not be done (a sentence on standard error says why), 2 = wrong arguments, 3 = done, but for
-    pictures that could not be read (`batch`), 130 = interrupted, 143 = terminated.
+    pictures that could not be made (`batch`), 130 = interrupted, 143 = terminated.
     """
     if "torch" not in sys.modules:
         # Threads of GNU's OpenMP spin while they wait; beside any other busy process that costs a factor of thirty.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _print_anything()
     arguments = _parser().parse_args(argv)
     try:
         with _reporting(arguments.quiet), _asking_for(arguments):
@@ -35,6 +36,13 @@ def main(argv=None):
         print(f"anyup-fast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return code or 0
+
+
+def _print_anything():
+    """Have what a console can't print, such as a name in another alphabet, replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

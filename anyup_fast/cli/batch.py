@@ -1,6 +1,8 @@
 """`anyup-fast batch`: a folder, a list or a video into files."""
 
 import logging
+import os
+import sys
 
 from ..batch.settings import DTYPES, FORMATS, KINDS
 from . import progress
@@ -26,7 +28,13 @@ def add(commands):
     command.add_argument(
         "--batch-size", type=int, metavar="N", help="pictures at once (default: 1 on CPUs, up to 8 on GPUs)"
     )
-    command.add_argument("--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs)")
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode (default: by the CPUs; 0: none)"
+    )
+    command.add_argument("--pages", action="store_true", help="every page or frame of pictures that have several")
+    command.add_argument(
+        "--zarr-format", type=int, choices=(2, 3), default=3, help="of stores; zarr-python 2 reads 2 (default: 3)"
+    )
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="default: local")
     command.add_argument("--ray-address", metavar="ADDRESS", help="of a running Ray cluster (default: start one here)")
     command.add_argument("--overwrite", action="store_true", help="replace what was made with other settings")
@@ -36,15 +44,17 @@ def add(commands):
 
 
 def run(arguments):
-    """Do what is left to do; the exit code tells of pictures that could not be read, or of a signal."""
+    """Do what is left to do; the exit code tells of pictures that could not be made, or of a signal."""
     from .. import batch
 
     if arguments.film and arguments.kind != "pca":
         raise ValueError(f"--film: needs --kind pca, got {arguments.kind}")
     names = (
         "kind", "format", "dtype", "encoder", "layer", "weights", "size", "output_size", "head", "pca", "batch_size",
-        "workers", "device", "engine", "ray_address", "overwrite", "verify",
+        "workers", "device", "engine", "ray_address", "overwrite", "verify", "pages", "zarr_format",
     )  # fmt: skip
+    if arguments.film:
+        batch.check_film(arguments.film)
     bar = progress.bar(disable=arguments.quiet, extra="batch")
     summary = batch.run(
         arguments.input,
@@ -53,6 +63,10 @@ def run(arguments):
         **{name: getattr(arguments, name) for name in names},
     )
     if summary.signal is not None:
+        if summary.abandoned:  # threads still compute, and the end of the interpreter would wait for what they hold
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(128 + summary.signal)
         return 128 + summary.signal
     if arguments.film:
         count = batch.make_film(arguments.input, arguments.output, arguments.film, arguments.rate)
