@@ -49,22 +49,23 @@ PICKLED = {
 }
 ENTRY_POINTS = {"anyup", "anyup_multi_backbone", "anyup_embedded"}
 OPTIONS = {
-    "demo": "--device --dtype --encoder --mode --out --size --weights photo",
+    "demo": "--device --dtype --encoder --mode --out --precision --size --weights photo",
     "upsample": (
-        "--as-stored --device --dtype --encoder --figure --head --labels --layer --mode --out --output-size --region "
-        "--resume --size --stream --tile --value-range --weights photo"
+        "--as-stored --device --dtype --encoder --figure --head --labels --layer --mode --out --output-size "
+        "--precision --region --resume --size --stream --tile --value-range --weights photo"
     ),
     "train": (
         "--all --batch --cache --camouflage-share --consistency-share --consistency-weight --crop "
         "--degraded-share --dense-weight --draws --ema --encoders --float32 --guide-pixels --init "
         "--large-share --lr --main-weight --mask-weight --max-cells --native-share --native-weight "
-        "--noise-share --optimizer --out --pictures --plain-share --recolour-share --region --save-every "
+        "--noise-share --optimizer --out --pictures --plain-share --precision --recolour-share --region --save-every "
         "--scenes --seed --segment-weight --shapes-share --size --smooth-weight --spot-share --spread-weight "
         "--stamps --steps --threads --variety-share --warmup"
     ),
     "batch": (
         "--batch-size --device --dtype --encoder --engine --film --format --head --kind --layer --output-size "
-        "--overwrite --pages --pca --rate --ray-address --size --verify --weights --workers --zarr-format input output"
+        "--overwrite --pages --pca --precision --rate --ray-address --size --verify --weights --workers "
+        "--zarr-format input output"
     ),
     "info": "",
 }
@@ -72,8 +73,8 @@ ARGUMENTS = {
     "load_image": "source size patch_multiple max_pixels value_range upright",
     "extract_features": "image encoder layer weights device value_range",
     "extract_dinov2_features": "image model layer weights device value_range",
-    "upsample_features_with_anyup": "image features output_size weights device backend value_range",
-    "prepare": "image features weights device backend value_range",
+    "upsample_features_with_anyup": "image features output_size weights device backend precision value_range",
+    "prepare": "image features weights device backend precision value_range",
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
 

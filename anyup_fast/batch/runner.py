@@ -6,12 +6,13 @@ import os
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
 from .. import __version__
 from ..encoders import load_encoder
+from ..plain.precision import ways
 from . import outputs
 from .decoding import Decoders
 from .grouping import at_once, batches_of
@@ -203,6 +204,8 @@ def _run(
         if batch_size is None:
             batch_size = 1 if device == "cpu" else partial(at_once, encoder=encoder(), settings=settings, device=device)
         batches = list(batches_of(sources, {source.name for source in to_do}, batch_size, patch, settings))
+        header = manifest.headers.get(digest, {})
+        settings = replace(settings, products=header.get("products", ways()) if device == "cpu" else None)
         if engine == "ray":
             from .distributed import RayEngine
 
@@ -215,7 +218,7 @@ def _run(
             decoders.reader = Reader(settings, patch)
             made = LocalEngine(settings, folder, device, at_a_time, writers, decoders, encoder())
         weights = str(Path(settings.weights).resolve()) if Path(settings.weights).is_file() else settings.weights
-        manifest.begin(described, weights=weights, anyup_fast=__version__)
+        manifest.begin(described, weights=weights, anyup_fast=__version__, products=settings.products)
         _work(made, batches, manifest, digest, folder, summary, progress, len(to_do), stop)
     finally:
         if opened.cache_info().currsize:

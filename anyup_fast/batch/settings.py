@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from ..image import MAX_PIXELS
+from ..plain.precision import PRECISIONS, asked
 
 KINDS = {
     "features": "every channel of every output pixel",
@@ -36,6 +37,9 @@ class Settings:
         aspect: of outputs whose shorter side is given: "picture", as the picture had it before it was resized, or
             "resized", which runs have that were begun before there was a choice.
         zarr_format: of stores, 3, or 2 for readers that know no other.
+        precision: of products of float32, "highest", "high" or "medium"; None means as
+            `upsample_features_with_anyup` has it.
+        products: how they are done on CPUs, for the run to be finished as it was begun; None means the fastest way.
 
     Raises:
         ValueError: one of them is unknown, or two don't fit together.
@@ -52,11 +56,16 @@ class Settings:
     output_size: int | tuple | None = None
     aspect: str = "picture"
     zarr_format: int = 3
+    precision: str | None = None
+    products: str | None = None
 
     def __post_init__(self):
         if self.format is None:
             object.__setattr__(self, "format", "png" if self.kind == "pca" else "safetensors")
-        for name, known in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)):
+        if self.precision is None:
+            object.__setattr__(self, "precision", asked())
+        choices = ("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES), ("precision", PRECISIONS)
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("weights", "encoder_weights"):

@@ -12,6 +12,7 @@ from ..heads import load_head
 from ..image import denormalize, normalize
 from ..model import AnyUp
 from ..plain.memory import forward_memory
+from ..plain.precision import settle, use_precision
 from . import outputs
 from .colours import Colours
 from .reasons import ROOM, is_device_lost, is_memory, memory_of_machine, reason_of, reason_of_writing
@@ -104,6 +105,7 @@ class Upsampler:
 
     def __init__(self, settings, folder, device="cpu", colours=True, encoder=None):
         self.settings, self.device = settings, torch.device(device)
+        settle(settings.products)
         self.encoder = encoder or load_encoder(settings.encoder, weights=settings.encoder_weights, device=device)
         self.model = AnyUp.from_pretrained(settings.weights, device=device)
         self.head = self.colours = None
@@ -115,7 +117,8 @@ class Upsampler:
     def __call__(self, pictures):
         start = time.perf_counter()
         readable = [picture for picture in pictures if picture.error is None]
-        self._compute(readable)
+        with use_precision(self.settings.precision):
+            self._compute(readable)
         for picture in readable:
             picture.image = None
             picture.seconds["compute"] = (time.perf_counter() - start) / len(readable)

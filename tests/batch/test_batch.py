@@ -20,6 +20,7 @@ import anyup_fast
 from anyup_fast import cli
 from anyup_fast.batch import Settings, grouping, make_film, open_archive, outputs, run, runner, sources, stages
 from anyup_fast.batch.manifest import Manifest
+from anyup_fast.cpu import products
 
 pytest.importorskip("transformers")
 pytest.importorskip("filelock")
@@ -214,6 +215,26 @@ def test_other_settings_are_refused_and_overwritten(tmp_path, parts):
     with pytest.raises(ValueError, match="head_sha256"):
         run(data, tmp_path / "out", kind="labels", head=torch.zeros(3, 32), format="npy", **parts["run"])
     assert not (tmp_path / "out" / "head.safetensors").exists()
+
+
+def test_precision_is_a_setting_and_products_stay_those_of_the_run(tmp_path, parts):
+    data = fill(tmp_path / "in", 2)
+    products.chosen_again("convolution=direct,bfloat16=fast")
+    try:
+        run(data, tmp_path / "exact", dtype="float32", **parts["run"])
+        run(data, tmp_path / "narrow", dtype="float32", precision="medium", **parts["run"])
+        exact, narrow = (contents(tmp_path / name) for name in ("exact", "narrow"))
+        assert exact.keys() == narrow.keys() and all(exact[name] != narrow[name] for name in exact)
+        with pytest.raises(ValueError, match="made with precision 'medium' .now None.; overwrite"):
+            run(data, tmp_path / "narrow", dtype="float32", **parts["run"])
+        for path in (tmp_path / "exact").glob("000*"):
+            path.unlink()
+        products.chosen_again("default")
+        assert run(data, tmp_path / "exact", dtype="float32", **parts["run"]).done == 1
+        assert products.choice().convolution == "direct"
+        assert contents(tmp_path / "exact") == exact
+    finally:
+        products.chosen_again()
 
 
 def test_one_run_at_a_time(tmp_path, parts):
