@@ -48,6 +48,7 @@ class RayEngine:
                 ray.init(self.address, include_dashboard=False, log_to_driver=False, configure_logging=False)
             except ConnectionError as error:
                 raise RuntimeError(f"ray_address: no Ray cluster answers at {self.address!r} ({error})") from error
+            stop.install()  # Ray has put handlers of its own in their place
         try:
             # What is computed when a signal comes is thrown away, and made again by the next run.
             for row in self._results(ray, batches).iter_rows():

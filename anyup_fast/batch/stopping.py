@@ -38,6 +38,12 @@ class Stop:
         if first:
             logger.warning("%s: finishing what is being computed ...", signal.Signals(number).name)
 
+    def install(self):
+        """Be the handler of both signals, in the main thread; gives those that were, by number."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
     @contextmanager
     def held(self, at_once=False):
         """Note signals in this block, and do nothing else (or the opposite)."""
@@ -51,9 +57,8 @@ class Stop:
 @contextmanager
 def stopping():
     """Handle both signals for a while, in the main thread; gives a `Stop`."""
-    stop, before = Stop(), {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = Stop()
+    before = stop.install()
     try:
         yield stop
     finally:
