@@ -11,16 +11,20 @@ where it is needed, in float32. The last layer of the image encoder rotates its 
 both branches. Where a branch ends in fewer pixels, its last product comes after the pooling, with which it commutes.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .attention import INTERPRETED, _dot, _on
+from .launches import Launches, layout, side_by_side
 from .tiling import RDNA, Device
 
 NORM_EPS = tl.constexpr(1e-5)
 IMAGE_PIXELS = 2048  # of a program that only reads the image
-TILES = 2048  # whose statistics are put together at a time
+TILES = 2048  # whose statistics are put together at a time, and FEW_TILES where there are no more
+FEW_TILES = 128
 MOST_CHANNELS = 16
 DIMS = (32, 64, 128, 256)
 # Pooling comes before the last product from this ratio of pixels upwards: what is pooled is stored in float32, twice.
@@ -29,6 +33,10 @@ NORMS = 12
 PROGRAMS = 1024  # that keep a GPU busy while it pools to few cells
 POOL_PIXELS = 16  # of a program at a time
 LAST_ROWS = 32  # of a program of the last product
+TABLES = 16  # of rotation, for as many sizes, that stay with weights that are kept
+# Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
+COUNTS = ["image_b", "image_c", "image_h", "n_pixels", "width", "height", "n_tiles", "n_rows", "n_cols", "n_cells",
+          "n_blocks", "n_images", "n_splits"]  # fmt: skip
 
 
 @triton.jit
@@ -114,7 +122,7 @@ def _store_stats(
     tl.store(ptrs + n_tiles, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _image_stats_kernel(
     image_ptr, stats_ptr, image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
     CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -156,7 +164,7 @@ def _weighted(a_ptr, b_ptr, c_ptr, n_pixels, n_tiles, PAIR: tl.constexpr, BLOCK_
     return tl.sum(total, 0) / tl.cast(n_pixels, tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _image_affine_kernel(
     stats_ptr, image_ptr, conv_ptr, weight_ptr, bias_ptr, affine_ptr, image_b, image_c, n_pixels, n_tiles,
     D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,7 +201,7 @@ def _image_affine_kernel(
     tl.store(affine_ptr + image * (2 * D) + D + offs_d, shift.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _affine_kernel(
     stats_ptr, weight_ptr, bias_ptr, affine_ptr, n_pixels, n_tiles,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -222,7 +230,7 @@ def _affine_kernel(
     tl.store(affine_ptr + image * (2 * D) + D + offs_d, shift.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _layer_kernel(
     x_ptr, affine_ptr, weight_ptr, skip_ptr, out_ptr, stats_ptr, image_ptr, conv_ptr,
     image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
@@ -256,7 +264,7 @@ def _layer_kernel(
     _store_stats(out, mask_p, count, stats_ptr, image, tile, n_tiles, 0, GROUPS, D, D // GROUPS, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _rotation_kernel(freqs_ptr, table_ptr, height, width, D: tl.constexpr):
     """Cosine and sine of what each row, then each column, contributes to the angles: (H + W, 2, D)."""
     place = tl.program_id(0)
@@ -304,7 +312,7 @@ def _branch(
                      PER_GROUP, PRECISION)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _guide_kernel(
     x_ptr, affine_ptr, weight_ptr, skip_ptr, table_ptr, query_weight_ptr, key_weight_ptr, query_ptr, key_ptr,
     query_stats_ptr, key_stats_ptr, n_pixels, height, width, n_tiles,
@@ -342,7 +350,7 @@ def _guide_kernel(
             mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pool_kernel(
     x_ptr, y_ptr, affine_ptr, x_out_ptr, y_out_ptr, height, width, n_rows, n_cols, n_cells, n_blocks, n_images,
     n_splits,
@@ -395,7 +403,7 @@ def _pool_kernel(
         tl.store(y_out_ptr + offs_out, _narrow(y_mean, y_out_ptr.dtype.element_ty), mask=mask_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _last_kernel(
     x_ptr, y_ptr, weight_ptr, out_ptr, n_rows, n_splits,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -456,12 +464,45 @@ def why_not_guidance(image_channels, qk_dim, dtype, num_groups=8):
     return None
 
 
+class Ready(NamedTuple):
+    """`GuidanceWeights` as the kernels read them; `prepared` makes it."""
+
+    matrices: tuple  # (D, D) in the dtype that is stored: of the blocks in order, of the queries, of the keys
+    norms: tuple  # (weight, bias) of the twelve normalisations
+    image_conv: torch.Tensor  # (channels, D) float32
+    freqs: torch.Tensor
+    query_last: torch.Tensor  # the last matrices of the branches, in the dtype of the parameters
+    key_last: torch.Tensor
+    tables: dict  # (H, W) -> table of rotation, where they are kept
+
+
+def prepared(weights, dtype):
+    """`Ready` from GuidanceWeights for what is stored in `dtype`; what needs no change is taken as it is."""
+    blocks = (*weights.image, *weights.query, *weights.key)
+    matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
+    matrices += [weights.query_conv, weights.key_conv]
+    if any(matrix.dtype != dtype for matrix in matrices):  # one cast in place of one for each
+        matrices = torch.stack(matrices).to(dtype).unbind()
+    norms = [(block.norm_in_weight, block.norm_in_bias, block.norm_out_weight, block.norm_out_bias) for block in blocks]
+    norms = [side_by_side(part) for parts in norms for part in parts]
+    return Ready(
+        tuple(map(side_by_side, matrices)),
+        tuple(zip(norms[::2], norms[1::2], strict=True)),
+        side_by_side(weights.image_conv.t().float()),
+        side_by_side(weights.freqs),
+        side_by_side(weights.query[-1].conv_out),
+        side_by_side(weights.key[-1].conv_out),
+        {},
+    )
+
+
 def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, precision=None):
     """Launch the kernels for checked arguments (see `anyup_fast.ops.guidance`).
 
     Args:
         image: (B, channels, H, W), any float dtype and strides.
-        weights: the network's tensors as `anyup_fast.ops.weights.GuidanceWeights`, any float dtype.
+        weights: the network's tensors as `anyup_fast.plain.weights.GuidanceWeights`, any float dtype; or what `prepared`
+            made of them for `dtype`, which then keeps tables of rotation for the sizes that it has met.
         output_size: (H', W') of the queries; (0, 0) leaves them out. key_size: (h, w) of the keys.
         dtype: in which full-resolution tensors are stored and multiplied: float32, bfloat16 or float16.
         num_groups: of the normalisations.
@@ -469,44 +510,48 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
 
     Returns:
         query (B, H', W', D) in `dtype`, before its 3x3 convolution; key (B, h, w, D) and norms (B, 12, 2, D), scale and
-        shift of the normalisations of the image, query and key encoders, in float32. Nothing here waits for the device.
+        shift of the normalisations of the image, query and key encoders, in float32; norms as a view of (12, B, 2, D).
+        Nothing here waits for the device.
 
     Raises:
         ValueError: a network that `why_not_guidance` has a reason against.
     """
-    reason = why_not_guidance(image.shape[1], len(weights.image_conv), dtype, num_groups)
+    keep = isinstance(weights, Ready)
+    reason = why_not_guidance(image.shape[1], weights.freqs.shape[1], dtype, num_groups)
     if reason is not None:
         raise ValueError(f"weights: {reason}")
     with torch.no_grad(), _on(image.device):
-        network = _Network(image, weights, dtype, num_groups, precision)
-        start, key_start, hidden = network.encode()
-        key = network.branch(key_start, hidden, weights.key, 8, key_size, torch.float32, True)
+        ready = weights if keep else prepared(weights, dtype)
+        network = _Network(image, ready, dtype, num_groups, precision, (tuple(output_size), tuple(key_size), keep))
+        start, key_start, hidden = network.encode(keep)
+        key = network.branch(key_start, hidden, 8, key_size, torch.float32, True, ready.key_last)
         del key_start
         pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
-        query = network.branch(start, hidden, weights.query, 4, output_size, dtype, pool_first)
+        query = network.branch(start, hidden, 4, output_size, dtype, pool_first, ready.query_last)
         del hidden
         if tuple(query.shape[1:3]) != tuple(output_size):
             query = network.pooled(query, output_size)
-        return query, key, torch.stack([network.norms[i] for i in range(NORMS)], 1)
+        network.launch.done()
+        return query, key, network.norms.transpose(0, 1)
 
 
 class _Network:
     """Launches the layers for one image after the other; holds what all of them need."""
 
-    def __init__(self, image, weights, dtype, num_groups, precision):
-        self.image, self.weights, self.dtype = image, weights, dtype
+    def __init__(self, image, ready, dtype, num_groups, precision, sizes):
+        self.image, self.ready, self.dtype = image, ready, dtype
         self.batch, self.channels, self.height, self.width = image.shape
-        self.dim, self.n_pixels = len(weights.image_conv), self.height * self.width
+        self.dim, self.n_pixels = ready.freqs.shape[1], self.height * self.width
         device = Device.of(image.device)
         self.precision = precision or ("tf32x3" if device.kind == "cuda" else "ieee")
         self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
         self.sizes = dict(D=self.dim, GROUPS=num_groups)
-        blocks = (*weights.image, *weights.query, *weights.key)
-        matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
-        # One copy and one cast in place of one for each.
-        self.matrices = torch.stack([*matrices, weights.query_conv, weights.key_conv]).to(dtype)
-        self.image_conv = weights.image_conv.t().float().contiguous()
-        self.norms = {}  # (B, 2, D) each, by their number
+        self.norms = self.empty(NORMS, self.batch, 2, self.dim)
+        # Parameters have any dtype, here that of the vectors; all tensors but the image begin at multiples of 16 bytes.
+        dtypes = ready.freqs.dtype, ready.query_last.dtype, ready.norms[0][0].dtype
+        table = sizes[-1] and image.shape[2:] in ready.tables
+        key = ("guidance", device, layout(image), dtype, dtypes, num_groups, self.precision, *sizes, table)
+        self.launch = Launches(key)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -520,41 +565,43 @@ class _Network:
         n_tiles = triton.cdiv(self.n_pixels, block_p)
         return self.empty(self.batch, self.sizes["GROUPS"], 2, n_tiles), n_tiles
 
-    def affine(self, number, stats, block_p, weight, bias):
+    def affine(self, number, stats, block_p):
         """Scale and shift (B, 2, D) of a normalisation over what `stats` tells of tiles of `block_p` pixels."""
-        out = self.norms[number] = self.empty(self.batch, 2, self.dim)
+        out = self.norms[number]
         n_tiles = stats.shape[-1]
-        _affine_kernel[(self.batch * self.sizes["GROUPS"],)](
-            stats, weight.contiguous(), bias.contiguous(), out, self.n_pixels, n_tiles, **self.sizes, BLOCK_P=block_p,
-            BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=8, enable_fp_fusion=True,
+        self.launch(
+            _affine_kernel, self.batch * self.sizes["GROUPS"], stats, *self.ready.norms[number], out, self.n_pixels,
+            n_tiles, **self.sizes, BLOCK_P=block_p, BLOCK=FEW_TILES if n_tiles <= FEW_TILES else TILES, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
-    def first_affine(self, block):
+    def first_affine(self):
         """Scale and shift of the normalisation of the image's first convolution."""
         n_tiles = triton.cdiv(self.n_pixels, IMAGE_PIXELS)
         stats = self.empty(self.batch, self.channels * (self.channels + 3) // 2, n_tiles)
-        _image_stats_kernel[(self.batch * n_tiles,)](
-            self.image, stats, *self.image.stride(), self.n_pixels, self.width, n_tiles, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
+        self.launch(
+            _image_stats_kernel, self.batch * n_tiles, self.image, stats, *self.image.stride(), self.n_pixels,
+            self.width, n_tiles, CHANNELS=self.channels, BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-        out = self.norms[0] = self.empty(self.batch, 2, self.dim)
-        _image_affine_kernel[(self.batch,)](
-            stats, self.image, self.image_conv, block.norm_in_weight.contiguous(), block.norm_in_bias.contiguous(), out,
+        out = self.norms[0]
+        self.launch(
+            _image_affine_kernel, self.batch, stats, self.image, self.ready.image_conv, *self.ready.norms[0], out,
             *self.image.stride()[:2], self.n_pixels, n_tiles, **self.sizes, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=4, enable_fp_fusion=True,
+            BLOCK_P=IMAGE_PIXELS, BLOCK=FEW_TILES if n_tiles <= FEW_TILES else TILES, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
     def layer(self, x, affine, matrix, out, skip="none", stored=None):
         """Fill `out`, x None standing for the image's first convolution; returns what `affine` takes of it."""
         stats, n_tiles = self.stats(self.layer_sizes["BLOCK_P"])
-        _layer_kernel[(self.batch * n_tiles,)](
-            out if x is None else x, affine, self.matrices[matrix], out if stored is None else stored, out, stats,
-            self.image, self.image_conv, *self.image.stride(), self.n_pixels, self.width, n_tiles, **self.sizes,
-            CHANNELS=self.channels, FROM_IMAGE=x is None, SKIP=skip, PRECISION=self.product(),
-            IMAGE_PRECISION=self.precision, STAGES=self.layer_sizes["num_stages"], **self.layer_sizes,
-            enable_fp_fusion=True,
+        self.launch(
+            _layer_kernel, self.batch * n_tiles, out if x is None else x, affine, self.ready.matrices[matrix],
+            out if stored is None else stored, out, stats, self.image, self.ready.image_conv, *self.image.stride(),
+            self.n_pixels, self.width, n_tiles, **self.sizes, CHANNELS=self.channels, FROM_IMAGE=x is None, SKIP=skip,
+            PRECISION=self.product(), IMAGE_PRECISION=self.precision, STAGES=self.layer_sizes["num_stages"],
+            **self.layer_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         return stats, self.layer_sizes["BLOCK_P"]
 
@@ -562,45 +609,55 @@ class _Network:
         """Precision of the products of what is stored."""
         return self.precision if self.dtype == torch.float32 else "ieee"
 
-    def encode(self):
-        """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""
-        first, second = self.weights.image
-        x, y = self.picture(), self.picture()
-        stats = self.layer(None, self.first_affine(first), 0, x)
-        stats = self.layer(x, self.affine(1, *stats, first.norm_out_weight, first.norm_out_bias), 1, x, "image")
-        stats = self.layer(x, self.affine(2, *stats, second.norm_in_weight, second.norm_in_bias), 2, y)
-        affine = self.affine(3, *stats, second.norm_out_weight, second.norm_out_bias)
+    def rotation(self, keep):
+        """Table of rotation (H + W, 2, D): one that was kept, or made anew and kept if asked to."""
+        size, tables = (self.height, self.width), self.ready.tables
+        if keep and size in tables:
+            return tables[size]
         table = self.empty(self.height + self.width, 2, self.dim)
-        _rotation_kernel[(self.height + self.width,)](
-            self.weights.freqs.contiguous(), table, self.height, self.width, D=self.dim, num_warps=4,
-            enable_fp_fusion=True,
+        self.launch(
+            _rotation_kernel, self.height + self.width, self.ready.freqs, table, self.height, self.width, D=self.dim,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+        if keep:
+            while len(tables) >= TABLES:
+                tables.pop(next(iter(tables)), None)
+            tables[size] = table
+        return table
+
+    def encode(self, keep):
+        """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""
+        x, y = self.picture(), self.picture()
+        stats = self.layer(None, self.first_affine(), 0, x)
+        stats = self.layer(x, self.affine(1, *stats), 1, x, "image")
+        stats = self.layer(x, self.affine(2, *stats), 2, y)
+        affine = self.affine(3, *stats)
+        table = self.rotation(keep)
         block_p = self.guide_sizes["BLOCK_P"]
         (query_stats, n_tiles), (key_stats, _) = self.stats(block_p), self.stats(block_p)
-        _guide_kernel[(self.batch * n_tiles,)](
-            y, affine, self.matrices[3], x, table, self.matrices[12], self.matrices[13], x, y, query_stats, key_stats,
-            self.n_pixels, self.height, self.width, n_tiles, **self.sizes, PRECISION=self.product(),
-            STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
+        matrices = self.ready.matrices
+        self.launch(
+            _guide_kernel, self.batch * n_tiles, y, affine, matrices[3], x, table, matrices[12], matrices[13], x, y,
+            query_stats, key_stats, self.n_pixels, self.height, self.width, n_tiles, **self.sizes,
+            PRECISION=self.product(), STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         return (x, (query_stats, block_p)), (y, (key_stats, block_p)), self.picture()
 
-    def branch(self, start, hidden, blocks, matrix, size, dtype, pool_first):
+    def branch(self, start, hidden, matrix, size, dtype, pool_first, last):
         """ResBlocks on `start`, a picture (written over) and its statistics; their matrices begin with `matrix`.
 
         Returns:
             the picture, or with `pool_first` what it comes to at `size`, (B, *size, D) in `dtype`.
         """
         x, stats = start
-        for block in blocks:  # a matrix has the number of the normalisation before it
-            affine = self.affine(matrix, *stats, block.norm_in_weight, block.norm_in_bias)
-            stats = self.layer(x, affine, matrix, hidden)
-            affine = self.affine(matrix + 1, *stats, block.norm_out_weight, block.norm_out_bias)
-            if block is blocks[-1] and 0 in size:
+        for number in (matrix, matrix + 2):  # a matrix has the number of the normalisation before it
+            stats = self.layer(x, self.affine(number, *stats), number, hidden)
+            affine = self.affine(number + 1, *stats)
+            if number > matrix and 0 in size:
                 return self.empty(self.batch, *size, self.dim, dtype=dtype)
-            if pool_first and block is blocks[-1]:
-                return self.pooled_last(x, hidden, affine, block.conv_out, size, dtype)
-            stats = self.layer(hidden, affine, matrix + 1, x, "stored", x)
-            matrix += 2
+            if number > matrix and pool_first:
+                return self.pooled_last(x, hidden, affine, last, size, dtype)
+            stats = self.layer(hidden, affine, number + 1, x, "stored", x)
         return x
 
     def pool(self, x, y, affine, x_out, y_out, size, n_splits):
@@ -610,10 +667,11 @@ class _Network:
         block_j, block_d = POOL_PIXELS // block_x, min(self.dim, 128)
         n_cells = size[0] * size[1]
         n_blocks = triton.cdiv(n_cells, block_j)
-        _pool_kernel[(self.batch * n_blocks * n_splits * (self.dim // block_d),)](
-            x, x if y is None else y, x if y is None else affine, x_out, x_out if y is None else y_out, self.height,
-            self.width, *size, n_cells, n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None,
-            BLOCK_J=block_j, BLOCK_X=block_x, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+        self.launch(
+            _pool_kernel, self.batch * n_blocks * n_splits * (self.dim // block_d), x, x if y is None else y,
+            x if y is None else affine, x_out, x_out if y is None else y_out, self.height, self.width, *size, n_cells,
+            n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None, BLOCK_J=block_j, BLOCK_X=block_x,
+            BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     def pooled(self, x, size):
@@ -630,8 +688,9 @@ class _Network:
         self.pool(x, hidden, affine, x_mean, y_mean, size, n_splits)
         out = self.empty(self.batch, *size, self.dim, dtype=dtype)
         block_n = min(self.dim, 64)
-        _last_kernel[(triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n),)](
-            x_mean, y_mean, weight.contiguous(), out, n_rows, n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n,
-            BLOCK_K=32, PRECISION=self.precision, num_warps=4, enable_fp_fusion=True,
+        self.launch(
+            _last_kernel, triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n), x_mean, y_mean, weight, out, n_rows,
+            n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n, BLOCK_K=32, PRECISION=self.precision,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return out
