@@ -473,6 +473,7 @@ class Ready(NamedTuple):
     freqs: torch.Tensor
     query_last: torch.Tensor  # the last matrices of the branches, in the dtype of the parameters
     key_last: torch.Tensor
+    dtypes: tuple  # of all of these
     tables: dict  # (H, W) -> table of rotation, where they are kept
 
 
@@ -485,15 +486,11 @@ def prepared(weights, dtype):
         matrices = torch.stack(matrices).to(dtype).unbind()
     norms = [(block.norm_in_weight, block.norm_in_bias, block.norm_out_weight, block.norm_out_bias) for block in blocks]
     norms = [side_by_side(part) for parts in norms for part in parts]
-    return Ready(
-        tuple(map(side_by_side, matrices)),
-        tuple(zip(norms[::2], norms[1::2], strict=True)),
-        side_by_side(weights.image_conv.t().float()),
-        side_by_side(weights.freqs),
-        side_by_side(weights.query[-1].conv_out),
-        side_by_side(weights.key[-1].conv_out),
-        {},
-    )
+    last = weights.query[-1].conv_out, weights.key[-1].conv_out
+    rest = list(map(side_by_side, (weights.image_conv.t().float(), weights.freqs, *last)))
+    dtypes = tuple(tensor.dtype for tensor in (*norms, *rest))
+    pairs = tuple(zip(norms[::2], norms[1::2], strict=True))
+    return Ready(tuple(map(side_by_side, matrices)), pairs, *rest, dtypes, {})
 
 
 def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, precision=None):
@@ -522,8 +519,8 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
         raise ValueError(f"weights: {reason}")
     with torch.no_grad(), _on(image.device):
         ready = weights if keep else prepared(weights, dtype)
-        network = _Network(image, ready, dtype, num_groups, precision, (tuple(output_size), tuple(key_size), keep))
-        start, key_start, hidden = network.encode(keep)
+        network = _Network(image, ready, dtype, num_groups, precision, (tuple(output_size), tuple(key_size)), keep)
+        start, key_start, hidden = network.encode()
         key = network.branch(key_start, hidden, 8, key_size, torch.float32, True, ready.key_last)
         del key_start
         pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
@@ -538,7 +535,7 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
 class _Network:
     """Launches the layers for one image after the other; holds what all of them need."""
 
-    def __init__(self, image, ready, dtype, num_groups, precision, sizes):
+    def __init__(self, image, ready, dtype, num_groups, precision, sizes, keep):
         self.image, self.ready, self.dtype = image, ready, dtype
         self.batch, self.channels, self.height, self.width = image.shape
         self.dim, self.n_pixels = ready.freqs.shape[1], self.height * self.width
@@ -547,11 +544,10 @@ class _Network:
         self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
         self.sizes = dict(D=self.dim, GROUPS=num_groups)
         self.norms = self.empty(NORMS, self.batch, 2, self.dim)
-        # Parameters have any dtype, here that of the vectors; all tensors but the image begin at multiples of 16 bytes.
-        dtypes = ready.freqs.dtype, ready.query_last.dtype, ready.norms[0][0].dtype
-        table = sizes[-1] and image.shape[2:] in ready.tables
-        key = ("guidance", device, layout(image), dtype, dtypes, num_groups, self.precision, *sizes, table)
-        self.launch = Launches(key)
+        self.keep, self.table = keep, ready.tables.get((self.height, self.width))
+        # All tensors but the image begin at a multiple of 16 bytes.
+        given = layout(image), ready.dtypes, dtype, num_groups, self.precision
+        self.launch = Launches(("guidance", device, *given, *sizes, self.table is None))
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -609,30 +605,30 @@ class _Network:
         """Precision of the products of what is stored."""
         return self.precision if self.dtype == torch.float32 else "ieee"
 
-    def rotation(self, keep):
-        """Table of rotation (H + W, 2, D): one that was kept, or made anew and kept if asked to."""
-        size, tables = (self.height, self.width), self.ready.tables
-        if keep and size in tables:
-            return tables[size]
+    def rotation(self):
+        """Table of rotation (H + W, 2, D): one that was kept, or one made anew, which stays with kept weights."""
+        if self.table is not None:
+            return self.table
         table = self.empty(self.height + self.width, 2, self.dim)
         self.launch(
             _rotation_kernel, self.height + self.width, self.ready.freqs, table, self.height, self.width, D=self.dim,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        if keep:
-            while len(tables) >= TABLES:
-                tables.pop(next(iter(tables)), None)
-            tables[size] = table
+        if self.keep:
+            tables = self.ready.tables
+            if len(tables) >= TABLES:
+                tables.clear()
+            tables[self.height, self.width] = table
         return table
 
-    def encode(self, keep):
+    def encode(self):
         """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""
         x, y = self.picture(), self.picture()
         stats = self.layer(None, self.first_affine(), 0, x)
         stats = self.layer(x, self.affine(1, *stats), 1, x, "image")
         stats = self.layer(x, self.affine(2, *stats), 2, y)
         affine = self.affine(3, *stats)
-        table = self.rotation(keep)
+        table = self.rotation()
         block_p = self.guide_sizes["BLOCK_P"]
         (query_stats, n_tiles), (key_stats, _) = self.stats(block_p), self.stats(block_p)
         matrices = self.ready.matrices
