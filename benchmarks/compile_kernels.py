@@ -182,7 +182,7 @@ def guidance(target, dtype, dim=128):
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
     found = [
         ("image stats", g._image_stats_kernel, tiles, {}),
-        ("image affine", g._image_affine_kernel, dict(tiles, num_warps=4), {}),
+        ("image affine", g._image_affine_kernel, dict(tiles, BLOCK=g.IMAGE_TILES, num_warps=4), {}),
         ("affine", g._affine_kernel, dict(tiles, BLOCK_P=layer["BLOCK_P"]), {}),
         ("rotation", g._rotation_kernel, dict(num_warps=4), {}),
         ("guide", g._guide_kernel, guide, {**stored, **both}),
@@ -205,7 +205,7 @@ def guidance(target, dtype, dim=128):
 
 
 def keys(target, dtype):
-    """Launches of all that makes keys, 128 channels and filters; what is not given or asked for in `dtype` is float32."""
+    """Launches of all that makes keys, 128 channels and filters; `dtype` is what is given and asked for."""
     from anyup_fast.kernels import keys as k
 
     if tiling.why_no_kernels(device_of(target), torch.float32):

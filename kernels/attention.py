@@ -14,6 +14,7 @@ worked out once per column block. Where all logits are provably small (|q| |k| b
 running maximum: what is left per logit is one multiply-add, one exponential and the sum.
 """
 
+import math
 from contextlib import nullcontext
 from functools import lru_cache, partial, wraps
 from typing import NamedTuple
@@ -23,15 +24,13 @@ import triton
 import triton.language as tl
 
 from .launches import INTERPRETED as _INTERPRETED
-from .launches import Launches, layout
+from .launches import Launches, cdiv, layout
 from .tiling import Device, Tile, choose_tile
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 LOG2E = 1.4426950408889634
 # Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
 COUNTS = ["height", "width", "n_tiles_h", "n_tiles_w", "n_blocks_c"]
-# Of a window's rows, a kernel is compiled for: first those that are fast to divide by.
-WIDTHS = 8, 16, 32, 12, 20, 24, 28
 MOST_PLANS = 512
 # Largest offset, in powers of two, that may replace the running maximum: 2 ** (-2 * offset) has to be a normal number,
 # and float32 results must not lose digits to the size of the exponent.
@@ -444,7 +443,7 @@ def _heads_kernel(
 
 
 def _on(device):
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    return torch.get_device_module(device).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _frozen(bounds):
@@ -568,7 +567,9 @@ def _plan(card, query, value, row_bounds, col_bounds, split, tile):
 
 def _rounded(span_h, span_w, block_k):
     """Keys in a row of the block of a window: no fewer than it spans, and such that few kernels serve many sizes."""
-    return next((width for width in WIDTHS if width >= span_w and width * span_h <= block_k), span_w)
+    square = cdiv(math.isqrt(block_k - 1) + 1, 4) * 4
+    widths = *range(square, 33, 4), *range(square - 4, 0, -4)
+    return next((width for width in widths if width >= span_w and width * span_h <= block_k), span_w)
 
 
 def _log_sum_exp(launch, plan, query, key, qk_scale):
@@ -622,8 +623,8 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
             )  # fmt: skip
         else:
             lse = _log_sum_exp(launch, plan, query, key, qk_scale)
-            each = triton.cdiv(channels // heads, tile.block_c)
-            blocks = heads * each if split else triton.cdiv(channels, tile.block_c)
+            each = cdiv(channels // heads, tile.block_c)
+            blocks = heads * each if split else cdiv(channels, tile.block_c)
             launch(
                 _apply_kernel, programs * blocks, query, key, value, lse, out, *plan.pointers, *strides, height, width,
                 channels, *plan.n_tiles, blocks, qk_scale, **options, BLOCK_C=tile.block_c,

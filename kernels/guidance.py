@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 
 from .attention import INTERPRETED, _dot, _on
-from .launches import Launches, layout, side_by_side
+from .launches import Launches, cdiv, layout, side_by_side
 from .tiling import RDNA, Device
 
 NORM_EPS = tl.constexpr(1e-5)
 IMAGE_PIXELS = 2048  # of a program that only reads the image
 TILES = 2048  # whose statistics are put together at a time, and FEW_TILES where there are no more
 FEW_TILES = 128
+IMAGE_TILES = 512  # of the image's own statistics at a time
 MOST_CHANNELS = 16
 DIMS = (32, 64, 128, 256)
 # Pooling comes before the last product from this ratio of pixels upwards: what is pooled is stored in float32, twice.
@@ -498,8 +499,8 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
 
     Args:
         image: (B, channels, H, W), any float dtype and strides.
-        weights: the network's tensors as `anyup_fast.plain.weights.GuidanceWeights`, any float dtype; or what `prepared`
-            made of them for `dtype`, which then keeps tables of rotation for the sizes that it has met.
+        weights: the network's tensors as `anyup_fast.plain.weights.GuidanceWeights`, any float dtype; or what
+            `prepared` made of them for `dtype`, which then keeps tables of rotation for the sizes that it has met.
         output_size: (H', W') of the queries; (0, 0) leaves them out. key_size: (h, w) of the keys.
         dtype: in which full-resolution tensors are stored and multiplied: float32, bfloat16 or float16.
         num_groups: of the normalisations.
@@ -558,7 +559,7 @@ class _Network:
 
     def stats(self, block_p):
         """Room for the statistics of tiles of `block_p` pixels; the number of such tiles in an image."""
-        n_tiles = triton.cdiv(self.n_pixels, block_p)
+        n_tiles = cdiv(self.n_pixels, block_p)
         return self.empty(self.batch, self.sizes["GROUPS"], 2, n_tiles), n_tiles
 
     def affine(self, number, stats, block_p):
@@ -574,7 +575,7 @@ class _Network:
 
     def first_affine(self):
         """Scale and shift of the normalisation of the image's first convolution."""
-        n_tiles = triton.cdiv(self.n_pixels, IMAGE_PIXELS)
+        n_tiles = cdiv(self.n_pixels, IMAGE_PIXELS)
         stats = self.empty(self.batch, self.channels * (self.channels + 3) // 2, n_tiles)
         self.launch(
             _image_stats_kernel, self.batch * n_tiles, self.image, stats, *self.image.stride(), self.n_pixels,
@@ -584,8 +585,7 @@ class _Network:
         self.launch(
             _image_affine_kernel, self.batch, stats, self.image, self.ready.image_conv, *self.ready.norms[0], out,
             *self.image.stride()[:2], self.n_pixels, n_tiles, **self.sizes, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, BLOCK=FEW_TILES if n_tiles <= FEW_TILES else TILES, num_warps=4,
-            enable_fp_fusion=True,
+            BLOCK_P=IMAGE_PIXELS, BLOCK=IMAGE_TILES, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
@@ -658,11 +658,11 @@ class _Network:
 
     def pool(self, x, y, affine, x_out, y_out, size, n_splits):
         """Means of x, and of the active y unless it is None, over cells; see the kernel."""
-        most = triton.cdiv(self.width, size[1]) + (self.width % size[1] > 0)
+        most = cdiv(self.width, size[1]) + (self.width % size[1] > 0)
         block_x = min(POOL_PIXELS, triton.next_power_of_2(most))
         block_j, block_d = POOL_PIXELS // block_x, min(self.dim, 128)
         n_cells = size[0] * size[1]
-        n_blocks = triton.cdiv(n_cells, block_j)
+        n_blocks = cdiv(n_cells, block_j)
         self.launch(
             _pool_kernel, self.batch * n_blocks * n_splits * (self.dim // block_d), x, x if y is None else y,
             x if y is None else affine, x_out, x_out if y is None else y_out, self.height, self.width, *size, n_cells,
@@ -679,13 +679,13 @@ class _Network:
     def pooled_last(self, x, hidden, affine, weight, size, dtype):
         """End of a branch, pooled before its last product."""
         n_rows = self.batch * size[0] * size[1]
-        n_splits = min(triton.cdiv(PROGRAMS, n_rows), max(1, self.height // size[0]))
+        n_splits = min(cdiv(PROGRAMS, n_rows), max(1, self.height // size[0]))
         x_mean, y_mean = (self.empty(n_splits, n_rows, self.dim) for _ in range(2))
         self.pool(x, hidden, affine, x_mean, y_mean, size, n_splits)
         out = self.empty(self.batch, *size, self.dim, dtype=dtype)
         block_n = min(self.dim, 64)
         self.launch(
-            _last_kernel, triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n), x_mean, y_mean, weight, out, n_rows,
+            _last_kernel, cdiv(n_rows, LAST_ROWS) * (self.dim // block_n), x_mean, y_mean, weight, out, n_rows,
             n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n, BLOCK_K=32, PRECISION=self.precision,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

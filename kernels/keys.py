@@ -18,8 +18,8 @@ import triton.language as tl
 
 from .attention import _dot, _on
 from .guidance import NORM_EPS, _narrow, _pixels
-from .launches import Launches, layout, side_by_side
-from .queries import DTYPES, dot_precision
+from .launches import Launches, cdiv, layout, side_by_side
+from .queries import dot_precision
 from .tiling import Device
 
 DIMS = (32, 64, 128)
@@ -27,7 +27,7 @@ FILTERS = (16, 32, 64, 128, 256)
 CELLS = 32  # of a program
 FEW_TILES = 256  # whose statistics every program of a layer puts together for itself
 TILES = 128  # at a time
-COUNTS = ["n_cells", "n_tiles", "per_tile", "has_skip", "height", "width"]
+COUNTS = ["n_cells", "n_tiles", "seen_tiles", "per_tile", "has_skip", "height", "width"]
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _store_stats(x, mask_p, count, stats_ptr, image, tile, n_tiles, first_group,
 @triton.jit
 def _gathered(stats_ptr, image, n_cells, n_tiles, per_tile, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr,
               BLOCK_T: tl.constexpr):  # fmt: skip
-    """Mean and variance (GROUPS,) over an image, from its tiles of `per_tile` cells: no large numbers are subtracted."""
+    """Mean and variance (GROUPS,) over an image, from tiles of `per_tile` cells; no large numbers are subtracted."""
     rows = stats_ptr + image * (2 * GROUPS * n_tiles) + (tl.arange(0, GROUPS) * n_tiles)[:, None]
     total = tl.zeros((GROUPS, BLOCK_T), tl.float32)
     for first in tl.range(0, n_tiles, BLOCK_T, num_stages=1):
@@ -297,8 +297,8 @@ def project_keys_fwd(from_image, from_features, weights, *, eps, dtype, num_grou
         precision: of products on CUDA: "tf32x3" (None means this), "tf32" or "ieee".
 
     Returns:
-        (B, h, w, D) in `dtype`. Eleven launches for any batch, eight more on grids of more than `FEW_TILES` tiles. Nothing
-        here waits for the device.
+        (B, h, w, D) in `dtype`. Eleven launches for any batch, eight more on grids of more than `FEW_TILES` tiles.
+        Nothing here waits for the device.
 
     Raises:
         ValueError: no such precision.
@@ -327,7 +327,7 @@ class _Network:
         self.groups, self.dim = num_groups, len(weights.norm)
         self.height, self.width = like.shape[-2:]
         self.n_cells = self.height * self.width
-        self.n_tiles = triton.cdiv(self.n_cells, CELLS)
+        self.n_tiles = cdiv(self.n_cells, CELLS)
 
     def __call__(self, image, features, out, eps):
         weights, batch = self.weights, len(out)
@@ -412,7 +412,7 @@ def unit_channels_fwd(features):
     with _on(features.device):
         out = torch.empty(batch, height, width, channels, dtype=torch.float32, device=features.device)
         n_cells = height * width
-        n_tiles = triton.cdiv(n_cells, CELLS)
+        n_tiles = cdiv(n_cells, CELLS)
         launch = Launches(("unit_channels", Device.of(features.device), layout(features)))
         launch(
             _unit_kernel, batch * n_tiles, features, out, *features.stride(), width, channels, n_cells, n_tiles,

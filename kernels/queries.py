@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .attention import _dot, _on
-from .launches import Launches, layout, side_by_side
+from .launches import Launches, cdiv, layout, side_by_side
 from .tiling import Device
 
 DIMS = (16, 32, 64, 128)
@@ -109,7 +109,7 @@ def plan(device, dtype, dim, precision=None):
 
 
 def prepared(conv_weight, norm_weight, proj_weight, proj_bias, dtype):
-    """The four weights as the kernel reads them, for queries of `dtype`: (3, 3, in, out), (in, out), float32 vectors."""
+    """The four weights as the kernel reads them: (3, 3, in, out) and (in, out) in `dtype`, vectors in float32."""
     conv = side_by_side(conv_weight.permute(2, 3, 1, 0).to(dtype))
     vectors = side_by_side(norm_weight.float()), side_by_side(proj_bias.float())
     return conv, vectors[0], side_by_side(proj_weight.T.to(dtype)), vectors[1]
@@ -144,7 +144,7 @@ def project_queries_fwd(
     with _on(query.device):
         conv, norm, proj, bias = weights if ready else prepared(*weights, query.dtype)
         out = torch.empty(batch, height, width, dim, dtype=query.dtype, device=query.device)
-        tiles = triton.cdiv(height, constants["BLOCK_H"]), triton.cdiv(width, constants["BLOCK_W"])
+        tiles = cdiv(height, constants["BLOCK_H"]), cdiv(width, constants["BLOCK_W"])
         launch = Launches(("project_queries", card, layout(query), precision))
         launch(
             _query_projection_kernel, batch * tiles[0] * tiles[1], query, conv, norm, proj, bias, out,

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..plain import guidance as plain
 from ..plain.weights import GuidanceWeights
 from ..plain.width import has_float64
-from .choice import attempt, choose, on_triton, triton_precision, why_no_triton
+from .choice import attempt, chosen, on_triton, triton_precision, why_no_triton
 
 
-def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, backend="auto"):
+def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, backend="auto", kept=None):
     """Queries before their 3x3 convolution, and the image's part of the keys.
 
     Args:
@@ -25,6 +25,7 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         dtype: of what is stored for every pixel; statistics, coordinates and sums are float32 at least. In plain
             PyTorch 16-bit dtypes are computed, stored and returned as float32.
         backend: "auto", "triton" or "torch".
+        kept: `anyup_fast.kept.Kept` of the model with these weights, or None: what kernels make of them is made once.
 
     Returns:
         query (B, H', W', D) in `dtype`; key (B, h, w, D) and norms (B, 12, 2, D) in float32 (float64 for float64).
@@ -44,7 +45,10 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         left_out = name == "output_size" and tuple(size) == (0, 0)
         if len(size) != 2 or (min(size) < 1 and not left_out):
             raise ValueError(f"{name}: need a positive height and width, got {tuple(size)}")
-    backend = choose("guidance", backend, lambda name: _why_not_guidance(name, image, weights, dtype))
+    about = image.device, image.shape[1], dtype
+    backend = chosen(kept, "guidance", about, backend, lambda name: _why_not_guidance(name, image, weights, dtype))
+    if kept is not None and on_triton(backend):
+        return _computed(image, weights, tuple(output_size), tuple(key_size), dtype, backend, kept)
     return guidance_op(image, weights.flat(), *output_size, *key_size, dtype, backend)
 
 
@@ -74,12 +78,20 @@ def guidance_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
-    given = image, GuidanceWeights.from_flat(weights), (output_height, output_width), (key_height, key_width)
+    sizes = (output_height, output_width), (key_height, key_width)
+    return _computed(image, GuidanceWeights.from_flat(weights), *sizes, dtype, backend)
+
+
+def _computed(image, weights, output_size, key_size, dtype, backend, kept=None):
+    given = image, weights, output_size, key_size
 
     def kernel():
-        from ..kernels.guidance import guidance_fwd
+        from ..kernels.guidance import guidance_fwd, prepared
 
-        return guidance_fwd(*given, dtype=dtype, precision=triton_precision())
+        ready = weights
+        if kept is not None:
+            ready = kept.of(("guidance, ready", dtype), lambda: prepared(weights, dtype))
+        return guidance_fwd(image, ready, output_size, key_size, dtype=dtype, precision=triton_precision())
 
     def in_plain_pytorch():
         query, key, norms = plain.guidance(*given, dtype=dtype)

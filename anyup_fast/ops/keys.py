@@ -1,15 +1,17 @@
 """`project_keys`: contract, checks, choice of back end and registration."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..plain import keys as plain
 from ..plain.norms import RMS_EPS
 from ..plain.weights import KeyWeights
-from .choice import attempt, choose, triton_precision, why_no_triton
+from .choice import attempt, chosen, on_triton, triton_precision, why_no_triton
 
 
-def project_keys(from_image, from_features, weights, *, eps=RMS_EPS, dtype=None, backend="auto"):
+def project_keys(from_image, from_features, weights, *, eps=RMS_EPS, dtype=None, backend="auto", kept=None):
     """Projected keys of both their sources.
 
     Args:
@@ -19,6 +21,7 @@ def project_keys(from_image, from_features, weights, *, eps=RMS_EPS, dtype=None,
         eps: of the norm.
         dtype: of the result; None means that of `from_image`. What is computed is float32 at least.
         backend: "auto", "triton" or "torch".
+        kept: `anyup_fast.kept.Kept` of the model with these weights, or None: what kernels make of them is made once.
 
     Returns:
         (B, h, w, D) in `dtype`.
@@ -34,12 +37,16 @@ def project_keys(from_image, from_features, weights, *, eps=RMS_EPS, dtype=None,
     if from_image.ndim != 4 or 0 in from_image.shape or (from_features.shape, weights.merge.shape) != wanted:
         shapes = [tuple(tensor.shape) for tensor in (from_image, from_features, weights.merge)]
         raise ValueError(f"from_image, from_features and weights do not fit together: {shapes}")
-    backend = choose("project_keys", backend, lambda name: _why_not(name, from_image, from_features, weights))
+    about = from_image.device, from_image.dtype, from_features.dtype
+    why_not = partial(_why_not, from_image=from_image, from_features=from_features)
+    backend = chosen(kept, "project_keys", about, backend, why_not)
     dtype = from_image.dtype if dtype is None else dtype
+    if kept is not None and on_triton(backend):
+        return _computed(from_image, from_features, weights, eps, dtype, backend, kept)
     return project_keys_op(from_image, from_features, weights.flat(), eps, dtype, backend)
 
 
-def _why_not(name, from_image, from_features, weights):
+def _why_not(name, from_image, from_features):
     if name == "reference":
         return "this operator has none: its specification are the layers of AnyUp"
     if name == "torch":
@@ -61,12 +68,13 @@ def project_keys_op(
     return _computed(from_image, from_features, KeyWeights.from_flat(weights), eps, dtype, backend)
 
 
-def _computed(from_image, from_features, weights, eps, dtype, backend):
+def _computed(from_image, from_features, weights, eps, dtype, backend, kept=None):
     def kernel():
-        from ..kernels.keys import project_keys_fwd
+        from ..kernels.keys import prepared, project_keys_fwd
 
-        precision = triton_precision()
-        return project_keys_fwd(from_image, from_features, weights, eps=eps, dtype=dtype, precision=precision)
+        options = dict(eps=eps, dtype=dtype, precision=triton_precision(), ready=kept is not None)
+        made = weights if kept is None else kept.of("keys, ready", lambda: prepared(weights))
+        return project_keys_fwd(from_image, from_features, made, **options)
 
     def in_plain_pytorch():
         return plain.project_keys(from_image, from_features, weights, eps=eps).to(dtype)

@@ -6,6 +6,7 @@ the GPU compiles, and with the same Triton and Python it finds them in the cache
 
 import types
 from collections import Counter
+from importlib import import_module
 
 import torch
 import triton
@@ -27,12 +28,13 @@ class _Launcher:
         LAUNCHED[self.name] += 1
 
 
-def install(arch=90, shared_memory=232448, *, compiling=True):
+def install(arch=90, shared_memory=232448, *, compiling=True, kind="cpu"):
     """Set that driver for the rest of this process, and have the operators take Triton for tensors on the CPU.
 
     Args:
         arch: NVIDIA's number of the architecture, 90 for sm_90. shared_memory: bytes that a block may have.
         compiling: whether kernels are compiled. If not, they are only counted, one by one as they are launched.
+        kind: in place of the CPU another kind of device, "meta", where what PyTorch itself does costs nothing either.
 
     Returns:
         The `tiling.Device` that the launchers plan for.
@@ -48,13 +50,16 @@ def install(arch=90, shared_memory=232448, *, compiling=True):
             get_current_device=lambda: 0,
             get_current_stream=lambda device=None: 0,
             get_current_target=lambda: GPUTarget("cuda", arch, 32),
-            get_active_torch_device=lambda: torch.device("cpu"),
+            get_active_torch_device=lambda: torch.device(kind),
             set_current_device=lambda device: None,
         )
     )
     tiling.Device.of = classmethod(lambda cls, device: card)
-    choice._GPUS = ("cpu",)
-    choice.VENDORS["cpu"] = "nvidia"
+    choice._GPUS = (kind,)
+    choice.VENDORS[kind] = "nvidia"
+    import_module("anyup_fast.ops.guidance").has_float64 = lambda device: True
+    if kind == "meta":  # which has no autocast to ask for
+        torch.is_autocast_enabled = lambda *_: False
     choice._installation_fault = choice.cache(lambda kind: None)
     count_compilations()
     if not compiling:
