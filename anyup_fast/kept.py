@@ -8,6 +8,7 @@ nobody (their versions say so). That takes microseconds; what has changed is mad
 Writing to a parameter through `.data` in place leaves no trace that could be seen: `forget(model)` says it.
 """
 
+import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
@@ -18,6 +19,7 @@ from torch import nn
 
 from .ops.choice import asked, is_gpu, runs_now
 
+_lock = threading.Lock()
 _watched = WeakKeyDictionary()  # module -> _Watched
 _capturing = ContextVar("anyup_fast_capturing", default=None)  # the Kept of the graph that is captured
 
@@ -104,7 +106,10 @@ def state_of(module):
     """An object that is another one as soon as a parameter of the module changes; None where nobody can tell."""
     watched = _watched.get(module)
     if watched is None or not watched.unchanged():
-        watched = _watched[module] = _Watched(module)
+        with _lock:  # the first of several threads makes it
+            watched = _watched.get(module)
+            if watched is None or not watched.unchanged():
+                watched = _watched[module] = _Watched(module)
     return watched if watched.usable else None
 
 
