@@ -245,7 +245,7 @@ def operators():
             torch.randn(2, 16, 6, 7),
             [tensor.detach() for tensor in keys.flat()],
             1e-7,
-            torch.bfloat16,
+            torch.float32,
             "torch",
         ),
         "convolve_and_project": (*_differentiable(x.clone(), *(tensor.clone() for tensor in projection)), 1e-7),

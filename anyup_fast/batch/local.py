@@ -1,7 +1,8 @@
 """The engine on one machine: processes decode, threads of this one compute and write.
 
 On a CPU several pictures are computed at a time, each by one thread: nobody waits for the slowest of a team, which
-costs a fifth on an idle machine, and much more on one that decodes and writes besides.
+costs a fifth on an idle machine, and much more on one that decodes and writes besides. On a CUDA device two batches are
+in work, each by a thread with a stream of its own: what one of them copies to the host, the other computes beside.
 """
 
 import os
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .stages import Reader, Upsampler, Writer
+from .stages import Reader, Upsampler, Writer, lanes
 
 AHEAD = 2  # batches that every decoding process prepares
 MOST_AT_A_TIME = 8  # batches that a CPU computes at a time, unless told otherwise
@@ -46,7 +47,7 @@ class LocalEngine:
         self.reader = Reader(settings, patch)
         self.workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers
         if at_a_time is None:
-            at_a_time = min(MOST_AT_A_TIME, torch.get_num_threads()) if device == "cpu" else 1
+            at_a_time = min(MOST_AT_A_TIME, torch.get_num_threads()) if device == "cpu" else lanes(device)
         self.at_a_time = at_a_time
         self.waits = {}
 
@@ -59,7 +60,7 @@ class LocalEngine:
         )
         arriving = iter(loader)
         upsampler = Upsampler(self.settings, self.folder, self.device)
-        with _sharing_threads(self.at_a_time) as start, ThreadPoolExecutor(self.writers) as writers:
+        with _sharing_threads(self.at_a_time, self.device) as start, ThreadPoolExecutor(self.writers) as writers:
             writing = _Writing(writers, Writer(self.settings, self.folder), 2 * self.writers, done)
             computing = deque()
             with ThreadPoolExecutor(self.at_a_time, initializer=start) as computers:
@@ -96,12 +97,21 @@ class LocalEngine:
 
 
 @contextmanager
-def _sharing_threads(count):
-    """Give each of `count` threads its share of PyTorch's threads; yields what each calls when it starts."""
+def _sharing_threads(count, device):
+    """Give each of `count` threads its share of PyTorch's threads, and on a CUDA device a stream of its own.
+
+    Yields what each of them calls when it starts.
+    """
     total = torch.get_num_threads()
     share = max(1, total // count)
+
+    def start():
+        torch.set_num_threads(share)
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+
     try:
-        yield lambda: torch.set_num_threads(share)
+        yield start
     finally:
         torch.set_num_threads(total)
 

@@ -21,6 +21,7 @@ from .manifest import Manifest, settings_digest
 from .preparation import describe
 from .settings import Settings, output_size_of
 from .sources import file_digest, find_sources, fingerprint, picture_size
+from .stages import lanes
 
 logger = logging.getLogger("anyup_fast")
 
@@ -99,7 +100,7 @@ def run(
             as many as half of the memory holds.
         workers: processes that decode; None means one less than there are CPUs, at most 4; 0 decodes in this one.
         at_a_time: batches that are computed at the same time; None means on CPUs one for each thread of PyTorch, at
-            most 8, and on a GPU 1. Memory grows with it.
+            most 8, on a CUDA device 2, on other GPUs 1. Memory grows with it.
         writers: threads that write.
         device: "auto" (a GPU if there is one), "cpu", "cuda", ...
         engine: "local" or "ray" (Ray Data; `device` then says whether its actors ask for GPUs).
@@ -289,6 +290,8 @@ def _is_done(source, manifest, folder, digest, verify, states):
 def at_once(size, encoder, settings, device):
     """How many pictures (H, W) a GPU takes at once: what half of its memory holds, from 1 to `GPU_BATCH`.
 
+    Where two such batches are in work at a time, both lie in that half.
+
     All of its memory counts, not what happens to be free, so that every run on such a device makes the same batches.
     """
     grid = [max(1, n // encoder.patch_size) for n in size]
@@ -297,7 +300,7 @@ def at_once(size, encoder, settings, device):
         model = AnyUp()
     one = model.estimate_memory((1, 3, *size), (1, encoder.dim, *grid), (height, width), device=device)
     one += height * width * encoder.dim * 4  # the answer in the dtype that is written, beside the one that is computed
-    return max(1, min(GPU_BATCH, _memory_of(torch.device(device)) // 2 // one))
+    return max(1, min(GPU_BATCH, _memory_of(torch.device(device)) // (2 * lanes(device)) // one))
 
 
 def _memory_of(device):
