@@ -533,10 +533,41 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
         return query, key, network.norms.transpose(0, 1)
 
 
-class _Network:
-    """Launches the layers for one image after the other; holds what all of them need."""
+def guided_queries_fwd(image, weights, norms, output_size, *, dtype, whole, place=(0, 0), num_groups=8, precision=None):
+    """Queries of a rectangle of an image whose normalisations are known, from the pixels of the rectangle alone.
 
-    def __init__(self, image, ready, dtype, num_groups, precision, sizes, keep):
+    Args:
+        image: (B, channels, height, width), the rectangle. weights, dtype, num_groups, precision: as `guidance_fwd`.
+        norms: (B, 12, 2, D), that of `guidance_fwd` for the whole image.
+        output_size: (H', W') to which the rectangle is pooled; its own size leaves it as it is.
+        whole: (H, W) of the image. place: row and column of the rectangle in it.
+
+    Returns:
+        (B, H', W', D) in `dtype`. Nothing here waits for the device.
+    """
+    with torch.no_grad(), _on(image.device):
+        keep = isinstance(weights, Ready)
+        ready = weights if keep else prepared(weights, dtype)
+        given = norms.transpose(0, 1).contiguous()
+        options = dtype, num_groups, precision, (tuple(output_size),), keep
+        network = _Network(image, ready, *options, given, tuple(whole), tuple(place))
+        start, _, hidden = network.encode()
+        pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
+        query = network.branch(start, hidden, 4, output_size, dtype, pool_first, ready.query_last)
+        if tuple(query.shape[1:3]) != tuple(output_size):
+            query = network.pooled(query, output_size)
+        network.launch.done()
+        return query
+
+
+class _Network:
+    """Launches the layers for one image after the other; holds what all of them need.
+
+    With `given`, the norms (12, B, 2, D) of the image of size `whole` that this one is a rectangle of, statistics count
+    no more.
+    """
+
+    def __init__(self, image, ready, dtype, num_groups, precision, sizes, keep, given=None, whole=None, place=(0, 0)):
         self.image, self.ready, self.dtype = image, ready, dtype
         self.batch, self.channels, self.height, self.width = image.shape
         self.dim, self.n_pixels = ready.freqs.shape[1], self.height * self.width
@@ -544,11 +575,13 @@ class _Network:
         self.precision = precision or ("tf32x3" if device.kind == "cuda" else "ieee")
         self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
         self.sizes = dict(D=self.dim, GROUPS=num_groups)
-        self.norms = self.empty(NORMS, self.batch, 2, self.dim)
-        self.keep, self.table = keep, ready.tables.get((self.height, self.width))
+        self.given = given is not None
+        self.norms = given if self.given else self.empty(NORMS, self.batch, 2, self.dim)
+        self.whole, self.place = whole or (self.height, self.width), place
+        self.keep, self.table = keep, ready.tables.get(self.whole)
         # All tensors but the image begin at a multiple of 16 bytes.
-        given = layout(image), ready.dtypes, dtype, num_groups, self.precision
-        self.launch = Launches(("guidance", device, *given, *sizes, self.table is None))
+        about = layout(image), ready.dtypes, dtype, num_groups, self.precision, self.given, self.whole
+        self.launch = Launches(("guidance", device, *about, *sizes, self.table is None))
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -565,6 +598,8 @@ class _Network:
     def affine(self, number, stats, block_p):
         """Scale and shift (B, 2, D) of a normalisation over what `stats` tells of tiles of `block_p` pixels."""
         out = self.norms[number]
+        if self.given:
+            return out
         n_tiles = stats.shape[-1]
         self.launch(
             _affine_kernel, self.batch * self.sizes["GROUPS"], stats, *self.ready.norms[number], out, self.n_pixels,
@@ -575,6 +610,8 @@ class _Network:
 
     def first_affine(self):
         """Scale and shift of the normalisation of the image's first convolution."""
+        if self.given:
+            return self.norms[0]
         n_tiles = cdiv(self.n_pixels, IMAGE_PIXELS)
         stats = self.empty(self.batch, self.channels * (self.channels + 3) // 2, n_tiles)
         self.launch(
@@ -606,20 +643,27 @@ class _Network:
         return self.precision if self.dtype == torch.float32 else "ieee"
 
     def rotation(self):
-        """Table of rotation (H + W, 2, D): one that was kept, or one made anew, which stays with kept weights."""
-        if self.table is not None:
-            return self.table
-        table = self.empty(self.height + self.width, 2, self.dim)
-        self.launch(
-            _rotation_kernel, self.height + self.width, self.ready.freqs, table, self.height, self.width, D=self.dim,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        if self.keep:
-            tables = self.ready.tables
-            if len(tables) >= TABLES:
-                tables.clear()
-            tables[self.height, self.width] = table
-        return table
+        """Table of rotation of the rows, then the columns of this image, (height + width, 2, D).
+
+        It is that of the whole image, which was kept or is made anew and stays with kept weights, or the part of it.
+        """
+        height, width = self.whole
+        table = self.table
+        if table is None:
+            table = self.empty(height + width, 2, self.dim)
+            self.launch(
+                _rotation_kernel, height + width, self.ready.freqs, table, height, width, D=self.dim, num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+            if self.keep:
+                tables = self.ready.tables
+                if len(tables) >= TABLES:
+                    tables.clear()
+                tables[self.whole] = table
+        if (self.height, self.width) == self.whole:
+            return table
+        row, col = self.place[0], height + self.place[1]
+        return torch.cat((table[row : row + self.height], table[col : col + self.width]))
 
     def encode(self):
         """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""

@@ -52,6 +52,39 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
     return guidance_op(image, weights.flat(), *output_size, *key_size, dtype, backend)
 
 
+def guided_queries(image, weights, norms, output_size, *, dtype, whole, place=(0, 0), kept=None):
+    """Queries of a rectangle of an image whose normalisations are known, by Triton's kernels.
+
+    Args:
+        image: (B, channels, height, width), the rectangle; weights, dtype and kept as `guidance` takes them.
+        norms: (B, 12, 2, D), that `guidance` gave for the whole image.
+        output_size: (H', W') to which the rectangle is pooled; its own size leaves it as it is.
+        whole: (H, W) of the image. place: row and column of the rectangle in it.
+
+    Returns:
+        (B, H', W', D) in `dtype`; None where the kernels are not taken: there `plain.guidance.Guide` computes pixels.
+    """
+    about = image.device, image.shape[1], dtype
+    backend = chosen(kept, "guidance", about, "auto", lambda name: _why_not_guidance(name, image, weights, dtype))
+    if not on_triton(backend):
+        return None
+
+    def kernel():
+        from ..kernels.guidance import guided_queries_fwd
+
+        options = dict(dtype=dtype, whole=whole, place=place, precision=triton_precision())
+        return guided_queries_fwd(image, _ready(weights, dtype, kept), norms, output_size, **options)
+
+    return attempt("guidance", backend, image.device, kernel, lambda: None)
+
+
+def _ready(weights, dtype, kept):
+    """What kernels make of the weights, where it is kept; else the weights."""
+    from ..kernels.guidance import prepared
+
+    return weights if kept is None else kept.of(("guidance, ready", dtype), lambda: prepared(weights, dtype))
+
+
 def _why_not_guidance(name, image, weights, dtype):
     if name == "reference":
         return "this operator has none: its specification are the layers of AnyUp"
@@ -86,12 +119,10 @@ def _computed(image, weights, output_size, key_size, dtype, backend, kept=None):
     given = image, weights, output_size, key_size
 
     def kernel():
-        from ..kernels.guidance import guidance_fwd, prepared
+        from ..kernels.guidance import guidance_fwd
 
-        ready = weights
-        if kept is not None:
-            ready = kept.of(("guidance, ready", dtype), lambda: prepared(weights, dtype))
-        return guidance_fwd(image, ready, output_size, key_size, dtype=dtype, precision=triton_precision())
+        options = dict(dtype=dtype, precision=triton_precision())
+        return guidance_fwd(image, _ready(weights, dtype, kept), output_size, key_size, **options)
 
     def in_plain_pytorch():
         query, key, norms = plain.guidance(*given, dtype=dtype)
