@@ -28,6 +28,7 @@ KERNELS = {
         *("image stats", "image affine", "affine", "rotation", "guide", "pool", "pool after", "last"),
         *("layer", "layer of the image", "layer onto the image", "layer onto x"),
     },
+    "keys": {"unit", "project", "start", "layer", "layer of another width", "merge", "combine"},
     "queries": {"query_projection"},
     "unification": {"grouped", "grouped stats", "gathered", "gathered stats", "taps", "gather"},
 }
