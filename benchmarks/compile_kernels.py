@@ -81,7 +81,7 @@ class Launch:
     @classmethod
     def of(cls, group, kernel, dtype, fn, constants, pointers=None, **figures):
         """With constants and options in one dict, as the launchers have them; those the function lacks are left out."""
-        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
         options["enable_fp_fusion"] = True
         constants = {name: value for name, value in constants.items() if name in fn.arg_names}
         tile = f"{constants['BLOCK_H']}x{constants['BLOCK_W']}" if "BLOCK_H" in constants else constants.get("BLOCK_P")
@@ -177,13 +177,13 @@ def guidance(target, dtype, dim=128):
         sizes.update(PRECISION=wide if dtype == "float32" else "ieee", STAGES=sizes["num_stages"])
     stored = dict.fromkeys(("x_ptr", "skip_ptr", "out_ptr", "weight_ptr"), dtype)
     both = {f"{name}{kind}_ptr": dtype for name in ("query", "key") for kind in ("", "_weight")}
-    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), num_warps=4)
+    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], num_warps=4)
     last = dict(BLOCK_P=g.LAST_ROWS, BLOCK_N=min(dim, 64), BLOCK_K=32, PRECISION=wide, num_warps=4)
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
     found = [
         ("image stats", g._image_stats_kernel, tiles, {}),
         ("image affine", g._image_affine_kernel, dict(tiles, num_warps=4), {}),
-        ("affine", g._affine_kernel, dict(tiles, BLOCK_P=layer["BLOCK_P"]), {}),
+        ("affine", g._affine_kernel, tiles, {}),
         ("rotation", g._rotation_kernel, dict(num_warps=4), {}),
         ("guide", g._guide_kernel, guide, {**stored, **both}),
         ("pool", g._pool_kernel, dict(pool, ACTIVE=True), dict(x_ptr=dtype, y_ptr=dtype)),
@@ -197,6 +197,8 @@ def guidance(target, dtype, dim=128):
         ("layer onto x", False, "stored"),
     ):
         constants = dict(layer, FROM_IMAGE=from_image, SKIP=skip, IMAGE_PRECISION=wide)
+        if skip == "image":
+            constants.pop("maxnreg", None)
         found.append((name, g._layer_kernel, constants, stored))
     for name, fn, constants, pointers in found:
         pointers = {name: pointers.get(name, "float32") for name in fn.arg_names if name.endswith("_ptr")}

@@ -26,13 +26,14 @@ RDNA = ("gfx11", "gfx12")
 class Device:
     """What a tile has to fit: the kind of device ("cuda", "hip", "xpu", "cpu"), its compute capability (0, 0) where
     there is none, bytes of shared memory per block, its name, under which tiles are tuned, and AMD's name of its
-    architecture ("gfx942")."""
+    architecture ("gfx942"), and its multiprocessors."""
 
     kind: str
     capability: tuple
     shared_memory: int
     name: str = ""
     arch: str = ""
+    processors: int = 128
 
     @classmethod
     def of(cls, device):
@@ -41,9 +42,10 @@ class Device:
             properties = torch.cuda.get_device_properties(device)
             capability = properties.major, properties.minor
             if torch.version.hip is not None:
-                return cls("hip", capability, 65536, properties.name, properties.gcnArchName.partition(":")[0])
+                arch = properties.gcnArchName.partition(":")[0]
+                return cls("hip", capability, 65536, properties.name, arch, properties.multi_processor_count)
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
-            return cls("cuda", capability, shared, properties.name)
+            return cls("cuda", capability, shared, properties.name, "", properties.multi_processor_count)
         return cls(device.type, (0, 0), 65536)
 
     @property
