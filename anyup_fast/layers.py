@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .ops import Block, feature_unification, pooled, res_block
-from .ops.unification import unit_channels_op
+from .ops.unification import unit_channels as unit_channels_of
 from .plain.convolution import convolve
 from .plain.norms import RMS_EPS
 from .plain.width import wide_of
@@ -240,7 +240,7 @@ def unit_channels(features):
     """`features / max(|features|_2 over channels, 1e-12)`, in float32 (or float64)."""
     if torch.compiler.is_compiling() or features.requires_grad and torch.is_grad_enabled():
         return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)
-    return unit_channels_op(features)
+    return unit_channels_of(features)
 
 
 def cell_colours(features):

@@ -427,13 +427,16 @@ class AnyUp(nn.Module):
         """
         weights, dtype = self.guidance_weights(), computed_dtype(self.image_encoder[0].weight, image.device)
         query, from_image, norms = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
-        return query, self.projected_keys(from_image, features).to(query.dtype), norms
+        return query, self.projected_keys(from_image, features, query.dtype), norms
 
-    def projected_keys(self, from_image, features):
-        """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w)."""
+    def projected_keys(self, from_image, features, dtype=None):
+        """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w).
+
+        They are stored in `dtype`; None means that of the image's part.
+        """
         from_features = self.unified(features)
         from_image, from_features = broadcast(from_image, from_features)
-        return self._split_heads(project_keys(from_image, from_features, self.key_weights()))
+        return self._split_heads(project_keys(from_image, from_features, self.key_weights(), dtype=dtype))
 
     def projected_queries(self, query):
         """Projected queries (B, H', W', heads, d) from those of `guided`, through the 3x3 convolution."""

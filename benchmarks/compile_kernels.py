@@ -50,9 +50,9 @@ TENSOR_CORES = r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA|UTC\w*MMA)|v_s?w?mf?ma_\
 # Pixels, cells and channels of the problems whose default tiles are held to a limit of spills.
 GRIDS = {"448/32/384": (448, 32, 384), "518/37/768": (518, 37, 768), "1024/64/768": (1024, 64, 768)}
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-GROUPS = ("attention", "backward", "guidance", "queries", "unification")
+GROUPS = ("attention", "backward", "guidance", "keys", "queries", "unification")
 WINDOWS = ("row_ptr", "col_ptr", "row_tile_ptr", "col_tile_ptr", "row_range_ptr", "col_range_ptr")
-FLOATS = ("qk_scale", "scale", "safe_offset", "log2e", "eps")
+FLOATS = ("qk_scale", "scale", "safe_offset", "log2e", "eps", "origin")
 SUMS = dict.fromkeys(("lse_ptr", "norm_ptr", "delta_ptr", "grad_k_ptr", "grad_v_ptr"), "float32")
 # Strides and numbers that are divisible by 16 where channels are.
 ALIGNED = r"[gqkvx]_[bhwn]|channels"
@@ -206,6 +206,31 @@ def guidance(target, dtype, dim=128):
         yield Launch.of("guidance", name, dtype, fn, constants, pointers, dim=dim, block_c=constants.get("BLOCK_N"))
 
 
+def keys(target, dtype):
+    """Launches of all that makes keys, 128 channels and filters; what is not given or asked for in `dtype` is float32."""
+    from anyup_fast.kernels import keys as k
+
+    if tiling.why_no_kernels(device_of(target), torch.float32):
+        return
+    layer, merge = k.plan(device_of(target), 128, 128)
+    few = dict(BLOCK_P=k.CELLS, num_warps=4)
+    found = [
+        ("unit", k._unit_kernel, dict(few, BLOCK_C=64), dict(x_ptr=dtype)),
+        ("project", k._project_kernel, layer, dict(out_ptr=dtype)),
+    ]
+    if dtype == "float32":
+        found += [
+            ("start", k._start_kernel, dict(few, M=128), {}),
+            ("layer", k._layer_kernel, dict(layer, IN=128, SKIP=128), {}),
+            ("layer of another width", k._layer_kernel, dict(layer, IN=128, SKIP=256), {}),
+            ("merge", k._merge_kernel, merge, {}),
+            ("combine", k._combine_kernel, dict(PER_GROUP=16, BLOCK_T=k.TILES, num_warps=4), {}),
+        ]
+    for name, fn, constants, pointers in found:
+        pointers = {name: pointers.get(name, "float32") for name in fn.arg_names if name.endswith("_ptr")}
+        yield Launch.of("keys", name, dtype, fn, dict(constants, D=128, GROUPS=8), pointers)
+
+
 def queries(target, dtype):
     """The launch of the query projection."""
     from anyup_fast.kernels import queries as q
@@ -246,7 +271,8 @@ def launches(target, dtypes, groups=GROUPS, defaults=False, split=False, dims=(1
                 for dim in dims:
                     yield from guidance(target, dtype, dim)
             else:
-                yield from dict(backward=backward, queries=queries, unification=unification)[group](target, dtype)
+                made = dict(backward=backward, keys=keys, queries=queries, unification=unification)
+                yield from made[group](target, dtype)
 
 
 class Enough(Exception):

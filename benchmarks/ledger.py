@@ -33,10 +33,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 from checkout import ROOT, use_checkout
 
@@ -46,7 +44,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from anyup_fast.kernels import attention, guidance, queries, tiling, unification  # noqa: E402
+from anyup_fast.kernels import attention, guidance, keys, queries, tiling, unification  # noqa: E402
 from ptx import launch, memory  # noqa: E402
 from roofline import DESIGN_MS, DEVICES, parse  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -321,38 +319,19 @@ def stages(shape, dtype):
     model = AnyUp().eval().requires_grad_(False)
     dim = model.config["qk_dim"] if "qk_dim" in getattr(model, "config", {}) else 128
     image, features = blank(1, 3, side, side, dtype=dtype), blank(1, channels, cells, cells)
-    weights = model.guidance_weights()
+    weights = guidance.prepared(model.guidance_weights(), dtype)
     yield "guidance", lambda: guidance.guidance_fwd(image, weights, (side, side), (cells, cells), dtype=dtype)
     basis = model.key_features_encoder[0].basis
+    yield "unit channels", lambda: keys.unit_channels_fwd(features)
     yield "unification", lambda: unification.feature_unification_fwd(features, basis)
-    yield "keys", keys_of(model, cells, dim, dtype)
-    query, projection = blank(1, side, side, dim, dtype=dtype), model.query_projection()
-    yield "queries", lambda: queries.project_queries_fwd(query, *projection, eps=RMS_EPS)
+    low = blank(1, cells, cells, dim), blank(1, dim, cells, cells)
+    of_keys = keys.prepared(model.key_weights())
+    yield "keys", lambda: keys.project_keys_fwd(*low, of_keys, eps=RMS_EPS, dtype=dtype, ready=True)
+    query, projection = blank(1, side, side, dim, dtype=dtype), queries.prepared(*model.query_projection(), dtype)
+    yield "queries", lambda: queries.project_queries_fwd(query, *projection, eps=RMS_EPS, ready=True)
     heads = query.unflatten(-1, (4, -1)), blank(1, cells, cells, 4, dim // 4, dtype=dtype)
     value, bounds = blank(1, cells, cells, channels, dtype=dtype), window_bounds(side, cells, 0.1)
     yield "attention", lambda: attention.windowed_attention_fwd(*heads, value, bounds, bounds)
-
-
-def keys_of(model, cells, dim, dtype):
-    """The stage of the keys: Triton's where there is one, else plain PyTorch on tensors that hold nothing."""
-    weights = model.key_weights()
-    try:
-        from anyup_fast.kernels import keys
-    except ImportError:
-        from anyup_fast.plain.keys import project_keys
-        from anyup_fast.plain.weights import KeyWeights
-
-        there = KeyWeights.from_flat([w.to("meta") for w in weights.flat()])
-        inputs = [torch.empty(s, device="meta", dtype=d) for s, d in (((1, cells, cells, dim), dtype),
-                                                                      ((1, dim, cells, cells), torch.float32))]  # fmt: skip
-
-        def plain():
-            with mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()):  # which knows no such device
-                return project_keys(*inputs, there, eps=RMS_EPS)
-
-        return plain
-    inputs = blank(1, cells, cells, dim), blank(1, dim, cells, cells)
-    return lambda: keys.project_keys_fwd(*inputs, weights, eps=RMS_EPS, dtype=dtype)
 
 
 def counted(ledger, name, call):

@@ -14,18 +14,25 @@ worked out once per column block. Where all logits are provably small (|q| |k| b
 running maximum: what is left per logit is one multiply-add, one exponential and the sum.
 """
 
-import os
 from contextlib import nullcontext
 from functools import lru_cache, partial, wraps
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device, choose_tile
+from .launches import INTERPRETED as _INTERPRETED
+from .launches import Launches, layout
+from .tiling import Device, Tile, choose_tile
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(_INTERPRETED)
 LOG2E = 1.4426950408889634
+# Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
+COUNTS = ["height", "width", "n_tiles_h", "n_tiles_w", "n_blocks_c"]
+# Of a window's rows, a kernel is compiled for: first those that are fast to divide by.
+WIDTHS = 8, 16, 32, 12, 20, 24, 28
+MOST_PLANS = 512
 # Largest offset, in powers of two, that may replace the running maximum: 2 ** (-2 * offset) has to be a normal number,
 # and float32 results must not lose digits to the size of the exponent.
 SAFE_OFFSET = {torch.bfloat16: 60.0, torch.float16: 0.0, torch.float32: 12.0}
@@ -113,7 +120,7 @@ def _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED: tl.const
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _window_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
@@ -226,7 +233,7 @@ def _stats_window(
     return top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _stats_kernel(
     q_ptr, k_ptr, norm_ptr, lse_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
@@ -282,7 +289,7 @@ def _apply_rows(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _apply_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
@@ -393,7 +400,7 @@ def _heads_window(
     return acc * (1.0 / total)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _heads_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
@@ -504,14 +511,74 @@ def _norms(key):
     return torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax((1, 2)).contiguous()
 
 
-def _log_sum_exp(query, key, rows, cols, row_tiles, col_tiles, qk_scale, constants):
+class _Plan(NamedTuple):
+    """All that the host works out for problems of one kind: which tile, which tables, which constants."""
+
+    tile: Tile
+    pointers: tuple  # rows, columns and their tiles, on the device
+    n_tiles: tuple
+    constants: dict
+    window: dict  # further constants of the design "window"
+
+
+_plans = {}
+
+
+def _name(bounds):
+    """What is equal for equal bounds on the CPU: by which rule they were made, or else what they hold."""
+    rule, version = getattr(bounds, "made_by", (None, None))
+    return rule if rule is not None and bounds._version == version else (bounds.dtype, bounds.numpy().tobytes())
+
+
+def _plan(card, query, value, row_bounds, col_bounds, split, tile):
+    """The `_Plan` of checked arguments; by one look-up where both bounds are known by their rule."""
+    on_cpu = row_bounds.device.type == col_bounds.device.type == "cpu"
+    heads, head_dim = query.shape[3:]
+    key = None
+    if on_cpu:
+        names = _name(row_bounds), _name(col_bounds)
+        key = card, query.device, query.dtype, value.dtype, heads, head_dim, value.shape[3], split, tile, names
+        if key in _plans:
+            return _plans[key]
+    if tile is None:
+        spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds)) if on_cpu else None
+        dtype = value.dtype if value.dtype == query.dtype else torch.float32
+        each = value.shape[3] // heads if split else value.shape[3]
+        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads)
+    rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
+    cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
+    if tile.design == "window" and (span_h is None or span_w is None):
+        raise ValueError("tile: the design 'window' needs bounds on the CPU")
+    wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
+    constants = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
+    constants.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
+    constants.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
+    constants.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    window = {}
+    if tile.design == "window":
+        width = _rounded(span_h, span_w, tile.block_k)
+        window = dict(SPAN_W=width, PACKED=width <= 16 and span_h <= 16)
+    plan = _Plan(tile, (rows, cols, row_tiles, col_tiles), (len(row_tiles), len(col_tiles)), constants, window)
+    if key is not None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()  # the tables stay
+        _plans[key] = plan
+    return plan
+
+
+def _rounded(span_h, span_w, block_k):
+    """Keys in a row of the block of a window: no fewer than it spans, and such that few kernels serve many sizes."""
+    return next((width for width in WIDTHS if width >= span_w and width * span_h <= block_k), span_w)
+
+
+def _log_sum_exp(launch, plan, query, key, qk_scale):
     """(B, H', W', heads) float32, to the base of 2: of the logits, plus log2(heads) unless the heads split channels."""
     batch, height, width, heads, _ = query.shape
-    n_tiles = len(row_tiles), len(col_tiles)
     lse = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
-    _stats_kernel[(batch * n_tiles[0] * n_tiles[1] * heads,)](
-        query, key, _norms(key), lse, rows, cols, row_tiles, col_tiles, *query.stride()[:4], *key.stride()[:4],
-        height, width, *n_tiles, qk_scale, max(SAFE_OFFSET[query.dtype], 12.0), **constants,
+    launch(
+        _stats_kernel, batch * plan.n_tiles[0] * plan.n_tiles[1] * heads, query, key, _norms(key), lse, *plan.pointers,
+        *query.stride()[:4], *key.stride()[:4], height, width, *plan.n_tiles, qk_scale,
+        max(SAFE_OFFSET[query.dtype], 12.0), **{**plan.constants, "BLOCK_K": plan.tile.stats_block_k},
     )  # fmt: skip
     return lse
 
@@ -524,7 +591,7 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
 
     Returns:
         (B, H', W', C) in the dtype of `value`. Nothing here waits for the device; bounds on the CPU are copied to it
-        once and remembered by their content, so that a second call can be captured in a graph.
+        once and remembered by their rule or their content, so that a second call can be captured in a graph.
     """
     batch, height, width, heads, head_dim = query.shape
     channels = value.shape[3]
@@ -533,47 +600,33 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         query, scale = -query, -scale
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(batch, height, width, channels, dtype=value.dtype, device=value.device)
-    split = head_mode == "split"
-    card = Device.of(query.device)
-    if tile is None:
-        spans = None
-        if row_bounds.device.type == col_bounds.device.type == "cpu":
-            spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds))
-        dtype = value.dtype if value.dtype == query.dtype else torch.float32
-        each = channels // heads if split else channels
-        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads)
-    rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
-    cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
-    if tile.design == "window" and (span_h is None or span_w is None):
-        raise ValueError("tile: the design 'window' needs bounds on the CPU")
-    n_tiles = len(row_tiles), len(col_tiles)
-    pointers = rows, cols, row_tiles, col_tiles
-    sizes = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
-    sizes.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
-    wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
-    sizes.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    split, card = head_mode == "split", Device.of(query.device)
+    plan = _plan(card, query, value, row_bounds, col_bounds, split, tile)
+    tile, options = plan.tile, plan.constants
     # Not zero, which would make NaN of the minus infinity of keys outside the window.
     qk_scale = max(scale, 1e-30) * LOG2E
-    programs = batch * n_tiles[0] * n_tiles[1]
-    strides = (*query.stride()[:4], *key.stride()[:4])
+    programs = batch * plan.n_tiles[0] * plan.n_tiles[1]
+    strides = (*query.stride()[:4], *key.stride()[:4], *value.stride()[:3])
     with _on(query.device):
+        given = layout(query), layout(key), layout(value)
+        launch = Launches(("windowed_attention", card, *given, tile, split, *plan.window.values()))
         if tile.design == "window":
-            _window_kernel[(programs,)](
-                query, key, value, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,
-                qk_scale, **sizes, SPAN_W=span_w, PACKED=span_w <= 16 and span_h <= 16, BLOCK_C=tile.block_c, **options,
+            launch(
+                _window_kernel, programs, query, key, value, out, *plan.pointers, *strides, height, width, channels,
+                *plan.n_tiles, qk_scale, **options, **plan.window, BLOCK_C=tile.block_c,
             )  # fmt: skip
-            return out
-        if tile.design == "heads":
-            _heads_kernel[(programs,)](
-                query, key, value, _norms(key), out, *pointers, *strides, *value.stride()[:3], height, width, channels,
-                *n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **sizes, BLOCK_C=tile.block_c, **options,
+        elif tile.design == "heads":
+            launch(
+                _heads_kernel, programs, query, key, value, _norms(key), out, *plan.pointers, *strides, height, width,
+                channels, *plan.n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **options, BLOCK_C=tile.block_c,
             )  # fmt: skip
-            return out
-        lse = _log_sum_exp(query, key, *pointers, qk_scale, {**sizes, **options, "BLOCK_K": tile.stats_block_k})
-        blocks = heads * triton.cdiv(channels // heads, tile.block_c) if split else triton.cdiv(channels, tile.block_c)
-        _apply_kernel[(programs * blocks,)](
-            query, key, value, lse, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,
-            blocks, qk_scale, **sizes, BLOCK_C=tile.block_c, **options,
-        )  # fmt: skip
+        else:
+            lse = _log_sum_exp(launch, plan, query, key, qk_scale)
+            each = triton.cdiv(channels // heads, tile.block_c)
+            blocks = heads * each if split else triton.cdiv(channels, tile.block_c)
+            launch(
+                _apply_kernel, programs * blocks, query, key, value, lse, out, *plan.pointers, *strides, height, width,
+                channels, *plan.n_tiles, blocks, qk_scale, **options, BLOCK_C=tile.block_c,
+            )  # fmt: skip
+        launch.done()
     return out

@@ -11,16 +11,20 @@ where it is needed, in float32. The last layer of the image encoder rotates its 
 both branches. Where a branch ends in fewer pixels, its last product comes after the pooling, with which it commutes.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .attention import INTERPRETED, _dot, _on
+from .launches import Launches, layout, side_by_side
 from .tiling import RDNA, Device
 
 NORM_EPS = tl.constexpr(1e-5)
 IMAGE_PIXELS = 2048  # of a program that only reads the image
-TILES = 2048  # whose statistics are put together at a time
+TILES = 2048  # whose statistics are put together at a time, and FEW_TILES where there are no more
+FEW_TILES = 512
 MOST_CHANNELS = 16
 DIMS = (32, 64, 128, 256)
 # Pooling comes before the last product from this ratio of pixels upwards: what is pooled is stored in float32, twice.
@@ -30,6 +34,10 @@ PER_PROCESSOR = 3  # programs of a layer on a multiprocessor at once, each with 
 PROGRAMS = 1024  # that keep a GPU busy while it pools to few cells
 POOL_PIXELS = 16  # of a program at a time
 LAST_ROWS = 32  # of a program of the last product
+TABLES = 16  # of rotation, for as many sizes, that stay with weights that are kept
+# Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
+COUNTS = ["image_b", "image_c", "image_h", "n_pixels", "width", "height", "n_tiles", "n_rows", "n_cols", "n_cells",
+          "n_blocks", "n_images", "n_splits", "n_programs", "n_turns", "each"]  # fmt: skip
 
 
 @triton.jit
@@ -149,7 +157,7 @@ def _store_stats(
     tl.store(ptrs + n_places, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _image_stats_kernel(
     image_ptr, stats_ptr, image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
     CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -191,7 +199,7 @@ def _weighted(a_ptr, b_ptr, c_ptr, n_pixels, n_tiles, PAIR: tl.constexpr, BLOCK_
     return tl.sum(total, 0) / tl.cast(n_pixels, tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _image_affine_kernel(
     stats_ptr, image_ptr, conv_ptr, weight_ptr, bias_ptr, affine_ptr, image_b, image_c, n_pixels, n_tiles,
     D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -228,7 +236,7 @@ def _image_affine_kernel(
     tl.store(affine_ptr + image * (2 * D) + D + offs_d, shift.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _affine_kernel(
     stats_ptr, weight_ptr, bias_ptr, affine_ptr, n_pixels, n_tiles, each,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -266,7 +274,7 @@ def _merged(n, mean, spread, more, more_mean, more_spread):
     return both, mean + gap * share, spread + more_spread + gap * gap * (n * share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _layer_kernel(
     x_ptr, affine_ptr, weight_ptr, skip_ptr, out_ptr, stats_ptr, image_ptr, conv_ptr,
     image_b, image_c, image_h, image_w, n_pixels, width, n_programs, n_turns,
@@ -284,7 +292,7 @@ def _layer_kernel(
     WHOLE: tl.constexpr = BLOCK_K == D
     if WHOLE:  # stays in shared memory
         w = tl.load(weight_ptr + offs_d[None, :] * D + offs_d[:, None])
-    if (FROM_IMAGE and WHOLE) or SKIP == "image":
+    if (FROM_IMAGE and WHOLE) or (SKIP == "image" and LOOP):
         conv = _conv(conv_ptr, offs_d, D, CHANNELS)
     done = 0.0
     mean = tl.zeros((GROUPS,), tl.float32)
@@ -315,6 +323,8 @@ def _layer_kernel(
                 w = tl.load(weight_ptr + offs_d[None, :] * D + offs_k[:, None])
                 acc = _dot(_narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype), w, acc, PRECISION)
         if SKIP == "image":
+            if not LOOP:
+                conv = _conv(conv_ptr, offs_d, D, CHANNELS)
             acc = _expanded(image_ptr, conv, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, acc,
                             CHANNELS, IMAGE_PRECISION)  # fmt: skip
         if SKIP == "stored":
@@ -332,7 +342,7 @@ def _layer_kernel(
     _store_stats(mean, spread, stats_ptr, image, program, n_programs, 0, GROUPS, D // GROUPS, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _rotation_kernel(freqs_ptr, table_ptr, height, width, D: tl.constexpr):
     """Cosine and sine of what each row, then each column, contributes to the angles: (H + W, 2, D)."""
     place = tl.program_id(0)
@@ -380,7 +390,7 @@ def _branch(
         _store_stats(mean, spread, stats_ptr, image, tile, n_tiles, first // PER_GROUP, GROUPS, PER_GROUP, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _guide_kernel(
     x_ptr, affine_ptr, weight_ptr, skip_ptr, table_ptr, query_weight_ptr, key_weight_ptr, query_ptr, key_ptr,
     query_stats_ptr, key_stats_ptr, n_pixels, height, width, n_tiles,
@@ -418,7 +428,7 @@ def _guide_kernel(
             mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pool_kernel(
     x_ptr, y_ptr, affine_ptr, x_out_ptr, y_out_ptr, height, width, n_rows, n_cols, n_cells, n_blocks, n_images,
     n_splits,
@@ -472,7 +482,7 @@ def _pool_kernel(
         tl.store(y_out_ptr + offs_out, _narrow(y_mean, y_out_ptr.dtype.element_ty), mask=mask_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _last_kernel(
     x_ptr, y_ptr, weight_ptr, out_ptr, n_rows, n_splits,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -519,7 +529,8 @@ def tile_sizes(dtype, dim, device):
     if large:
         return dict(layer, LOOP=False), dict(layer, BLOCK_P=16, BLOCK_N=64)
     layer.update(BLOCK_P=64, BLOCK_K=dim, num_warps=4)
-    guide = dict(layer, BLOCK_N=min(dim, 64))
+    # A warp with rows of its own computes their activations once; where operands lie in registers, that is too many.
+    guide = dict(layer, BLOCK_N=min(dim, 64), num_warps=8 if old else 4)
     if device.kind == "cuda" and not old:
         # So few registers that PER_PROCESSOR programs fit on a multiprocessor.
         return dict(layer, LOOP=True, maxnreg=168), guide
@@ -543,12 +554,42 @@ def why_not_guidance(image_channels, qk_dim, dtype, num_groups=8):
     return None
 
 
+class Ready(NamedTuple):
+    """`GuidanceWeights` as the kernels read them; `prepared` makes it."""
+
+    matrices: tuple  # (D, D) in the dtype that is stored: of the blocks in order, of the queries, of the keys
+    norms: tuple  # (weight, bias) of the twelve normalisations
+    image_conv: torch.Tensor  # (channels, D) float32
+    freqs: torch.Tensor
+    query_last: torch.Tensor  # the last matrices of the branches, in the dtype of the parameters
+    key_last: torch.Tensor
+    dtypes: tuple  # of all of these
+    tables: dict  # (H, W) -> table of rotation, where they are kept
+
+
+def prepared(weights, dtype):
+    """`Ready` from GuidanceWeights for what is stored in `dtype`; what needs no change is taken as it is."""
+    blocks = (*weights.image, *weights.query, *weights.key)
+    matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
+    matrices += [weights.query_conv, weights.key_conv]
+    if any(matrix.dtype != dtype for matrix in matrices):  # one cast in place of one for each
+        matrices = torch.stack(matrices).to(dtype).unbind()
+    norms = [(block.norm_in_weight, block.norm_in_bias, block.norm_out_weight, block.norm_out_bias) for block in blocks]
+    norms = [side_by_side(part) for parts in norms for part in parts]
+    last = weights.query[-1].conv_out, weights.key[-1].conv_out
+    rest = list(map(side_by_side, (weights.image_conv.t().float(), weights.freqs, *last)))
+    dtypes = tuple(tensor.dtype for tensor in (*norms, *rest))
+    pairs = tuple(zip(norms[::2], norms[1::2], strict=True))
+    return Ready(tuple(map(side_by_side, matrices)), pairs, *rest, dtypes, {})
+
+
 def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, precision=None):
     """Launch the kernels for checked arguments (see `anyup_fast.ops.guidance`).
 
     Args:
         image: (B, channels, H, W), any float dtype and strides.
-        weights: the network's tensors as `anyup_fast.ops.weights.GuidanceWeights`, any float dtype.
+        weights: the network's tensors as `anyup_fast.plain.weights.GuidanceWeights`, any float dtype; or what `prepared`
+            made of them for `dtype`, which then keeps tables of rotation for the sizes that it has met.
         output_size: (H', W') of the queries; (0, 0) leaves them out. key_size: (h, w) of the keys.
         dtype: in which full-resolution tensors are stored and multiplied: float32, bfloat16 or float16.
         num_groups: of the normalisations.
@@ -556,45 +597,48 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
 
     Returns:
         query (B, H', W', D) in `dtype`, before its 3x3 convolution; key (B, h, w, D) and norms (B, 12, 2, D), scale and
-        shift of the normalisations of the image, query and key encoders, in float32. Nothing here waits for the device.
+        shift of the normalisations of the image, query and key encoders, in float32; norms as a view of (12, B, 2, D).
+        Nothing here waits for the device.
 
     Raises:
         ValueError: a network that `why_not_guidance` has a reason against.
     """
-    reason = why_not_guidance(image.shape[1], len(weights.image_conv), dtype, num_groups)
+    keep = isinstance(weights, Ready)
+    reason = why_not_guidance(image.shape[1], weights.freqs.shape[1], dtype, num_groups)
     if reason is not None:
         raise ValueError(f"weights: {reason}")
     with torch.no_grad(), _on(image.device):
-        network = _Network(image, weights, dtype, num_groups, precision)
+        ready = weights if keep else prepared(weights, dtype)
+        network = _Network(image, ready, dtype, num_groups, precision, (tuple(output_size), tuple(key_size)), keep)
         start, key_start, hidden = network.encode()
-        key = network.branch(key_start, hidden, weights.key, 8, key_size, torch.float32, True)
+        key = network.branch(key_start, hidden, 8, key_size, torch.float32, True, ready.key_last)
         del key_start
         pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
-        query = network.branch(start, hidden, weights.query, 4, output_size, dtype, pool_first)
+        query = network.branch(start, hidden, 4, output_size, dtype, pool_first, ready.query_last)
         del hidden
         if tuple(query.shape[1:3]) != tuple(output_size):
             query = network.pooled(query, output_size)
-        return query, key, torch.stack([network.norms[i] for i in range(NORMS)], 1)
+        network.launch.done()
+        return query, key, network.norms.transpose(0, 1)
 
 
 class _Network:
     """Launches the layers for one image after the other; holds what all of them need."""
 
-    def __init__(self, image, weights, dtype, num_groups, precision):
-        self.image, self.weights, self.dtype = image, weights, dtype
+    def __init__(self, image, ready, dtype, num_groups, precision, sizes, keep):
+        self.image, self.ready, self.dtype = image, ready, dtype
         self.batch, self.channels, self.height, self.width = image.shape
-        self.dim, self.n_pixels = len(weights.image_conv), self.height * self.width
+        self.dim, self.n_pixels = ready.freqs.shape[1], self.height * self.width
         device = Device.of(image.device)
         self.precision = precision or ("tf32x3" if device.kind == "cuda" else "ieee")
         self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
         self.sizes = dict(D=self.dim, GROUPS=num_groups)
         self.programs = max(1, PER_PROCESSOR * device.processors)
-        blocks = (*weights.image, *weights.query, *weights.key)
-        matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
-        # One copy and one cast in place of one for each.
-        self.matrices = torch.stack([*matrices, weights.query_conv, weights.key_conv]).to(dtype)
-        self.image_conv = weights.image_conv.t().float().contiguous()
-        self.norms = {}  # (B, 2, D) each, by their number
+        self.norms = self.empty(NORMS, self.batch, 2, self.dim)
+        self.keep, self.table = keep, ready.tables.get((self.height, self.width))
+        # All tensors but the image begin at a multiple of 16 bytes.
+        given = layout(image), ready.dtypes, dtype, num_groups, self.precision
+        self.launch = Launches(("guidance", device, *given, *sizes, self.table is None))
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -608,45 +652,47 @@ class _Network:
         n = triton.cdiv(self.n_pixels, each)
         return self.empty(self.batch, self.sizes["GROUPS"], 2, n), n
 
-    def affine(self, number, stats, each, weight, bias):
+    def affine(self, number, stats, each):
         """Scale and shift (B, 2, D) of a normalisation over what `stats` tells of pieces of `each` pixels."""
-        out = self.norms[number] = self.empty(self.batch, 2, self.dim)
+        out = self.norms[number]
         n_tiles = stats.shape[-1]
-        _affine_kernel[(self.batch * self.sizes["GROUPS"],)](
-            stats, weight.contiguous(), bias.contiguous(), out, self.n_pixels, n_tiles, each, **self.sizes,
-            BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=8, enable_fp_fusion=True,
+        self.launch(
+            _affine_kernel, self.batch * self.sizes["GROUPS"], stats, *self.ready.norms[number], out, self.n_pixels,
+            n_tiles, each, **self.sizes, BLOCK=FEW_TILES if n_tiles <= FEW_TILES else TILES, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
-    def first_affine(self, block):
+    def first_affine(self):
         """Scale and shift of the normalisation of the image's first convolution."""
         n_tiles = triton.cdiv(self.n_pixels, IMAGE_PIXELS)
         stats = self.empty(self.batch, self.channels * (self.channels + 3) // 2, n_tiles)
-        _image_stats_kernel[(self.batch * n_tiles,)](
-            self.image, stats, *self.image.stride(), self.n_pixels, self.width, n_tiles, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
+        self.launch(
+            _image_stats_kernel, self.batch * n_tiles, self.image, stats, *self.image.stride(), self.n_pixels,
+            self.width, n_tiles, CHANNELS=self.channels, BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-        out = self.norms[0] = self.empty(self.batch, 2, self.dim)
-        _image_affine_kernel[(self.batch,)](
-            stats, self.image, self.image_conv, block.norm_in_weight.contiguous(), block.norm_in_bias.contiguous(), out,
+        out = self.norms[0]
+        self.launch(
+            _image_affine_kernel, self.batch, stats, self.image, self.ready.image_conv, *self.ready.norms[0], out,
             *self.image.stride()[:2], self.n_pixels, n_tiles, **self.sizes, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=4, enable_fp_fusion=True,
+            BLOCK_P=IMAGE_PIXELS, BLOCK=FEW_TILES if n_tiles <= FEW_TILES else TILES, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
     def layer(self, x, affine, matrix, out, skip="none", stored=None):
         """Fill `out`, x None standing for the image's first convolution; returns what `affine` takes of it."""
-        sizes = dict(self.layer_sizes)
+        constants = dict(self.layer_sizes, STAGES=self.layer_sizes["num_stages"])
         if skip == "image":
-            sizes.pop("maxnreg", None)  # which would spill
-        block_p = sizes["BLOCK_P"]
-        turns = triton.cdiv(triton.cdiv(self.n_pixels, block_p) * self.batch, self.programs) if sizes["LOOP"] else 1
+            constants.pop("maxnreg", None)  # which would spill
+        block_p = constants["BLOCK_P"]
+        turns = triton.cdiv(triton.cdiv(self.n_pixels, block_p) * self.batch, self.programs) if constants["LOOP"] else 1
         stats, n_programs = self.stats(turns * block_p)
-        _layer_kernel[(self.batch * n_programs,)](
-            out if x is None else x, affine, self.matrices[matrix], out if stored is None else stored, out, stats,
-            self.image, self.image_conv, *self.image.stride(), self.n_pixels, self.width, n_programs, turns, **self.sizes,
-            CHANNELS=self.channels, FROM_IMAGE=x is None, SKIP=skip, PRECISION=self.product(),
-            IMAGE_PRECISION=self.precision, STAGES=sizes["num_stages"], **sizes, enable_fp_fusion=True,
+        self.launch(
+            _layer_kernel, self.batch * n_programs, out if x is None else x, affine, self.ready.matrices[matrix],
+            out if stored is None else stored, out, stats, self.image, self.ready.image_conv, *self.image.stride(),
+            self.n_pixels, self.width, n_programs, turns, **self.sizes, CHANNELS=self.channels, FROM_IMAGE=x is None,
+            SKIP=skip, PRECISION=self.product(), IMAGE_PRECISION=self.precision, **constants, enable_fp_fusion=True,
         )  # fmt: skip
         return stats, turns * block_p
 
@@ -654,45 +700,55 @@ class _Network:
         """Precision of the products of what is stored."""
         return self.precision if self.dtype == torch.float32 else "ieee"
 
+    def rotation(self):
+        """Table of rotation (H + W, 2, D): one that was kept, or one made anew, which stays with kept weights."""
+        if self.table is not None:
+            return self.table
+        table = self.empty(self.height + self.width, 2, self.dim)
+        self.launch(
+            _rotation_kernel, self.height + self.width, self.ready.freqs, table, self.height, self.width, D=self.dim,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        if self.keep:
+            tables = self.ready.tables
+            if len(tables) >= TABLES:
+                tables.clear()
+            tables[self.height, self.width] = table
+        return table
+
     def encode(self):
         """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""
-        first, second = self.weights.image
         x, y = self.picture(), self.picture()
-        stats = self.layer(None, self.first_affine(first), 0, x)
-        stats = self.layer(x, self.affine(1, *stats, first.norm_out_weight, first.norm_out_bias), 1, x, "image")
-        stats = self.layer(x, self.affine(2, *stats, second.norm_in_weight, second.norm_in_bias), 2, y)
-        affine = self.affine(3, *stats, second.norm_out_weight, second.norm_out_bias)
-        table = self.empty(self.height + self.width, 2, self.dim)
-        _rotation_kernel[(self.height + self.width,)](
-            self.weights.freqs.contiguous(), table, self.height, self.width, D=self.dim, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        stats = self.layer(None, self.first_affine(), 0, x)
+        stats = self.layer(x, self.affine(1, *stats), 1, x, "image")
+        stats = self.layer(x, self.affine(2, *stats), 2, y)
+        affine = self.affine(3, *stats)
+        table = self.rotation()
         block_p = self.guide_sizes["BLOCK_P"]
         (query_stats, n_tiles), (key_stats, _) = self.stats(block_p), self.stats(block_p)
-        _guide_kernel[(self.batch * n_tiles,)](
-            y, affine, self.matrices[3], x, table, self.matrices[12], self.matrices[13], x, y, query_stats, key_stats,
-            self.n_pixels, self.height, self.width, n_tiles, **self.sizes, PRECISION=self.product(),
-            STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
+        matrices = self.ready.matrices
+        self.launch(
+            _guide_kernel, self.batch * n_tiles, y, affine, matrices[3], x, table, matrices[12], matrices[13], x, y,
+            query_stats, key_stats, self.n_pixels, self.height, self.width, n_tiles, **self.sizes,
+            PRECISION=self.product(), STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         return (x, (query_stats, block_p)), (y, (key_stats, block_p)), self.picture()
 
-    def branch(self, start, hidden, blocks, matrix, size, dtype, pool_first):
+    def branch(self, start, hidden, matrix, size, dtype, pool_first, last):
         """ResBlocks on `start`, a picture (written over) and its statistics; their matrices begin with `matrix`.
 
         Returns:
             the picture, or with `pool_first` what it comes to at `size`, (B, *size, D) in `dtype`.
         """
         x, stats = start
-        for block in blocks:  # a matrix has the number of the normalisation before it
-            affine = self.affine(matrix, *stats, block.norm_in_weight, block.norm_in_bias)
-            stats = self.layer(x, affine, matrix, hidden)
-            affine = self.affine(matrix + 1, *stats, block.norm_out_weight, block.norm_out_bias)
-            if block is blocks[-1] and 0 in size:
+        for number in (matrix, matrix + 2):  # a matrix has the number of the normalisation before it
+            stats = self.layer(x, self.affine(number, *stats), number, hidden)
+            affine = self.affine(number + 1, *stats)
+            if number > matrix and 0 in size:
                 return self.empty(self.batch, *size, self.dim, dtype=dtype)
-            if pool_first and block is blocks[-1]:
-                return self.pooled_last(x, hidden, affine, block.conv_out, size, dtype)
-            stats = self.layer(hidden, affine, matrix + 1, x, "stored", x)
-            matrix += 2
+            if number > matrix and pool_first:
+                return self.pooled_last(x, hidden, affine, last, size, dtype)
+            stats = self.layer(hidden, affine, number + 1, x, "stored", x)
         return x
 
     def pool(self, x, y, affine, x_out, y_out, size, n_splits):
@@ -702,10 +758,11 @@ class _Network:
         block_j, block_d = POOL_PIXELS // block_x, min(self.dim, 128)
         n_cells = size[0] * size[1]
         n_blocks = triton.cdiv(n_cells, block_j)
-        _pool_kernel[(self.batch * n_blocks * n_splits * (self.dim // block_d),)](
-            x, x if y is None else y, x if y is None else affine, x_out, x_out if y is None else y_out, self.height,
-            self.width, *size, n_cells, n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None,
-            BLOCK_J=block_j, BLOCK_X=block_x, BLOCK_D=block_d, CUDA=self.layer_sizes["CUDA"], num_warps=4, enable_fp_fusion=True,
+        self.launch(
+            _pool_kernel, self.batch * n_blocks * n_splits * (self.dim // block_d), x, x if y is None else y,
+            x if y is None else affine, x_out, x_out if y is None else y_out, self.height, self.width, *size, n_cells,
+            n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None, BLOCK_J=block_j, BLOCK_X=block_x,
+            BLOCK_D=block_d, CUDA=self.layer_sizes["CUDA"], num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     def pooled(self, x, size):
@@ -722,8 +779,9 @@ class _Network:
         self.pool(x, hidden, affine, x_mean, y_mean, size, n_splits)
         out = self.empty(self.batch, *size, self.dim, dtype=dtype)
         block_n = min(self.dim, 64)
-        _last_kernel[(triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n),)](
-            x_mean, y_mean, weight.contiguous(), out, n_rows, n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n,
-            BLOCK_K=32, PRECISION=self.precision, num_warps=4, enable_fp_fusion=True,
+        self.launch(
+            _last_kernel, triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n), x_mean, y_mean, weight, out, n_rows,
+            n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n, BLOCK_K=32, PRECISION=self.precision,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return out

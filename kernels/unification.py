@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .attention import LOG2E, _dot, _on
+from .launches import Launches
 from .queries import DTYPES, dot_precision
 from .tiling import Device
 
@@ -42,7 +43,7 @@ def _taps(offs_t, i, j, r0, r1, c0, c1, SIZE: tl.constexpr):
     return row, col, (offs_t < SIZE * SIZE) & (row >= r0) & (row < r1) & (col >= c0) & (col < c1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "groups"])
 def _grouped_kernel(
     x_ptr, basis_ptr, out_ptr, height, width, groups, log2e,
     FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -92,7 +93,7 @@ def _responses(x_ptr, basis_ptr, image, i, j, r0, r1, c0, c1, height, width, cha
     return response
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "channels"])
 def _gathered_kernel(
     x_ptr, basis_ptr, out_ptr, height, width, channels, log2e,
     FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -161,7 +162,8 @@ def feature_unification_fwd(features, basis, *, precision=None):
     """
     batch, channels, height, width = features.shape
     filters, _, size, _ = basis.shape
-    grouped, constants = plan(Device.of(features.device), channels, filters, size, precision)
+    card = Device.of(features.device)
+    grouped, constants = plan(card, channels, filters, size, precision)
     with _on(features.device):
         out = torch.empty(batch, filters, height, width, dtype=torch.float32, device=features.device)
         pixels = features.permute(0, 2, 3, 1)
@@ -174,5 +176,7 @@ def feature_unification_fwd(features, basis, *, precision=None):
         else:
             arguments = pixels.float().contiguous(), flat.T.contiguous(), out, height, width, channels
         kernel = _grouped_kernel if grouped else _gathered_kernel
-        kernel[(batch * height * width,)](*arguments, LOG2E, **constants)
+        launch = Launches(("feature_unification", card, features.shape, basis.shape, basis.data_ptr() % 16, precision))
+        launch(kernel, batch * height * width, *arguments, LOG2E, **constants)
+        launch.done()
     return out

@@ -7,7 +7,7 @@ from ..plain import attention as plain
 from ..plain import reference
 from ..plain.width import has_float64
 from .choice import BACKENDS, attempt, check_name, choose, on_triton, requested, why_no_triton
-from .windows import UNCAPTURED
+from .windows import UNCAPTURED, is_made_for
 
 
 def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
@@ -135,8 +135,11 @@ def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mo
             raise ValueError(
                 f"{name} must be integers of shape ({n_query}, 2), got {bounds.dtype} {tuple(bounds.shape)}"
             )
-        # Reading bounds that live on an accelerator would stall its queue; a graph being traced has none to read.
-        if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Reading bounds that live on an accelerator would stall its queue; a graph being traced has none to read; and
+        # those of a rule are right for the sizes that they were made for.
+        if torch.compiler.is_compiling() or is_made_for(bounds, n_query, n_key):
+            continue
+        if bounds.device.type == "cpu":
             start, end = bounds.unbind(1)
             if (start < 0).any() or (end > n_key).any() or (start >= end).any():
                 raise ValueError(f"{name}: every window must satisfy 0 <= start < end <= {n_key}")

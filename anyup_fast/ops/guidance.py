@@ -83,7 +83,9 @@ def guidance_op(
 
     def in_plain_pytorch():
         query, key, norms = plain.guidance(*given, dtype=dtype)
-        return query.to(dtype) if on_triton(backend) else query, key, norms
+        if not on_triton(backend):
+            return query, key, norms
+        return query.to(dtype), key, norms.transpose(0, 1).contiguous().transpose(0, 1)
 
     return attempt("guidance", backend, image.device, kernel, in_plain_pytorch)
 
@@ -96,4 +98,6 @@ def _(image, weights, output_height, output_width, key_height, key_width, dtype,
         image.shape[0], output_height, output_width, width, dtype=dtype if on_triton(backend) else wide
     )
     key = image.new_empty(image.shape[0], key_height, key_width, width, dtype=wide)
+    if on_triton(backend):
+        return query, key, image.new_empty(plain.NORMS, image.shape[0], 2, width, dtype=wide).transpose(0, 1)
     return query, key, image.new_empty(image.shape[0], plain.NORMS, 2, width, dtype=wide)

@@ -51,17 +51,46 @@ def _why_not(name, features, basis):
     return why_not_feature_unification(features.shape[1], len(basis), basis.shape[-1], features.dtype)
 
 
+def unit_channels(features, *, backend="auto"):
+    """`features / max(|features|_2 over channels, 1e-12)`, where no gradient is asked for.
+
+    Args:
+        features: (B, C, h, w), any float dtype.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (B, C, h, w), float32 (float64 for float64 features), in any order in memory.
+
+    Raises:
+        RuntimeError: a back end asked for by name that can't run.
+    """
+    backend = choose("unit_channels", backend, lambda name: _why_no_unit(name, features))
+    if backend == "reference":
+        return torch.nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+    return unit_channels_op(features, backend)
+
+
+def _why_no_unit(name, features):
+    return why_no_triton("unit_channels", features.device, features.dtype) if name == "triton" else None
+
+
 @torch.library.custom_op("anyup_fast::unit_channels", mutates_args=())
-def unit_channels_op(features: Tensor) -> Tensor:
-    """`F.normalize(features, dim=1)` in float32 at least, where no gradient is asked for.
+def unit_channels_op(features: Tensor, backend: str) -> Tensor:
+    """`anyup_fast.ops.unification.unit_channels` on a named back end.
 
     An operator for the sake of who computes it: in the caller's thread PyTorch's own team would be woken, and spin.
     """
-    return plain.unit_channels(features)
+
+    def kernel():
+        from ..kernels.keys import unit_channels_fwd
+
+        return unit_channels_fwd(features)
+
+    return attempt("unit_channels", backend, features.device, kernel, lambda: plain.unit_channels(features))
 
 
 @unit_channels_op.register_fake
-def _(features):
+def _(features, backend):
     return features.new_empty(features.shape, dtype=torch.promote_types(features.dtype, torch.float32))
 
 

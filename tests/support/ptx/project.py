@@ -27,6 +27,7 @@ from anyup_fast.kernels import (
     attention,
     attention_backward,
     guidance,
+    keys,
     queries,
     tiling,
     unification,
@@ -36,17 +37,21 @@ from anyup_fast.kernels import (
 from anyup_fast.layers import RMS_EPS, RMSNorm
 from anyup_fast.model import AnyUp
 from anyup_fast.ops import reference
+from anyup_fast.plain import keys as plain_keys
+from anyup_fast.plain.weights import cast
 
 from .launch import SHARED, launcher
 from .report import Fault
 from .syntax import Unsupported
 
-MODULES = attention, attention_backward, guidance, unification, unification_backward, queries
+MODULES = attention, attention_backward, guidance, unification, unification_backward, queries, keys
 TARGETS = "sm_80", "sm_86", "sm_89", "sm_90"
 DTYPES = attention_cases.DTYPES
 # Largest difference from float64 over the largest number expected: what the tests in the interpreter allow.
 GUIDANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2.5e-3}
 PROJECTION = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+KEYS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+UNIT = 3e-7
 UNIFICATION = 8e-7
 UNIFICATION_GRADIENT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # Kinds of faults, by the tool of CUDA that looks for their like.
@@ -266,6 +271,48 @@ def _guidance(dtype):
 
 
 @contextlib.contextmanager
+def _few_tiles(most):
+    """Statistics of more tiles than these are put together by a kernel of their own."""
+    before, keys.FEW_TILES = keys.FEW_TILES, most
+    try:
+        yield
+    finally:
+        keys.FEW_TILES = before
+
+
+def _keys(dtype):
+    shapes = {"several tiles": (2, (5, 9)), "one cell": (1, (1, 1)), "many tiles": (1, (7, 10))}
+    for dim, filters in ((128, 128), (32, 32), (64, 32)):
+        for text, (batch, size) in shapes.items():
+
+            def solve(target, dim=dim, filters=filters, batch=batch, size=size, text=text):
+                torch.manual_seed(3)
+                model = AnyUp(qk_dim=dim, lfu_dim=filters)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        spread = 0.5 * torch.randn_like(parameter)
+                        parameter.copy_(parameter + spread if parameter.ndim == 1 else 1.5 * parameter)
+                    weights = model.key_weights()
+                from_image = torch.randn(batch, *size, dim)
+                from_features = (1 + 3e-3 * torch.randn(batch, filters, *size)) / filters
+                with _few_tiles(1 if text == "many tiles" else keys.FEW_TILES):
+                    out = keys.project_keys_fwd(from_image, from_features, weights, eps=RMS_EPS, dtype=dtype)
+                given = from_image.double(), from_features.double(), cast(weights, torch.float64)
+                return relative(out, plain_keys.project_keys(*given, eps=RMS_EPS)), KEYS[dtype]
+
+            small = text != "one cell" and dim == 128
+            main = small and dtype == (torch.float32 if text == "many tiles" else torch.bfloat16)
+            yield dict(kernel="keys", tile=f"dim {dim}/{filters}", shape=text, small=small, main=main, solve=solve)
+
+    def unit(target):
+        features = attention_cases._bordered(torch.randn(2, 70, 5, 7, generator=torch.Generator().manual_seed(1)))
+        features = features.to(dtype)
+        return relative(keys.unit_channels_fwd(features), F.normalize(features.double(), dim=1)), UNIT
+
+    yield dict(kernel="keys", tile="unit channels", shape="odd", small=True, main=dtype == torch.bfloat16, solve=unit)
+
+
+@contextlib.contextmanager
 def _few_programs():
     """Few programs share what the backward of the unification works on, so that partial sums are added."""
     before = unification_backward.PROGRAMS
@@ -335,7 +382,7 @@ def cases():
     """Every `Case`: the short run's, of bfloat16 and where it is other code of float32, are marked as main."""
     found = []
     for name, dtype in DTYPES.items():
-        for group in (_forward, _backward, _guidance, _unification, _projection):
+        for group in (_forward, _backward, _guidance, _keys, _unification, _projection):
             for case in group(dtype):
                 short = dtype == torch.bfloat16 or (dtype == torch.float32 and not group == _unification)
                 found.append(Case(dtype=name, **{**case, "main": case["main"] and short}))
