@@ -55,7 +55,7 @@ WINDOWS = ("row_ptr", "col_ptr", "row_tile_ptr", "col_tile_ptr", "row_range_ptr"
 FLOATS = ("qk_scale", "scale", "safe_offset", "log2e", "eps", "origin")
 SUMS = dict.fromkeys(("lse_ptr", "norm_ptr", "delta_ptr", "grad_k_ptr", "grad_v_ptr"), "float32")
 # Strides and numbers that are divisible by 16 where channels are.
-ALIGNED = r"[gqkvx]_[bhwn]|channels"
+ALIGNED = r"[gqkvx]_[bhwn]|channels|n_keys"
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ def kernels_of(tile):
     """The device functions a tile launches, each with its own block_k."""
     from anyup_fast.kernels import attention as w
 
+    if tile.design == "stored":
+        kernels = {"stats": (w._stats_kernel, tile.stats_block_k), "weights": (w._weights_kernel, tile.block_k)}
+        return {**kernels, "mix": (w._mix_kernel, tile.mix_k)}
     if tile.design == "two_pass":
         return {"stats": (w._stats_kernel, tile.stats_block_k), "apply": (w._apply_kernel, tile.block_k)}
     return {tile.design: (getattr(w, f"_{tile.design}_kernel"), tile.block_k)}
@@ -122,6 +125,8 @@ def kernels_of(tile):
 
 def attention(target, dtype, defaults=False, split=False):
     """Launches of every tile that `target` may be given, or of the `defaults` of `GRIDS` alone."""
+    from anyup_fast.kernels import attention as w
+
     device, kind = device_of(target), getattr(torch, dtype)
     chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
@@ -130,15 +135,25 @@ def attention(target, dtype, defaults=False, split=False):
         chosen.setdefault(tile, []).append(grid)
         widths.setdefault(tile, spans(tile.block_h, tile.block_w)[1])
     for tile in chosen if defaults else dict.fromkeys((*tiling.candidates(kind, device), *chosen)):
+        if split and tile.design == "stored":
+            continue
         for name, (fn, block_k) in kernels_of(tile).items():
             constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
             constants.update(SPAN_W=widths.get(tile, round(block_k**0.5)), PACKED=True, STAGES=tile.stages)
             constants.update(_attention_constants(target, dtype, tile.precision), SPLIT=split)
             constants.update(num_warps=tile.warps, num_stages=tile.stages)
+            pointers = SUMS
+            if name in ("weights", "mix"):
+                wide = dtype == "float32"
+                constants.update(PARTS=2 if wide else 1, BLOCK_N=w.MIX_KEYS if name == "weights" else block_k)
+                pointers = dict(SUMS, w_ptr="float16" if wide else dtype, unit_ptr="float32", low_ptr="float16")
+                pointers.update(v_ptr="float16" if wide else dtype)
+            if name == "mix":
+                constants.update(STAGES=tile.mix_stages, num_stages=tile.mix_stages)
             bound = tiling.shared_memory(tile, device, kind)
             figures = dict(design=tile.design, block_c=tile.block_c, bound=bound)
             grids = " ".join(chosen.get(tile, ()))
-            yield Launch.of("attention", name, dtype, fn, constants, SUMS, **figures, default_for=grids)
+            yield Launch.of("attention", name, dtype, fn, constants, pointers, **figures, default_for=grids)
 
 
 def backward(target, dtype):

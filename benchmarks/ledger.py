@@ -6,10 +6,10 @@
 
 prints a table and writes results/ledger.csv, one row per shape, dtype, target and stage, and one for their sum. Every
 kernel is launched by the project's own launchers at the full size; of its programs a few, spread over the grid, are
-executed as compiled PTX (tests/support/ptx) and stand for all. Columns:
+executed as compiled PTX (tests/support/ptx) and stand for all, and one launch for all of one kernel and size. Columns:
 
 launches, torch   kernels of Triton, and operations of PyTorch that a GPU would run as kernels.
-MB                tensors read or written, each once a launch, as if caches were perfect; L2_MB: what each program asks for, each sector once.
+MB                what is read and written of each tensor, once a launch, as if caches were perfect; L2_MB: what each program asks for, each sector once.
 GFLOP             products of matrix units as executed, padding and parts of float32 included.
 Gspecial          exponentials and other functions of the special function units, Ginstr warp instructions issued.
 conflicts         ways of shared memory accesses over the ways of accesses free of conflicts.
@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -262,9 +263,9 @@ class Ledger:
         per = programs / (schedulers * card.clock)
         issued = scale * weights.sum()
         arguments = {}
-        for pointer, size in about["arguments"].values():
-            read, written = report.used[pointer]
-            arguments[pointer] = max(arguments.get(pointer, 0), size * (read + written))
+        for pointer, size, used in about["arguments"]:
+            moved = sum(min(size, 32 * scale * sectors) for sectors in used)
+            arguments[pointer] = max(arguments.get(pointer, 0), moved)
         moved = sum(arguments.values())
         sectors = 32 * scale * (report.global_load["distinct"] + report.global_store["distinct"])
         warps = min(held, -(-about["ctas"] // card.processors)) * about["warps"] / 4
@@ -334,6 +335,11 @@ def stages(shape, dtype):
     yield "attention", lambda: attention.windowed_attention_fwd(*heads, value, bounds, bounds)
 
 
+def pointer(argument):
+    """Where a tensor's storage begins; None for a number."""
+    return argument.untyped_storage().data_ptr() if torch.is_tensor(argument) else None
+
+
 def counted(ledger, name, call):
     """(the `Cost` of a stage, those of its launches)."""
 
@@ -343,10 +349,18 @@ def counted(ledger, name, call):
     operations = Operations()
     run = launch.run
 
-    def paused(*args, **options):
+    known = {}
+
+    def paused(program, grid, given, *args, **options):
+        key = program, grid
         operations.paused = True
         try:
-            return run(*args, **options)
+            if key not in known:
+                known[key] = run(program, grid, given, *args, **options), list(map(pointer, given))
+            report, before = known[key]
+            report, now = copy(report), list(map(pointer, given))
+            report.used = {here: report.used[there] for here, there in zip(now, before, strict=True) if here}
+            return report
         finally:
             operations.paused = False
 

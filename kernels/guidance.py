@@ -336,7 +336,9 @@ def _layer_kernel(
         if not LOOP:
             tl.debug_barrier()
         tl.store(out_ptr + offs_row[:, None] + offs_d[None, :], out, mask=mask_p[:, None])
-        more_mean, more_spread = _stats(acc, out, mask_p, count, D, D // GROUPS, PRECISION)
+        # Few registers are left where operands lie in them.
+        wide = acc if LOOP else out.to(tl.float32)
+        more_mean, more_spread = _stats(wide, out, mask_p, count, D, D // GROUPS, PRECISION)
         more = (count * (D // GROUPS)).to(tl.float32)
         done, mean, spread = _merged(done, mean, spread, more, more_mean, more_spread)
     _store_stats(mean, spread, stats_ptr, image, program, n_programs, 0, GROUPS, D // GROUPS, D)
@@ -532,8 +534,10 @@ def tile_sizes(dtype, dim, device):
     # A warp with rows of its own computes their activations once; where operands lie in registers, that is too many.
     guide = dict(layer, BLOCK_N=min(dim, 64), num_warps=8 if old else 4)
     if device.kind == "cuda" and not old:
-        # So few registers that PER_PROCESSOR programs fit on a multiprocessor.
-        return dict(layer, LOOP=True, maxnreg=168), guide
+        layer["LOOP"] = True
+        if device.capability[0] == 9:  # so few registers that PER_PROCESSOR programs fit on a multiprocessor
+            layer["maxnreg"] = 168
+        return layer, guide
     return dict(layer, LOOP=False), guide
 
 

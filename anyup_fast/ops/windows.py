@@ -25,7 +25,6 @@ def _kept(rule):
         table.made_by = (rule.__name__, n_query, n_key, float(ratio)), table._version
         return table
 
-
     @wraps(rule)
     def bounds(n_query, n_key, ratio):
         if torch.compiler.is_compiling():

@@ -44,9 +44,12 @@ class Counters:
     def _count_instructions(self, executed):
         """`executed`: number of a block to how many warps went through it."""
         self.report.blocks.update(executed)
-        for kind, found in self.asked.items():
-            distinct = len(np.unique(np.concatenate(found))) if found else 0
-            getattr(self.report, kind)["distinct"] += self.sample_scale * distinct
+        for number, (kind, found) in enumerate(self.asked.items()):
+            distinct = np.unique(np.concatenate(found)) // 65536 * 32 if found else np.zeros(0, int)
+            getattr(self.report, kind)["distinct"] += self.sample_scale * len(distinct)
+            for key, (start, storage, _) in self.memory.storages.items():
+                inside = np.count_nonzero((distinct >= start - 31) & (distinct < start + storage.nbytes()))
+                self.report.used.setdefault(key, [0, 0])[number] += self.sample_scale * inside
         for number, times in executed.items():
             for kind, inside in self.program.blocks[number].kinds.items():
                 self.report.instructions[kind] += inside * times

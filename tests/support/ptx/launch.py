@@ -52,7 +52,6 @@ class Driver:
         compiled = self.current
         program = None
         taken = [kind != "constexpr" for kind in source.signature.values()]
-        names = [name for name, wanted in zip(source.signature, taken, strict=True) if wanted]
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
             nonlocal program
@@ -68,10 +67,12 @@ class Driver:
                 code, (x, y, z), given, compiled.metadata.num_warps, compiled.metadata.shared, history=active.history,
                 ctas=active.ctas(code.name, x * y * z) if active.ctas else None, **active.options,
             )  # fmt: skip
-            tensors = {n: a for n, a in zip(names, given, strict=True) if isinstance(a, torch.Tensor)}
-            report.launched.update(
-                ctas=x * y * z, warps=compiled.metadata.num_warps, shared=compiled.metadata.shared,
-                ptx=compiled.asm["ptx"], program=code, arguments={n: (a.untyped_storage().data_ptr(), a.nbytes) for n, a in tensors.items()},
+            tensors = [a for a in given if isinstance(a, torch.Tensor)]
+            places = [a.untyped_storage().data_ptr() for a in tensors]
+            report.launched = dict(
+                ctas=x * y * z, warps=compiled.metadata.num_warps, shared=compiled.metadata.shared, program=code,
+                ptx=compiled.asm["ptx"],
+                arguments=[(p, a.nbytes, report.used[p]) for p, a in zip(places, tensors, strict=True)],
             )  # fmt: skip
             active.reports.append(report)
 

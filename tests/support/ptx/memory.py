@@ -161,27 +161,17 @@ class GlobalMemory:
                     for view in views:
                         self.state[start + first : start + last][seen_by(view, first, last - first)] |= IN_VIEW
 
-    def _pieces(self, start, storage):
-        """Ranges of bytes of a storage that were copied in."""
-        pieces = [(0, storage.nbytes())]
-        if storage.nbytes() >= LARGE:
-            pieces = [(page * PAGE - start, (page + 1) * PAGE - start) for page in sorted(self.pages)]
-        pieces = ((max(first, 0), min(last, storage.nbytes())) for first, last in pieces)
-        return [(first, last) for first, last in pieces if first < last]
-
-    def used(self):
-        """Whether each storage, by its address, was read and whether it was written."""
-        found = {}
-        for key, (start, storage, _) in self.storages.items():
-            states = [self.state[start + first : start + last] for first, last in self._pieces(start, storage)]
-            found[key] = tuple(any((s & kind).any() for s in states) for kind in (READ_NOW, WRITTEN_NOW))
-        return found
-
     def give_back(self):
         """Copy what was written out again; a digest of it."""
         digest = hashlib.sha256()
         for start, storage, _ in self.storages.values():
-            for first, last in self._pieces(start, storage):
+            pieces = [(0, storage.nbytes())]
+            if storage.nbytes() >= LARGE:
+                pieces = [(page * PAGE - start, (page + 1) * PAGE - start) for page in sorted(self.pages)]
+            for first, last in pieces:
+                first, last = max(first, 0), min(last, storage.nbytes())
+                if first >= last:
+                    continue
                 new = self.state[start + first : start + last] & WRITTEN_NOW != 0
                 if new.any():
                     written = self.buffer[start + first : start + last][new]

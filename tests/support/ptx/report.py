@@ -29,9 +29,9 @@ class Report:
         global_load, global_store: requests (of warps), sectors (32 bytes) and bytes (asked for by threads); distinct:
             sectors of each CTA, every one once.
         shared_load, shared_store: requests and ways (1 per request and phase is free of conflicts).
-        used: storages of tensors, by their address, to whether they were read and whether they were written.
+        used: storages of tensors, by their address, to the sectors of each CTA that were read, and those written.
         launched: of launches by `launcher`: CTAs of the whole grid, warps of a CTA, bytes of shared memory, `ptx` and
-            `arguments`, by the name of its parameter each tensor's storage and the bytes of its elements.
+            `arguments`, of each tensor the address of its storage, the bytes of its elements, and what `used` says.
     """
 
     kernel: str = ""
