@@ -55,7 +55,7 @@ WINDOWS = ("row_ptr", "col_ptr", "row_tile_ptr", "col_tile_ptr", "row_range_ptr"
 FLOATS = ("qk_scale", "scale", "safe_offset", "log2e", "eps", "origin")
 SUMS = dict.fromkeys(("lse_ptr", "norm_ptr", "delta_ptr", "grad_k_ptr", "grad_v_ptr"), "float32")
 # Strides and numbers that are divisible by 16 where channels are.
-ALIGNED = r"[gqkvx]_[bhwn]|channels"
+ALIGNED = r"[gqkvx]_[bhwn]|channels|n_keys"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Launch:
     @classmethod
     def of(cls, group, kernel, dtype, fn, constants, pointers=None, **figures):
         """With constants and options in one dict, as the launchers have them; those the function lacks are left out."""
-        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
         options["enable_fp_fusion"] = True
         constants = {name: value for name, value in constants.items() if name in fn.arg_names}
         tile = f"{constants['BLOCK_H']}x{constants['BLOCK_W']}" if "BLOCK_H" in constants else constants.get("BLOCK_P")
@@ -115,6 +115,9 @@ def kernels_of(tile):
     """The device functions a tile launches, each with its own block_k."""
     from anyup_fast.kernels import attention as w
 
+    if tile.design == "stored":
+        kernels = {"stats": (w._stats_kernel, tile.stats_block_k), "weights": (w._weights_kernel, tile.block_k)}
+        return {**kernels, "mix": (w._mix_kernel, tile.mix_k)}
     if tile.design == "two_pass":
         return {"stats": (w._stats_kernel, tile.stats_block_k), "apply": (w._apply_kernel, tile.block_k)}
     return {tile.design: (getattr(w, f"_{tile.design}_kernel"), tile.block_k)}
@@ -122,6 +125,8 @@ def kernels_of(tile):
 
 def attention(target, dtype, defaults=False, split=False):
     """Launches of every tile that `target` may be given, or of the `defaults` of `GRIDS` alone."""
+    from anyup_fast.kernels import attention as w
+
     device, kind = device_of(target), getattr(torch, dtype)
     chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
@@ -130,15 +135,25 @@ def attention(target, dtype, defaults=False, split=False):
         chosen.setdefault(tile, []).append(grid)
         widths.setdefault(tile, spans(tile.block_h, tile.block_w)[1])
     for tile in chosen if defaults else dict.fromkeys((*tiling.candidates(kind, device), *chosen)):
+        if split and tile.design == "stored":
+            continue
         for name, (fn, block_k) in kernels_of(tile).items():
             constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
             constants.update(SPAN_W=widths.get(tile, round(block_k**0.5)), PACKED=True, STAGES=tile.stages)
             constants.update(_attention_constants(target, dtype, tile.precision), SPLIT=split)
             constants.update(num_warps=tile.warps, num_stages=tile.stages)
+            pointers = SUMS
+            if name in ("weights", "mix"):
+                wide = dtype == "float32"
+                constants.update(PARTS=2 if wide else 1, BLOCK_N=w.MIX_KEYS if name == "weights" else block_k)
+                pointers = dict(SUMS, w_ptr="float16" if wide else dtype, unit_ptr="float32", low_ptr="float16")
+                pointers.update(v_ptr="float16" if wide else dtype)
+            if name == "mix":
+                constants.update(STAGES=tile.mix_stages, num_stages=tile.mix_stages)
             bound = tiling.shared_memory(tile, device, kind)
             figures = dict(design=tile.design, block_c=tile.block_c, bound=bound)
             grids = " ".join(chosen.get(tile, ()))
-            yield Launch.of("attention", name, dtype, fn, constants, SUMS, **figures, default_for=grids)
+            yield Launch.of("attention", name, dtype, fn, constants, pointers, **figures, default_for=grids)
 
 
 def backward(target, dtype):
@@ -177,13 +192,13 @@ def guidance(target, dtype, dim=128):
         sizes.update(PRECISION=wide if dtype == "float32" else "ieee", STAGES=sizes["num_stages"])
     stored = dict.fromkeys(("x_ptr", "skip_ptr", "out_ptr", "weight_ptr"), dtype)
     both = {f"{name}{kind}_ptr": dtype for name in ("query", "key") for kind in ("", "_weight")}
-    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), num_warps=4)
+    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], num_warps=4)
     last = dict(BLOCK_P=g.LAST_ROWS, BLOCK_N=min(dim, 64), BLOCK_K=32, PRECISION=wide, num_warps=4)
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
     found = [
         ("image stats", g._image_stats_kernel, tiles, {}),
         ("image affine", g._image_affine_kernel, dict(tiles, BLOCK=g.IMAGE_TILES, num_warps=4), {}),
-        ("affine", g._affine_kernel, dict(tiles, BLOCK_P=layer["BLOCK_P"]), {}),
+        ("affine", g._affine_kernel, tiles, {}),
         ("rotation", g._rotation_kernel, dict(num_warps=4), {}),
         ("guide", g._guide_kernel, guide, {**stored, **both}),
         ("pool", g._pool_kernel, dict(pool, ACTIVE=True), dict(x_ptr=dtype, y_ptr=dtype)),
@@ -197,6 +212,8 @@ def guidance(target, dtype, dim=128):
         ("layer onto x", False, "stored"),
     ):
         constants = dict(layer, FROM_IMAGE=from_image, SKIP=skip, IMAGE_PRECISION=wide)
+        if skip == "image":
+            constants.pop("maxnreg", None)
         found.append((name, g._layer_kernel, constants, stored))
     for name, fn, constants, pointers in found:
         pointers = {name: pointers.get(name, "float32") for name in fn.arg_names if name.endswith("_ptr")}

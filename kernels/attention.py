@@ -1,12 +1,15 @@
 """Windowed attention, forward: every output pixel against its own rectangle of low-resolution keys.
 
 A program owns a tile of BLOCK_H x BLOCK_W output pixels and the rectangle of keys that their windows span, which the
-host has computed per tile (`_spans`), for bounds of any order. Three designs, chosen in `tiling.py`:
+host has computed per tile (`_spans`), for bounds of any order. Four designs, chosen in `tiling.py`:
 
 window    the whole rectangle is one block of keys: softmax per head in registers, probabilities summed over the heads,
           then one product per block of channels. Bytes: the output once; keys and values come from the caches.
 two_pass  any window, any number of channels: log-sum-exp per pixel and head first (4 bytes each), then
           probabilities, summed over the heads, times values. A block of keys is a piece of one row of the window.
+stored    any window, any number of channels: weights are summed over the heads once and written down, for as many tiles
+          at a time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are
+          sums of two float16, and three products of them take the place of one.
 heads     any window, few channels: one pass, one running sum per head.
 
 In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is
@@ -30,8 +33,11 @@ from .tiling import Device, Tile, choose_tile
 INTERPRETED = tl.constexpr(_INTERPRETED)
 LOG2E = 1.4426950408889634
 # Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
-COUNTS = ["height", "width", "n_tiles_h", "n_tiles_w", "n_blocks_c"]
+COUNTS = ["height", "width", "grid_h", "n_tiles_h", "n_tiles_w", "n_blocks_c", "first_tile", "quarter"]
 MOST_PLANS = 512
+SLAB = 1 << 28
+PARTS_C = 32
+MIX_KEYS = 64  # that weights are stored for: whole blocks of as many
 # Largest offset, in powers of two, that may replace the running maximum: 2 ** (-2 * offset) has to be a normal number,
 # and float32 results must not lose digits to the size of the exponent.
 SAFE_OFFSET = {torch.bfloat16: 60.0, torch.float16: 0.0, torch.float32: 12.0}
@@ -345,6 +351,147 @@ def _apply_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_pix[:, None] & mask_c)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def _parts_kernel(
+    x_ptr, high_ptr, low_ptr, unit_ptr, x_b, x_h, x_w, height, width, channels, n_blocks_c,
+    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Float32 as the sum of two float16, times a power of two of each image and channel, its `unit`; (B, h * w, C).
+
+    What is not finite counts for nothing in the choice of the unit.
+    """
+    image = (tl.program_id(0) // n_blocks_c).to(tl.int64)
+    offs_c = tl.program_id(0) % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < channels)[None, :]
+    offs_x = tl.arange(0, BLOCK_X)
+    n = height * width
+    base = x_ptr + image * x_b + offs_c[None, :]
+    most = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
+    for first in tl.range(0, n, BLOCK_X, num_stages=1):
+        place = first + offs_x
+        offs = (place // width).to(tl.int64) * x_h + (place % width).to(tl.int64) * x_w
+        x = tl.abs(tl.load(base + offs[:, None], mask=(place < n)[:, None] & mask_c, other=0.0))
+        most = tl.maximum(most, tl.where(x < float("inf"), x, 0.0))
+    # The largest lies below 2 ** (exponent - 126), and comes to lie below 2 ** 15.
+    exponent = tl.maximum(tl.max(most, 0).to(tl.int32, bitcast=True) >> 23, 15)
+    factor = ((268 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
+    tl.store(unit_ptr + image * channels + offs_c, ((exponent - 14) << 23).to(tl.float32, bitcast=True),
+             mask=offs_c < channels)  # fmt: skip
+    for first in tl.range(0, n, BLOCK_X, num_stages=1):
+        place = first + offs_x
+        offs = (place // width).to(tl.int64) * x_h + (place % width).to(tl.int64) * x_w
+        mask = (place < n)[:, None] & mask_c
+        x = tl.load(base + offs[:, None], mask=mask, other=0.0) * factor
+        high = x.to(tl.float16)
+        out = (image * n + place)[:, None] * channels + offs_c[None, :]
+        tl.store(high_ptr + out, high, mask=mask)
+        tl.store(low_ptr + out, (x - high.to(tl.float32)).to(tl.float16), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _weights_kernel(
+    q_ptr, k_ptr, lse_ptr, w_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
+    height, width, grid_h, n_tiles_h, n_tiles_w, first_tile, quarter, n_keys, qk_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mean over the heads of the weights of all keys that a tile spans, (tiles, PARTS, P, n_keys).
+
+    A row of keys takes 4 * `quarter` places; up to the end of a block of BLOCK_N keys the rest is zero.
+    """
+    slot = tl.program_id(0)
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
+        first_tile + slot, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+        BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    pitch = quarter * 4
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_pix = (image.to(tl.int64) * height + i) * width + j
+    queries = ()
+    lses = ()
+    for h in tl.static_range(HEADS):
+        queries = queries + (_load_query(q_ptr, image, i, j, h, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D),)
+        lses = lses + (tl.load(lse_ptr + offs_pix * HEADS + h, mask=mask_pix, other=0.0),)
+    k_base = k_ptr + image.to(tl.int64) * k_b
+    w_ptrs = w_ptr + slot.to(tl.int64) * (PARTS * P * n_keys) + (tl.arange(0, P) * n_keys)[:, None] + offs_k[None, :]
+    n_rows = tl.cdiv(tl.cdiv((span_r1 - span_r0) * pitch, BLOCK_N) * BLOCK_N, pitch)
+    for first in tl.range(0, pitch, BLOCK_K, num_stages=1):
+        col = span_c0 + first + offs_k
+        k_ptrs = k_base + (col.to(tl.int64) * k_w)[None, :] + offs_d[:, None]
+        mask_key = (col < span_c1)[None, :] & (offs_d < HEAD_DIM)[:, None]
+        seen = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+        for n in tl.range(0, n_rows, num_stages=STAGES):
+            row = span_r0 + n
+            inside = (row >= r0) & (row < r1)
+            k_row = tl.minimum(row, grid_h - 1).to(tl.int64) * k_h
+            for h in tl.static_range(HEADS):
+                k = tl.load(k_ptrs + k_row + tl.cast(h, tl.int64) * k_n, mask=mask_key, other=0.0)
+                offset = tl.where(inside, lses[h], float("inf"))[:, None]
+                e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - offset)
+                w = e if h == 0 else w + e  # noqa: F821
+            w = tl.where(seen, w, 0.0)
+            mask_w = ((first + offs_k < pitch) & (n * pitch + first + offs_k < n_keys))[None, :]
+            if PARTS == 1:
+                tl.store(w_ptrs + (n * pitch + first), w.to(w_ptr.dtype.element_ty), mask=mask_w)
+            else:
+                w *= 4096.0  # what is left of a half is no subnormal number then
+                high = w.to(tl.float16)
+                tl.store(w_ptrs + (n * pitch + first), high, mask=mask_w)
+                tl.store(w_ptrs + (P * n_keys + n * pitch + first), (w - high.to(tl.float32)).to(tl.float16),
+                         mask=mask_w)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _mix_kernel(
+    w_ptr, v_ptr, low_ptr, unit_ptr, out_ptr, row_tile_ptr, col_tile_ptr, v_b, v_h, v_w,
+    height, width, channels, n_tiles_h, n_tiles_w, n_blocks_c, first_tile, quarter, n_keys,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Values times the weights of `_weights_kernel`: one block of channels of one tile."""
+    # Channel blocks of one tile follow each other: they read the same weights.
+    slot = tl.program_id(0) // n_blocks_c
+    tile = first_tile + slot
+    image = (tile // (n_tiles_h * n_tiles_w)).to(tl.int64)
+    tile_h = tile // n_tiles_w % n_tiles_h
+    tile_w = tile % n_tiles_w
+    span_r0 = tl.load(row_tile_ptr + 4 * tile_h)
+    span_r1 = tl.load(row_tile_ptr + 4 * tile_h + 1)
+    span_c0 = tl.load(col_tile_ptr + 4 * tile_w)
+    span_c1 = tl.load(col_tile_ptr + 4 * tile_w + 1)
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    pitch = quarter * 4
+    offs_p = tl.arange(0, P)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_c = tl.program_id(0) % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < channels)[None, :]
+    w_ptrs = w_ptr + slot.to(tl.int64) * (PARTS * P * n_keys) + (offs_p * n_keys)[:, None] + offs_n[None, :]
+    v_base = image * v_b + offs_c[None, :]
+    acc = tl.zeros((P, BLOCK_C), tl.float32)
+    for first in tl.range(0, (span_r1 - span_r0) * pitch, BLOCK_N, num_stages=STAGES):
+        key = first + offs_n
+        # Keys beyond have weight zero: any of the window stands for them.
+        row = tl.minimum(span_r0 + key // pitch, span_r1 - 1).to(tl.int64)
+        col = tl.minimum(span_c0 + key % pitch, span_c1 - 1).to(tl.int64)
+        offs_v = v_base + (row * v_h + col * v_w)[:, None]
+        w = tl.load(w_ptrs + first)
+        v = tl.load(v_ptr + offs_v, mask=mask_c, other=0.0)
+        acc = _dot(w, v, acc, "ieee")
+        if PARTS == 2:
+            acc = _dot(tl.load(w_ptrs + (P * n_keys + first)), v, acc, "ieee")
+            acc = _dot(w, tl.load(low_ptr + offs_v, mask=mask_c, other=0.0), acc, "ieee")
+    if PARTS == 2:
+        acc *= tl.load(unit_ptr + image * channels + offs_c, mask=offs_c < channels, other=0.0)[None, :] / 4096.0
+    i = tile_h * BLOCK_H + offs_p // BLOCK_W
+    j = tile_w * BLOCK_W + offs_p % BLOCK_W
+    out_ptrs = out_ptr + (((image * height + i) * width + j) * channels)[:, None] + offs_c[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=((i < height) & (j < width))[:, None] & mask_c)
+
+
 @triton.jit
 def _heads_rows(
     acc, top, q, k_ptrs, v_ptrs, k_h, v_h, mask_key, mask_value, ones, bias, qk_scale,
@@ -517,7 +664,7 @@ class _Plan(NamedTuple):
     pointers: tuple  # rows, columns and their tiles, on the device
     n_tiles: tuple
     constants: dict
-    window: dict  # further constants of the design "window"
+    window: dict  # further constants of the design "window", further sizes of "stored"
 
 
 _plans = {}
@@ -543,17 +690,22 @@ def _plan(card, query, value, row_bounds, col_bounds, split, tile):
         spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds)) if on_cpu else None
         dtype = value.dtype if value.dtype == query.dtype else torch.float32
         each = value.shape[3] // heads if split else value.shape[3]
-        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads)
+        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads, stored=not split)
     rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
     cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
-    if tile.design == "window" and (span_h is None or span_w is None):
-        raise ValueError("tile: the design 'window' needs bounds on the CPU")
+    if tile.design in ("window", "stored") and (span_h is None or span_w is None):
+        raise ValueError(f"tile: the design {tile.design!r} needs bounds on the CPU")
+    if tile.design == "stored" and split:
+        raise ValueError("tile: the design 'stored' has no heads that split the channels")
     wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
     constants = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
     constants.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
     constants.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
     constants.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     window = {}
+    if tile.design == "stored":
+        quarter = cdiv(span_w, 4)
+        window = dict(quarter=quarter, n_keys=cdiv(span_h * 4 * quarter, MIX_KEYS) * MIX_KEYS)
     if tile.design == "window":
         width = _rounded(span_h, span_w, tile.block_k)
         window = dict(SPAN_W=width, PACKED=width <= 16 and span_h <= 16)
@@ -582,6 +734,50 @@ def _log_sum_exp(launch, plan, query, key, qk_scale):
         max(SAFE_OFFSET[query.dtype], 12.0), **{**plan.constants, "BLOCK_K": plan.tile.stats_block_k},
     )  # fmt: skip
     return lse
+
+
+def _parts(launch, value):
+    """Float32 values as two tensors of float16 and the units (B, C) of their channels; see `_parts_kernel`."""
+    batch, h, w, channels = value.shape
+    high, low = (torch.empty(value.shape, dtype=torch.float16, device=value.device) for _ in range(2))
+    units = torch.empty(batch, channels, dtype=torch.float32, device=value.device)
+    blocks = cdiv(channels, PARTS_C)
+    launch(
+        _parts_kernel, batch * blocks, value, high, low, units, *value.stride()[:3], h, w, channels, blocks,
+        BLOCK_X=128, BLOCK_C=PARTS_C, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+    return high, low, units
+
+
+def _launch_stored(launch, plan, query, key, value, out, qk_scale):
+    """The design "stored", slab by slab."""
+    tile, (rows, cols, row_tiles, col_tiles) = plan.tile, plan.pointers
+    batch, height, width, _, _ = query.shape
+    channels, quarter, n_keys = value.shape[3], plan.window["quarter"], plan.window["n_keys"]
+    lse = _log_sum_exp(launch, plan, query, key, qk_scale)
+    wide = torch.float32 in (query.dtype, value.dtype)
+    high, low, units = _parts(launch, value) if wide else (value, value, lse)
+    parts, kind = (2, torch.float16) if wide else (1, value.dtype)
+    tiles, pixels = batch * plan.n_tiles[0] * plan.n_tiles[1], tile.block_h * tile.block_w
+    room = max(1, min(tiles, SLAB // (parts * pixels * n_keys * kind.itemsize)))
+    weights = torch.empty(room, parts, pixels, n_keys, dtype=kind, device=query.device)
+    blocks = cdiv(channels, tile.block_c)
+    both = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, PARTS=parts, enable_fp_fusion=True)
+    first_options = {name: value for name, value in plan.constants.items() if name != "SPLIT"}
+    first_options.update(both, BLOCK_N=MIX_KEYS)
+    mix = dict(both, BLOCK_N=tile.mix_k, BLOCK_C=tile.block_c, STAGES=tile.mix_stages)
+    mix.update(num_warps=tile.warps, num_stages=tile.mix_stages)
+    for first in range(0, tiles, room):
+        count = min(room, tiles - first)
+        launch(
+            _weights_kernel, count, query, key, lse, weights, rows, cols, row_tiles, col_tiles, *query.stride()[:4],
+            *key.stride()[:4], height, width, key.shape[1], *plan.n_tiles, first, quarter, n_keys, qk_scale,
+            **first_options,
+        )  # fmt: skip
+        launch(
+            _mix_kernel, count * blocks, weights, high, low, units, out, row_tiles, col_tiles, *high.stride()[:3],
+            height, width, channels, *plan.n_tiles, blocks, first, quarter, n_keys, **mix,
+        )  # fmt: skip
 
 
 def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", tile=None):
@@ -621,6 +817,8 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
                 _heads_kernel, programs, query, key, value, _norms(key), out, *plan.pointers, *strides, height, width,
                 channels, *plan.n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **options, BLOCK_C=tile.block_c,
             )  # fmt: skip
+        elif tile.design == "stored":
+            _launch_stored(launch, plan, query, key, value, out, qk_scale)
         else:
             lse = _log_sum_exp(launch, plan, query, key, qk_scale)
             each = cdiv(channels // heads, tile.block_c)

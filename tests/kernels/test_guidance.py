@@ -294,9 +294,17 @@ def test_tiles_of_other_devices(capability, monkeypatch):
     check((9, 11), (4, 5), (3, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_programs_that_work_on_several_tiles(dtype, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: cls("cuda", (9, 0), 232448)))
+    monkeypatch.setattr(guidance, "PER_PROCESSOR", 0)
+    check((12, 17), (12, 17), (3, 3), batch=2, dtype=dtype, offset=2.0)
+
+
 # Each breaks one place that images of these sizes need: (what stands in the source, what replaces it).
 BROKEN = [
-    ("gap = wide * inside - mean[None, :, None] * inside", "gap = wide - mean[None, :, None]"),
+    ("gap = groups * inside - mean[None, :, None] * inside", "gap = groups - mean[None, :, None]"),
     ("gaps + (tl.where(mask_p, x - mean, 0.0),)", "gaps + (x - mean,)"),
     ("((i + 1) * height + n_rows - 1) // n_rows", "((i + 1) * height) // n_rows"),
     ("mask = (mask_j & (start + down < stop) & (col < right))[:, None]", "mask = (mask_j & (col < right))[:, None]"),

@@ -229,20 +229,34 @@ def network(dim, channels=3, seed=3):
     return copy.deepcopy(model).double(), model.guidance_weights()
 
 
+@contextlib.contextmanager
+def _one_program():
+    """One program works on all tiles of an image in the layers of the guidance that take several."""
+    before = guidance.PER_PROCESSOR
+    guidance.PER_PROCESSOR = 0
+    try:
+        yield
+    finally:
+        guidance.PER_PROCESSOR = before
+
+
 def _guidance(dtype):
     sizes = {
         "pooled": ((9, 10), (7, 9), (2, 3)),
         "several tiles": ((11, 13), (11, 13), (5, 7)),
         "larger": ((7, 9), (15, 11), (3, 3)),
+        "several turns": ((15, 13), (15, 13), (5, 7)),
     }
     for dim in (32, 128):
         for text, (size, output_size, key_size) in sizes.items():
+            turns = _one_program if text == "several turns" else contextlib.nullcontext
 
-            def solve(target, dim=dim, size=size, output_size=output_size, key_size=key_size):
+            def solve(target, dim=dim, size=size, output_size=output_size, key_size=key_size, turns=turns):
                 model, weights = network(dim)
                 generator = torch.Generator().manual_seed(1)
                 image = attention_cases._bordered(torch.randn(2, 3, *size, generator=generator).to(dtype))
-                found = guidance.guidance_fwd(image, weights, output_size, key_size, dtype=dtype)[:2]
+                with turns():
+                    found = guidance.guidance_fwd(image, weights, output_size, key_size, dtype=dtype)[:2]
                 with torch.no_grad():
                     guide = model.guidance(image.double())
                     key = F.adaptive_avg_pool2d(model.key_encoder(guide), key_size)
@@ -250,8 +264,10 @@ def _guidance(dtype):
                 errors = [relative(x, y.permute(0, 2, 3, 1)) for x, y in zip(found, wanted, strict=True)]
                 return max(errors), GUIDANCE[dtype]
 
-            main = text == "pooled" and dim == (128 if dtype == torch.bfloat16 else 32)
-            yield dict(kernel="guidance", tile=f"dim {dim}", shape=text, small=text == "pooled", main=main, solve=solve)
+            main = text == ("several turns" if dtype == torch.bfloat16 else "pooled")
+            main &= dim == (128 if dtype == torch.bfloat16 else 32)
+            small = text == "pooled" or (text == "several turns" and dim == 128 and dtype != torch.float32)
+            yield dict(kernel="guidance", tile=f"dim {dim}", shape=text, small=small, main=main, solve=solve)
 
 
 @contextlib.contextmanager
