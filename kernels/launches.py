@@ -12,7 +12,7 @@ import triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_PROBLEMS = 512  # whose kernels are remembered; those of a size that was forgotten are found in Triton's own cache
 
-_known = {}  # key of a problem -> its launches in order, each (kernel, runner, constants)
+_known = {}  # key of a problem -> its launches in order, each (kernel, compiled kernel, programs, constants)
 
 
 class Launches:
@@ -30,23 +30,29 @@ class Launches:
         device = active.get_current_device()
         self.stream = active.get_current_stream(device)
         self.key = (key, device)
+        hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        self._watched = any(getattr(hook, "calls", hook) for hook in hooks)  # by a profiler
         self._steps, self._made, self._place = _known.get(self.key), [], 0
 
     def __call__(self, kernel, programs, *arguments, **constants):
         """`kernel[(programs,)](*arguments, **constants)`, constants and options by name."""
         if self._steps is not None:
-            known, runner, rest = self._steps[self._place]
+            known, ready, grid, rest = self._steps[self._place]
             self._place += 1
             if known is not kernel:
                 raise RuntimeError(f"key {self.key}: launches {kernel} in the place of {known}")
-            runner(*arguments, *rest, stream=self.stream)
+            if self._watched:
+                ready[grid](*arguments, *rest, stream=self.stream)
+            else:  # what that does, but for what it gathers for hooks
+                code = ready.function, ready.packed_metadata
+                ready.run(*grid, self.stream, *code, None, None, None, *arguments, *rest)
             return
         compiled = kernel[(programs,)](*arguments, **constants)
         if compiled is None:  # in the interpreter, and where kernels are only counted
             self._made = None
         if self._made is not None:
             rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-            self._made.append((kernel, compiled[programs, 1, 1], rest))
+            self._made.append((kernel, compiled, (programs, 1, 1), rest))
 
     def done(self):
         """Remember the launches, if they are not known: all of them went well."""
