@@ -724,14 +724,15 @@ def _rounded(span_h, span_w, block_k):
     return next((width for width in widths if width >= span_w and width * span_h <= block_k), span_w)
 
 
-def _log_sum_exp(launch, plan, query, key, qk_scale):
+def _log_sum_exp(launch, query, key, pointers, qk_scale, constants):
     """(B, H', W', heads) float32, to the base of 2: of the logits, plus log2(heads) unless the heads split channels."""
     batch, height, width, heads, _ = query.shape
+    n_tiles = len(pointers[2]), len(pointers[3])
     lse = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
     launch(
-        _stats_kernel, batch * plan.n_tiles[0] * plan.n_tiles[1] * heads, query, key, _norms(key), lse, *plan.pointers,
-        *query.stride()[:4], *key.stride()[:4], height, width, *plan.n_tiles, qk_scale,
-        max(SAFE_OFFSET[query.dtype], 12.0), **{**plan.constants, "BLOCK_K": plan.tile.stats_block_k},
+        _stats_kernel, batch * n_tiles[0] * n_tiles[1] * heads, query, key, _norms(key), lse, *pointers,
+        *query.stride()[:4], *key.stride()[:4], height, width, *n_tiles, qk_scale, max(SAFE_OFFSET[query.dtype], 12.0),
+        **constants,
     )  # fmt: skip
     return lse
 
@@ -754,7 +755,8 @@ def _launch_stored(launch, plan, query, key, value, out, qk_scale):
     tile, (rows, cols, row_tiles, col_tiles) = plan.tile, plan.pointers
     batch, height, width, _, _ = query.shape
     channels, quarter, n_keys = value.shape[3], plan.window["quarter"], plan.window["n_keys"]
-    lse = _log_sum_exp(launch, plan, query, key, qk_scale)
+    first = {**plan.constants, "BLOCK_K": tile.stats_block_k}
+    lse = _log_sum_exp(launch, query, key, plan.pointers, qk_scale, first)
     wide = torch.float32 in (query.dtype, value.dtype)
     high, low, units = _parts(launch, value) if wide else (value, value, lse)
     parts, kind = (2, torch.float16) if wide else (1, value.dtype)
@@ -820,7 +822,8 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         elif tile.design == "stored":
             _launch_stored(launch, plan, query, key, value, out, qk_scale)
         else:
-            lse = _log_sum_exp(launch, plan, query, key, qk_scale)
+            first = {**options, "BLOCK_K": tile.stats_block_k}
+            lse = _log_sum_exp(launch, query, key, plan.pointers, qk_scale, first)
             each = cdiv(channels // heads, tile.block_c)
             blocks = heads * each if split else cdiv(channels, tile.block_c)
             launch(

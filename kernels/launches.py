@@ -62,6 +62,11 @@ class Launches:
             _known[self.key] = tuple(self._made)
 
 
+def launched(kernel, programs, *arguments, **constants):
+    """One launch that nobody remembers, called as `Launches` are."""
+    kernel[(programs,)](*arguments, **constants)
+
+
 def cdiv(a, b):
     """a / b rounded up: Triton's own, which serves kernels too, takes microseconds."""
     return -(-a // b)
