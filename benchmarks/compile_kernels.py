@@ -263,10 +263,12 @@ def unification(target, dtype):
     if dtype != "float32":
         return
     device = device_of(target)
-    for name, channels in (("grouped", 384), ("gathered", 100)):
-        grouped, constants = f.plan(device, channels, 128, 5)
-        assert grouped == (name == "grouped")
+    for name, channels in (("grouped", 384), ("written", 1000), ("gathered", 100)):
+        design, constants = f.plan(device, channels, 128, 5, written=name == "written")
+        assert design == name
         yield Launch.of("unification", name, dtype, getattr(f, f"_{name}_kernel"), constants)
+        if name == "written":
+            continue
         stats = b.plan(device, channels, 128, 5)[1]
         yield Launch.of("unification", f"{name} stats", dtype, getattr(b, f"_{name}_stats_kernel"), stats)
     _, _, taps, gather = b.plan(device, 384, 128, 5)

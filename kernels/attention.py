@@ -423,7 +423,7 @@ def _weights_kernel(
         col = span_c0 + first + offs_k
         k_ptrs = k_base + (col.to(tl.int64) * k_w)[None, :] + offs_d[:, None]
         mask_key = (col < span_c1)[None, :] & (offs_d < HEAD_DIM)[:, None]
-        seen = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+        in_row = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
         for n in tl.range(0, n_rows, num_stages=STAGES):
             row = span_r0 + n
             inside = (row >= r0) & (row < r1)
@@ -433,7 +433,7 @@ def _weights_kernel(
                 offset = tl.where(inside, lses[h], float("inf"))[:, None]
                 e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - offset)
                 w = e if h == 0 else w + e  # noqa: F821
-            w = tl.where(seen, w, 0.0)
+            w = tl.where(in_row, w, 0.0)
             mask_w = ((first + offs_k < pitch) & (n * pitch + first + offs_k < n_keys))[None, :]
             if PARTS == 1:
                 tl.store(w_ptrs + (n * pitch + first), w.to(w_ptr.dtype.element_ty), mask=mask_w)

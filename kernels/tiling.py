@@ -132,7 +132,8 @@ HALF_TILES = {
     Tile("heads", 8, 8, 64, 64, 8): dict(sm_80=24, sm_90=28, sm_100=29, sm_120=24, gfx9=20),
     Tile("heads", 8, 8, 32, 64, 8): dict(gfx950=12),
     Tile("heads", 4, 8, 16, 64, 4, stages=1): dict(gfx11=2, gfx12=2),
-    Tile("stored", 8, 16, 32, 256, 8): dict(sm_90=180),
+    Tile("stored", 8, 16, 32, 256, 8): dict(sm_90=145),
+    Tile("stored", 8, 16, 32, 128, 8, mix_k=32, mix_stages=2): dict(sm_80=49, sm_120=49),
     Tile("two_pass", 8, 16, 32, 256, 8): dict(sm_90=80, sm_100=81),
     Tile("two_pass", 8, 16, 32, 128, 8): dict(sm_80=48, sm_90=64, sm_100=65, sm_120=48, gfx9=32, gfx950=49),
     Tile("two_pass", 8, 8, 16, 128, 8, stages=1, stats_block_k=32): dict(gfx11=5, gfx12=5),
@@ -143,6 +144,8 @@ HALF_TILES = {
 WIDE_TILES = {
     _window(8, 8, 64, 32, 4): dict(sm_80=17, sm_90=24, sm_100=25, gfx9=25, gfx950=25),
     _window(8, 8, 64, 32, 8): dict(sm_120=17),
+    Tile("stored", 8, 16, 32, 256, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
+    Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32, mix_stages=2): dict(sm_80=153),
     _window(8, 8, 128, 16, 8): dict(sm_80=77, sm_90=88, sm_100=33, sm_120=77, gfx9=32, gfx950=32),
     _window(8, 8, 256, 16, 8): dict(sm_100=65),
     _window(4, 8, 256, 16, 8): dict(gfx9=32, gfx950=32),
@@ -150,7 +153,6 @@ WIDE_TILES = {
     Tile("heads", 8, 8, 32, 32, 4): dict(sm_80=32, sm_90=32, sm_100=17, sm_120=32, gfx9=12, gfx950=16),
     Tile("heads", 8, 8, 32, 64, 8): dict(sm_80=44, sm_100=29, sm_120=44, gfx9=12, gfx950=16),
     Tile("heads", 8, 8, 16, 64, 8): dict(sm_90=43),
-    Tile("stored", 8, 16, 32, 256, 8, stats_block_k=32, mix_k=32, mix_stages=3): dict(sm_90=180),
     Tile("two_pass", 8, 8, 16, 32, 4, stats_block_k=32): dict(
         sm_80=74, sm_90=78, sm_100=19, sm_120=74, gfx9=14, gfx950=24
     ),
@@ -198,7 +200,7 @@ def _estimate(tile, kind, dtype, head_dim, heads):
     depth = 16
     while depth < head_dim:
         depth *= 2
-    if tile.design == "two_pass":
+    if tile.design in ("two_pass", "stored"):
         numbers = pixels * max(heads * depth + tile.block_k, tile.block_c)
         numbers += tile.block_k * (heads * depth + tile.block_c) * stages
     elif tile.design == "window":

@@ -24,7 +24,7 @@ GRIDS = {"448/32/384", "518/37/768", "1024/64/768"}
 PLAIN = {"image stats", "image affine", "affine", "rotation", "pool", "pool after"}
 PLAIN |= {"gathered", "gathered stats", "gather", "unit", "start", "combine"}
 FLOATS = {"last"}
-UNIFICATION = "grouped", "grouped stats", "gathered", "gathered stats", "taps", "gather"
+UNIFICATION = "grouped", "grouped stats", "written", "gathered", "gathered stats", "taps", "gather"
 INTEGERS = "height width n_pixels n_tiles n_rows n_cols n_cells n_blocks n_images n_splits".split()
 
 

@@ -324,8 +324,8 @@ def _few_programs():
 
 
 def _unification(dtype):
-    # Channels, filters, their size, batch and grid; the first two are a grouped and a gathered one.
-    shapes = ((128, 128, 5, (1, 2, 2)), (24, 16, 3, (1, 3, 2)), (100, 128, 5, (1, 2, 3)), (24, 12, 3, (2, 3, 2)),
+    # Channels, filters, their size, batch and grid; the first three are a grouped, a written and a gathered one.
+    shapes = ((128, 128, 5, (1, 2, 2)), (24, 16, 3, (1, 3, 2)), (11, 16, 3, (1, 3, 2)), (100, 128, 5, (1, 2, 3)), (24, 12, 3, (2, 3, 2)),
               (21, 8, 3, (1, 2, 2)), (384, 128, 5, (1, 2, 2)))  # fmt: skip
     for number, (channels, filters, size, (batch, *grid)) in enumerate(shapes):
 
@@ -351,7 +351,7 @@ def _unification(dtype):
             return worst((relative(x, y), limit) for x, y, limit in zip(found, wanted, limits, strict=True))
 
         case = dict(tile=f"{channels}/{filters}/{size}", shape=f"{batch}x{'x'.join(map(str, grid))}")
-        case.update(small=number < 2, main=number < 2)
+        case.update(small=number < 3, main=number < 3)
         yield dict(case, kernel="unification", solve=solve)
         yield dict(case, kernel="unification backward", solve=gradients)
 
