@@ -139,6 +139,7 @@ def attention(target, dtype, defaults=False, split=False):
             continue
         for name, (fn, block_k) in kernels_of(tile).items():
             constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
+            constants["HIDE"] = w.hides(tile)
             constants.update(SPAN_W=widths.get(tile, round(block_k**0.5)), PACKED=True, STAGES=tile.stages)
             constants.update(_attention_constants(target, dtype, tile.precision), SPLIT=split)
             constants.update(num_warps=tile.warps, num_stages=tile.stages)

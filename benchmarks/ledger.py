@@ -9,12 +9,13 @@ kernel is launched by the project's own launchers at the full size; of its progr
 executed as compiled PTX (tests/support/ptx) and stand for all, and one launch for all of one kernel and size. Columns:
 
 launches, torch   kernels of Triton, and operations of PyTorch that a GPU would run as kernels.
-MB                what is read and written of each tensor, once a launch, as if caches were perfect; L2_MB: what each program asks for, each sector once.
+MB                what is read and written of each tensor, once a launch, as if caches were perfect.
+L2_MB             what each program asks for, each sector of 32 bytes once.
 GFLOP             products of matrix units as executed, padding and parts of float32 included.
 Gspecial          exponentials and other functions of the special function units, Ginstr warp instructions issued.
 conflicts         ways of shared memory accesses over the ways of accesses free of conflicts.
 host_us           median of Python's time on this machine, without a driver's own; TORCH_US for each of PyTorch.
-times in ms       dram, l2, tensor, special, alu, issue, each alone at the full rate of the card; `bound` is the largest.
+times in ms       dram, l2, tensor, special, alu, issue, each alone at the card's full rate; `bound` is the largest.
 expected_ms       the largest, of the others what is not hidden (see `expected`), and LAUNCH_US for each kernel.
 
 Instructions are those of the disassembly: those inside each loop and outside of all, times how often a warp goes
@@ -129,7 +130,7 @@ class Cost:
 
 
 def regions(loops, count):
-    """For each of `count` places the loop it is in, by number; -1 outside. `loops` are (first, last), outer ones first."""
+    """For each of `count` places the number of the loop it is in, -1 outside. `loops`: (first, last), outer ones first."""
     inside = np.full(count, -1)
     for number, (first, last) in enumerate(loops):
         inside[first : last + 1] = number

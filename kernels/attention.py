@@ -7,9 +7,9 @@ window    the whole rectangle is one block of keys: softmax per head in register
           then one product per block of channels. Bytes: the output once; keys and values come from the caches.
 two_pass  any window, any number of channels: log-sum-exp per pixel and head first (4 bytes each), then
           probabilities, summed over the heads, times values. A block of keys is a piece of one row of the window.
-stored    any window, any number of channels: weights are summed over the heads once and written down, for as many tiles
-          at a time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are
-          sums of two float16, and three products of them take the place of one.
+stored    any window, many channels: weights are summed over the heads once and written down, for as many tiles at a
+          time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are sums of
+          two float16, and three products of them take the place of one.
 heads     any window, few channels: one pass, one running sum per head.
 
 In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is
@@ -125,6 +125,25 @@ def _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED: tl.const
     return seen
 
 
+@triton.jit
+def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k,
+            P: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr):  # fmt: skip
+    """Factors (P, 32) and (32, K) of a product that is zero where a pixel sees a key, and below -2 ** 119 elsewhere.
+
+    One place for each of 16 rows and 16 columns of the rectangle: a pixel has a number where it sees none, a key a one.
+    """
+    place = tl.arange(0, 32)
+    of_row, n = place < 16, place % 16
+    first = tl.where(of_row[None, :], (r0 - span_r0)[:, None], (c0 - span_c0)[:, None])
+    last = tl.where(of_row[None, :], (r1 - span_r0)[:, None], (c1 - span_c0)[:, None])
+    unseen = (n[None, :] < first) | (n[None, :] >= last)
+    offs_k = tl.arange(0, BLOCK_K)
+    own = tl.where(of_row[:, None], (offs_k // SPAN_W)[None, :], (offs_k % SPAN_W)[None, :]) == n[:, None]
+    # Keys beyond the rectangle have all places: no pixel sees 16 rows and 16 columns where there are such keys.
+    own = own | (mask_k == 0)[None, :]
+    return tl.where(unseen, -(2.0**120), 0.0).to(tl.bfloat16), tl.where(own, 1.0, 0.0).to(tl.bfloat16)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _window_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
@@ -132,7 +151,7 @@ def _window_kernel(
     height, width, channels, n_tiles_h, n_tiles_w, qk_scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HIDE: tl.constexpr,
 ):  # fmt: skip
     image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
         tl.program_id(0), row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
@@ -153,12 +172,16 @@ def _window_kernel(
     mask_key_dim = mask_k[None, :] & (offs_d < HEAD_DIM)[:, None]
     per_head = channels // HEADS
     weights = tl.zeros((P, BLOCK_K), tl.float32)
+    if HIDE:
+        unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, P, BLOCK_K, SPAN_W)
     for head in tl.range(0, HEADS, num_stages=1):
         q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
         k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
-        s = _dot(q, k, None, PRECISION)
-        seen = _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED)
-        s = tl.where(seen, s, float("-inf"))
+        if HIDE:
+            s = _dot(q, k, _dot(unseen, own, None, "ieee"), PRECISION)
+        else:
+            s = _dot(q, k, None, PRECISION)
+            s = tl.where(_seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED), s, float("-inf"))
         e = tl.exp2(s * qk_scale - (tl.max(s, 1) * qk_scale)[:, None])
         if SPLIT:
             w = (e * (1.0 / tl.sum(e, 1))[:, None]).to(v_ptr.dtype.element_ty)
@@ -709,12 +732,21 @@ def _plan(card, query, value, row_bounds, col_bounds, split, tile):
     if tile.design == "window":
         width = _rounded(span_h, span_w, tile.block_k)
         window = dict(SPAN_W=width, PACKED=width <= 16 and span_h <= 16)
+        window["HIDE"] = window["PACKED"] and hides(tile)
     plan = _Plan(tile, (rows, cols, row_tiles, col_tiles), (len(row_tiles), len(col_tiles)), constants, window)
     if key is not None:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()  # the tables stay
         _plans[key] = plan
     return plan
+
+
+def hides(tile):
+    """Whether a product makes the masks of a "window", where compares would be a third of the instructions.
+
+    Not where warps share rows: of two products, one after the other, each would compute all keys.
+    """
+    return tile.block_h * tile.block_w >= 16 * tile.warps
 
 
 def _rounded(span_h, span_w, block_k):

@@ -94,7 +94,7 @@ def _expanded(
 
 @triton.jit
 def _silu(x, CUDA: tl.constexpr):
-    """x / (1 + exp(-x)), by the special functions of the device: 2 ** y and 1 / y are off by a unit in the last place."""
+    """x / (1 + exp(-x)), by the device's own 2 ** y and 1 / y, which are off by a unit in the last place."""
     denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
     if CUDA and not INTERPRETED:
         # Triton's division checks ranges: here infinity has the reciprocal zero, and nothing is smaller than one.

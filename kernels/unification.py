@@ -220,7 +220,8 @@ def feature_unification_fwd(features, basis, *, precision=None):
 
     Returns:
         (B, M, h, w) float32. Beside it one float32 copy of the features is made, and where C is no
-        multiple of M room for the responses of some pixels, at most ROOM bytes or one pixel's. Nothing here waits for the device.
+        multiple of M room for the responses of some pixels, at most ROOM bytes or one pixel's. Nothing here waits
+        for the device.
 
     Raises:
         ValueError: no such precision.

@@ -325,7 +325,8 @@ def _few_programs():
 
 def _unification(dtype):
     # Channels, filters, their size, batch and grid; the first three are a grouped, a written and a gathered one.
-    shapes = ((128, 128, 5, (1, 2, 2)), (24, 16, 3, (1, 3, 2)), (11, 16, 3, (1, 3, 2)), (100, 128, 5, (1, 2, 3)), (24, 12, 3, (2, 3, 2)),
+    shapes = ((128, 128, 5, (1, 2, 2)), (24, 16, 3, (1, 3, 2)), (11, 16, 3, (1, 3, 2)),
+              (100, 128, 5, (1, 2, 3)), (24, 12, 3, (2, 3, 2)),
               (21, 8, 3, (1, 2, 2)), (384, 128, 5, (1, 2, 2)))  # fmt: skip
     for number, (channels, filters, size, (batch, *grid)) in enumerate(shapes):
 
