@@ -121,8 +121,8 @@ class _Accelerated(_Exchanged, AnyUp):
     def guidance(self, image):
         return RotaryEmbedding.forward(self.rope, self.image_encoder(image))
 
-    def unified(self, features):
-        return FeatureUnification.forward(self.key_features_encoder[0], unit_channels(features))
+    def unified(self, features, kept=None):
+        return FeatureUnification.forward(self.key_features_encoder[0], unit_channels(features, kept), kept)
 
 
 class _Published(_Accelerated):

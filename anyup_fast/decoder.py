@@ -97,15 +97,15 @@ class CrossDecode(nn.Module):
         attention = self.cross_attn
         return (attention.norm_q, attention.norm_k)[part].weight, *attention.in_projection(part)
 
-    def attend(self, query, key, value, q_chunk_size=None, head_mode=None):
+    def attend(self, query, key, value, q_chunk_size=None, head_mode=None, kept=None):
         """Projected query (B, H', W', heads, d), key (B, h, w, heads, d), value (B, C, h, w) -> (B, C, H', W')."""
         value = value.permute(0, 2, 3, 1)
         row_bounds, col_bounds = self.bounds(query.shape[1:3], key.shape[1:3])
-        mode = head_mode or self.head_mode
+        options = dict(head_mode=head_mode or self.head_mode, kept=kept)
         if q_chunk_size is None:
-            return windowed_attention(query, key, value, row_bounds, col_bounds, head_mode=mode).permute(0, 3, 1, 2)
+            return windowed_attention(query, key, value, row_bounds, col_bounds, **options).permute(0, 3, 1, 2)
         bands = [
-            windowed_attention(band, key, value, bounds, col_bounds, head_mode=mode)
+            windowed_attention(band, key, value, bounds, col_bounds, **options)
             for band, bounds in zip(query.split(q_chunk_size, 1), row_bounds.split(q_chunk_size), strict=True)
         ]
         return torch.cat(bands, 1).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import __version__, ops
 from .checks import checked_device
-from .layers import projected_plainly
+from .layers import projected_plainly, rms_norm
 from .model import AnyUp
 from .ops import choice, reference
 from .ops.choice import first_line
@@ -327,6 +327,21 @@ def _of_the_network():
     def queries_twin(dtype, query):
         return projected_plainly(query, *model(dtype, query.device, wide=True).query_projection())
 
+    def keys(dtype, from_image, from_features):
+        weights = model(dtype, from_image.device).key_weights()
+        from_features = 1 / 128 + 1e-3 * from_features.float().permute(0, 3, 1, 2)
+        return ops.project_keys(from_image.float(), from_features, weights, dtype=dtype)
+
+    def keys_twin(dtype, from_image, from_features):
+        layers = model(dtype, from_image.device, wide=True)
+        from_features = 1 / 128 + 1e-3 * from_features.permute(0, 3, 1, 2)
+        _, *blocks = layers.key_features_encoder
+        for block in blocks:
+            from_features = block(from_features)
+        merged = layers.aggregation(torch.cat((from_image.permute(0, 3, 1, 2), from_features), 1)).permute(0, 2, 3, 1)
+        norm, weight, bias = layers.cross_decode.projection(1)
+        return F.linear(rms_norm(merged, norm), weight, bias)
+
     for size, output, grid in (
         ((20, 24), (20, 24), (5, 6)),
         ((33, 17), (11, 17), (4, 3)),
@@ -352,6 +367,8 @@ def _of_the_network():
         image, shape = _draw(1, 3, *size), f"{size} to {output}"
         yield "guidance", shape, _Problem([image], guidance, guidance_twin)
         yield "project_queries", f"{output}", _Problem([_draw(1, *output, 128)], queries, queries_twin, (0,))
+        cells = [_draw(1, *grid, 128), _draw(2, *grid, 128)[1:]]
+        yield "project_keys", f"{grid}", _Problem(cells, keys, keys_twin)
         tensors = [image, _draw(1, 40, *grid)]
         yield "AnyUp", f"{shape} from {grid}", _Problem(tensors, whole, whole_twin, (0, 1), triton_gradient=True)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .ops import Block, feature_unification, pooled, res_block
-from .ops.unification import unit_channels_op
+from .ops.unification import unit_channels as unit_channels_of
 from .plain.convolution import convolve
 from .plain.norms import RMS_EPS
 from .plain.width import wide_of
@@ -93,8 +93,8 @@ class FeatureUnification(nn.Module):
             basis = torch.randn(out_channels, kernel_size, kernel_size)
         self.basis = nn.Parameter(basis[:, None])
 
-    def forward(self, features):
-        return feature_unification(features, self.basis)
+    def forward(self, features, kept=None):
+        return feature_unification(features, self.basis, kept=kept)
 
 
 def gaussian_derivatives(count, size):
@@ -236,11 +236,11 @@ def wide_block(block, x):
         return torch.func.functional_call(block, wide, (x,))
 
 
-def unit_channels(features):
+def unit_channels(features, kept=None):
     """`features / max(|features|_2 over channels, 1e-12)`, in float32 (or float64)."""
     if torch.compiler.is_compiling() or features.requires_grad and torch.is_grad_enabled():
         return F.normalize(features.to(wide_dtype(features.dtype)), dim=1)
-    return unit_channels_op(features)
+    return unit_channels_of(features, kept=kept)
 
 
 def cell_colours(features):
@@ -254,6 +254,8 @@ def cell_colours(features):
 def broadcast(*tensors):
     """The tensors with the batch size of the longest; a single element is repeated as a view."""
     batch = max(tensor.shape[0] for tensor in tensors)  # `len` would fix it in graphs with dynamic shapes
+    if not torch.compiler.is_compiling() and all(tensor.shape[0] == batch for tensor in tensors):
+        return list(tensors)
     return [tensor.expand(batch, *tensor.shape[1:]) for tensor in tensors]
 
 
@@ -265,11 +267,13 @@ def projected_plainly(query, conv, norm, weight, bias):
 
 def records_gradients(module, *given):
     """Whether a call of the module with these tensors records gradients."""
+    if not torch.is_grad_enabled():
+        return False
     if getattr(module, "_is_replica", False):  # of nn.DataParallel, which has tensors in the parameters' place
         weights = [tensor for inner in module.modules() for tensor in inner._former_parameters.values()]
     else:
         weights = list(module.parameters())
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *weights))
+    return any(tensor.requires_grad for tensor in (*given, *weights))
 
 
 def recordable(*tensors):

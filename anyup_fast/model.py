@@ -9,6 +9,7 @@ from torch import nn
 from .checks import check_attention_options, check_shapes, checked_inputs, checked_output_size
 from .decoder import CrossAttention, CrossDecode, chosen_rule
 from .frugal import check_max_memory, filled_by_tiles
+from .kept import kept_of
 from .layers import (
     Conv2d,
     FeatureUnification,
@@ -24,36 +25,29 @@ from .layers import (
     projected_plainly,
     recordable,
     records_gradients,
-    reflected,
-    rms_norm,
     stored_dtype,
-    through,
     unit_channels,
     wide_block,
-    wide_dtype,
 )
 from .logs import log_once
 from .ops import (
     GuidanceWeights,
     KeyWeights,
-    branches,
     guidance,
     pooled,
-    pooled_block,
     project_keys,
-    project_pixels,
     project_queries,
 )
 from .ops.attention import runs_plain
 from .ops.choice import requested, use_backend
-from .plain.convolution import convolve
 from .plain.memory import forward_memory
 from .prepared import Prepared
+from .recording import Recording
 
 __all__ = ["AnyUp", "CrossAttention", "CrossDecode"]  # the names under which pickles find them
 
 
-class AnyUp(nn.Module):
+class AnyUp(Recording, nn.Module):
     """Upsamples the features of any vision encoder to any resolution, guided by the image.
 
     Args:
@@ -171,9 +165,9 @@ class AnyUp(nn.Module):
         """(conv, norm, weight, bias), as `anyup_fast.ops.project_queries` takes them."""
         return self.cross_decode.conv2d.weight, *self.cross_decode.projection(0)
 
-    def unified(self, features):
+    def unified(self, features, kept=None):
         """Features of any number of channels as (B, lfu_dim, h, w), float32 at least."""
-        return self.key_features_encoder[0](unit_channels(features))
+        return self.key_features_encoder[0](unit_channels(features, kept), kept)
 
     def queries(self, guide, output_size):
         """Queries (B, qk_dim, H', W') before the 3x3 convolution."""
@@ -235,8 +229,10 @@ class AnyUp(nn.Module):
             if max_memory < self.estimate_memory(image.shape, maps.shape, output_size, maps.dtype, image.device):
                 out = filled_by_tiles(self, image, features, maps, output_size, max_memory)
                 return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+        kept = None
         if reason is None and not recorded:
-            query, key, _ = self.guided(image, features, output_size)
+            kept = kept_of(self, image)
+            query, key, _ = self.guided(image, features, output_size, kept)
         else:
             if reason is not None:
                 log_once(f"AnyUp: the fused path is not taken: {reason}")
@@ -245,8 +241,8 @@ class AnyUp(nn.Module):
             query, key = self.encoded(image, features)
             if output_size != tuple(image.shape[-2:]):
                 query = pooled(query, output_size)
-        query = self.projected_queries(query)
-        return self._attended(query, key, features, vis_attn, q_chunk_size)
+        query = self.projected_queries(query, kept)
+        return self._attended(query, key, features, vis_attn, q_chunk_size, kept)
 
     def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
         """`forward` of an image that is encoded already: the published method, with its names.
@@ -288,54 +284,15 @@ class AnyUp(nn.Module):
             return features
         return torch.cat((features, cell_colours(features).to(features.dtype)), 1)
 
-    def _attended(self, query, key, features, vis_attn, q_chunk_size):
+    def _attended(self, query, key, features, vis_attn, q_chunk_size, kept=None):
         """What `forward` returns, from projected queries and keys; queries before that are gone when it is called."""
         key = key.to(query.dtype)
         query, key, maps = broadcast(query, key, self._coloured(features, vis_attn))
-        out = self.cross_decode.attend(query, key, maps, q_chunk_size)
+        out = self.cross_decode.attend(query, key, maps, q_chunk_size, kept=kept)
         if vis_attn and self.head_mode == "split":
             colours = cell_colours(maps).to(maps.dtype)
-            return out, self.cross_decode.attend(query, key, colours, q_chunk_size, head_mode="mean")
+            return out, self.cross_decode.attend(query, key, colours, q_chunk_size, "mean", kept)
         return out.tensor_split((features.shape[1],), 1) if vis_attn else out
-
-    def encoded(self, image, features):
-        """What queries and keys are made of, with gradients.
-
-        Args:
-            image: (B, input_dim, H, W). features: (B, C, h, w), as `forward` takes them.
-
-        Returns:
-            query (B, H, W, qk_dim), to be pooled where the output has another size and given to `projected_queries`;
-            projected key (B, h, w, heads, d). Both float32 at least on CPUs; a batch of one where the inputs are.
-        """
-        if self.why_not_fused():
-            image = image.to(self.image_encoder[0].weight.dtype, memory_format=torch.channels_last)
-            return self._encoded_plainly(self.guidance(image), features)
-        dtype, weights = stored_dtype(self.image_encoder[0].weight, image.device), self.guidance_weights()
-        with torch.autocast(image.device.type, enabled=False):
-            x = through(project_pixels(image, weights.image_conv.to(dtype)), weights.image)
-            query, from_image = branches(x, weights.freqs, weights.query_conv, weights.key_conv)
-            return self._encoded_branches(query, from_image, features, weights)
-
-    def _encoded_plainly(self, guide, features):
-        """`encoded` by the plain layers, from the position-encoded guide."""
-        key = self.keys(guide, features).permute(0, 2, 3, 1)
-        norm, weight, bias = self.cross_decode.projection(1)
-        key = F.linear(rms_norm(key.to(wide_dtype(key.dtype)), norm).to(key.dtype), weight, bias)
-        return self.query_encoder(guide).permute(0, 2, 3, 1), self._split_heads(key)
-
-    def _encoded_branches(self, query, from_image, features, weights):
-        """The rest of `encoded`, from the first convolutions of queries and keys, both (B, H, W, qk_dim)."""
-        wide, keys = wide_dtype(query.dtype), self.key_weights()
-        query, from_image = through(query, weights.query), through(from_image, weights.key[:-1])
-        from_image = pooled_block(from_image, weights.key[-1], features.shape[-2:])
-        from_features = self.unified(features).permute(0, 2, 3, 1).to(wide)
-        from_features = through(from_features, keys.features)
-        both = torch.cat(broadcast(from_image, from_features), -1).permute(0, 3, 1, 2)
-        key = convolve(reflected(both, 1), keys.merge.to(wide)).permute(0, 2, 3, 1)
-        key = rms_norm(through(key, keys.blocks), keys.norm.to(wide))
-        key = F.linear(key, keys.weight.to(wide), keys.bias.to(wide))
-        return query, self._split_heads(key)
 
     def _why_not_prepared(self):
         """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
@@ -375,6 +332,28 @@ class AnyUp(nn.Module):
         if read is None:
             image, features = broadcast(image, features)
         return Prepared(self, image, features, read, state, backend)
+
+    def captured(self, image_shape, features_shape, output_size=None, dtype=None, features_dtype=None):
+        """A forward of one shape as a CUDA graph, without gradients: the host launches once in place of forty times.
+
+        Args:
+            image_shape: (B, input_dim, H, W). features_shape: (B, C, h, w).
+            output_size: (H', W'); None means (H, W).
+            dtype: of the image; None means that of the model.
+            features_dtype: of the features and the output; None means `dtype`.
+
+        Returns:
+            anyup_fast.captured.Captured: called with image and features it gives what `forward` gives, in one and the
+            same tensor every time. The model keeps the last eight for calls with equal arguments, each with its inputs,
+            its output and all that lies between; a parameter that changes has it captured anew.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit. RuntimeError: no CUDA device, or another reason why this
+                model's forward can't be captured; the message says which.
+        """
+        from .captured import captured
+
+        return captured(self, image_shape, features_shape, output_size, dtype, features_dtype)
 
     def why_not_fused(self):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
@@ -417,32 +396,47 @@ class AnyUp(nn.Module):
         plain = runs_plain(device, dtype, backend)
         return forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain)
 
-    def guided(self, image, features, output_size):
+    def guided(self, image, features, output_size, kept=None):
         """Everything but the attention, fused, without recording gradients.
 
         Returns:
             query (B, H', W', dim) for `projected_queries`, projected key (B, h, w, heads, d) and the norms of the
             guidance network (see `anyup_fast.ops.guidance`).
         """
-        weights, dtype = self.guidance_weights(), computed_dtype(self.image_encoder[0].weight, image.device)
-        query, from_image, norms = guidance(image, weights, output_size, features.shape[-2:], dtype=dtype)
-        return query, self.projected_keys(from_image, features).to(query.dtype), norms
+        dtype = computed_dtype(self.image_encoder[0].weight, image.device)
+        kept, weights = self._kept(image, kept, "guidance", self.guidance_weights)
+        query, from_image, norms = guidance(
+            image, weights, output_size, features.shape[-2:], dtype=dtype, kept=kept
+        )  # fmt: skip
+        return query, self.projected_keys(from_image, features, query.dtype, kept), norms
 
-    def projected_keys(self, from_image, features):
-        """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w)."""
-        from_features = self.unified(features)
+    def projected_keys(self, from_image, features, dtype=None, kept=None):
+        """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w).
+
+        They are stored in `dtype`; None means that of the image's part.
+        """
+        kept, weights = self._kept(features, kept, "keys", self.key_weights)
+        from_features = self.unified(features, kept)
         from_image, from_features = broadcast(from_image, from_features)
-        return self._split_heads(project_keys(from_image, from_features, self.key_weights()))
+        return self._split_heads(project_keys(from_image, from_features, weights, dtype=dtype, kept=kept))
 
-    def projected_queries(self, query):
+    def projected_queries(self, query, kept=None):
         """Projected queries (B, H', W', heads, d) from those of `guided`, through the 3x3 convolution."""
         if requested() == "reference":
             return self._split_heads(projected_plainly(query, *self.query_projection()))
-        return self._split_heads(project_queries(query, *self.query_projection()))
+        if records_gradients(self, query):
+            return self._split_heads(project_queries(query, *self.query_projection()))
+        kept, weights = self._kept(query, kept, "queries", self.query_projection)
+        return self._split_heads(project_queries(query, *weights, kept=kept))
+
+    def _kept(self, given, kept, name, make):
+        """What is kept for this model, looked up where it is not given, and the weights of a name, made by `make`."""
+        kept = kept_of(self, given) if kept is None else kept
+        return kept, make() if kept is None else kept.of(name, make)
 
     def _takes(self):
         """Channels of the image and the device, for `checked_inputs`."""
         return self.input_dim, self.image_encoder[0].weight.device
 
     def _split_heads(self, x):
-        return x.unflatten(-1, (self.cross_decode.cross_attn.heads, -1))
+        return x.view(*x.shape[:-1], self.cross_decode.cross_attn.heads, -1)

@@ -6,7 +6,6 @@ is computed in parts equals the whole.
 """
 
 import copy
-import functools
 import hashlib
 import os
 
@@ -14,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from .checks import checked_box, checked_output_size, checked_points, checked_state, checked_tile
-from .endings import step
 from .heads import linear_head
 from .layers import cell_colours
 from .ops import windowed_attention
 from .ops.attention import runs_plain
-from .ops.choice import requested, use_backend
+from .ops.choice import requested
+from .parts import answer, exactly, part_queries, whole_queries
 from .plain import guidance as plain_guidance
 from .plain import precision
 from .plain.memory import new_empty, nothing_kept, tile_memory
@@ -32,28 +31,6 @@ from .stores import Store, as_stored, on_host, stored_dtype
 
 BAND = 1 << 16  # output pixels of a piece of work
 GATHERED = 1 << 24  # numbers gathered at once for points
-
-
-def _answer(method):
-    """Run a method of `Prepared` without recording gradients, on the back end that it was prepared with."""
-
-    @functools.wraps(method)
-    def run(self, *arguments, **options):
-        with torch.no_grad(), use_backend(self._backend), precision.as_asked(self._precision), step():
-            return method(self, *arguments, **options)
-
-    return run
-
-
-def _exactly(method):
-    """Run a method of `Prepared` without autocast."""
-
-    @functools.wraps(method)
-    def run(self, *arguments):
-        with torch.autocast(self._features.device.type, enabled=False):
-            return method(self, *arguments)
-
-    return run
 
 
 class Prepared:
@@ -92,7 +69,7 @@ class Prepared:
         """What is spread over the output: the features, or the head's answers for them, (B, C, h, w)."""
         return self._value.permute(0, 3, 1, 2)
 
-    @_answer
+    @answer
     def state(self):
         """What has been computed once for every answer, to be given to `AnyUp.prepare` again.
 
@@ -102,7 +79,7 @@ class Prepared:
         self._prepare()
         return {name: self._shared[name] for name in ("key", "norms")}
 
-    @_answer
+    @answer
     def full(self, output_size=None):
         """Everything: what `AnyUp.forward` gives, through the head if there is one.
 
@@ -114,13 +91,18 @@ class Prepared:
         """
         size = checked_output_size(output_size, self.output_size)
         whole = (0, 0, *size)
-        if self._image is None or "norms" in self._shared:
+        if self._image is None:
             return self._region(whole, size)
-        query, key, norms = self.model.guided(self._image, self._features, size)
-        self._shared.update(key=key, norms=norms)
+        if "norms" in self._shared:
+            query = whole_queries(self.model, self._image, self._shared, size)
+            if query is None:
+                return self._region(whole, size)
+        else:
+            query, key, norms = self.model.guided(self._image, self._features, size)
+            self._shared.update(key=key, norms=norms)
         return self._attend(self.model.projected_queries(query), whole, size)
 
-    @_answer
+    @answer
     def region(self, top, left, height, width, output_size=None):
         """A rectangle of `full(output_size)`, at the cost of its own pixels.
 
@@ -138,7 +120,7 @@ class Prepared:
         size = checked_output_size(output_size, self.output_size)
         return self._region(checked_box((top, left, height, width), size), size)
 
-    @_answer
+    @answer
     def at(self, points, output_size=None, align="pixel"):
         """Features of single output pixels.
 
@@ -160,7 +142,7 @@ class Prepared:
         self._prepare()
         return self._answers_at(points, self._queries_at(points, size), size)
 
-    @_exactly
+    @exactly
     def _answers_at(self, points, query, size):
         row_bounds, col_bounds = self._bounds(size)
         key, answers = self._shared["key"], []
@@ -173,7 +155,7 @@ class Prepared:
         answers = torch.stack(answers)
         return answers.argmax(-1) if self._argmax else answers
 
-    @_answer
+    @answer
     def attention(self, row, col, output_size=None):
         """Where one output pixel looks: the mean over the heads of its weights over the low-res grid.
 
@@ -189,7 +171,7 @@ class Prepared:
         self._prepare()
         return self._maps_at(row, col, self._queries_at(points, size), size)
 
-    @_exactly
+    @exactly
     def _maps_at(self, row, col, query, size):
         row_bounds, col_bounds = self._bounds(size)
         key = self._shared["key"]
@@ -203,7 +185,7 @@ class Prepared:
         """Where every output pixel looks, as the RGB picture of `AnyUp.forward(vis_attn=True)`: (B, 3, H', W')."""
         return self.showing(cell_colours(self._features).to(self._features.dtype)).full(output_size)
 
-    @_answer
+    @answer
     def head(self, linear, *, argmax=False):
         """The same answers for `weight @ features + bias`, at the cost of the rows of the weight in place of C.
 
@@ -376,9 +358,13 @@ class Prepared:
         query = query[:, top - rows.start :, left - cols.start :][:, :height, :width]
         return self._attend(query.to(self._shared["key"].dtype), box, size)
 
-    @_exactly
+    @exactly
     def _queries(self, rows, cols, size):
         """Queries (B, rows, cols, D) of two slices of an output of `size`, before their convolution."""
+        if self._image is not None:
+            fused = part_queries(self.model, self._image, self._shared, rows, cols, size)
+            if fused is not None:
+                return fused
         guide = self._guide()
         axes = [Bins(n, m, part) for n, m, part in zip(self.output_size, size, (rows, cols), strict=True)]
         row_pixels, col_pixels = (axis.needed for axis in axes)
@@ -398,7 +384,7 @@ class Prepared:
             queries.append(out if whole else pool.mean())
         return torch.stack(queries)
 
-    @_exactly
+    @exactly
     def _queries_at(self, points, size):
         """Projected queries (B, N, heads, d) of output pixels (B, N, 2)."""
         if points.shape[1] * most_under(self.output_size, size) > 2 * self.output_size[0] * self.output_size[1]:
@@ -439,7 +425,8 @@ class Prepared:
         """Answers for projected queries (B, height, width, heads, d) of a box of the output."""
         top, left, height, width = box
         row_bounds, col_bounds = self._bounds(size)
-        row_bounds, col_bounds = row_bounds[top : top + height], col_bounds[left : left + width]
+        if box != (0, 0, *size):  # tables as they were made need not be looked at
+            row_bounds, col_bounds = row_bounds[top : top + height], col_bounds[left : left + width]
         key, value = self._shared["key"], self._value
         if not self._argmax:
             return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)

@@ -50,12 +50,12 @@ TENSOR_CORES = r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA|UTC\w*MMA)|v_s?w?mf?ma_\
 # Pixels, cells and channels of the problems whose default tiles are held to a limit of spills.
 GRIDS = {"448/32/384": (448, 32, 384), "518/37/768": (518, 37, 768), "1024/64/768": (1024, 64, 768)}
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-GROUPS = ("attention", "backward", "guidance", "queries", "unification")
+GROUPS = ("attention", "backward", "guidance", "keys", "queries", "unification")
 WINDOWS = ("row_ptr", "col_ptr", "row_tile_ptr", "col_tile_ptr", "row_range_ptr", "col_range_ptr")
-FLOATS = ("qk_scale", "scale", "safe_offset", "log2e", "eps")
+FLOATS = ("qk_scale", "scale", "safe_offset", "log2e", "eps", "origin")
 SUMS = dict.fromkeys(("lse_ptr", "norm_ptr", "delta_ptr", "grad_k_ptr", "grad_v_ptr"), "float32")
 # Strides and numbers that are divisible by 16 where channels are.
-ALIGNED = r"[gqkvx]_[bhwn]|channels"
+ALIGNED = r"[gqkvx]_[bhwn]|channels|n_keys"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Launch:
     @classmethod
     def of(cls, group, kernel, dtype, fn, constants, pointers=None, **figures):
         """With constants and options in one dict, as the launchers have them; those the function lacks are left out."""
-        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
         options["enable_fp_fusion"] = True
         constants = {name: value for name, value in constants.items() if name in fn.arg_names}
         tile = f"{constants['BLOCK_H']}x{constants['BLOCK_W']}" if "BLOCK_H" in constants else constants.get("BLOCK_P")
@@ -115,6 +115,9 @@ def kernels_of(tile):
     """The device functions a tile launches, each with its own block_k."""
     from anyup_fast.kernels import attention as w
 
+    if tile.design == "stored":
+        kernels = {"stats": (w._stats_kernel, tile.stats_block_k), "weights": (w._weights_kernel, tile.block_k)}
+        return {**kernels, "mix": (w._mix_kernel, tile.mix_k)}
     if tile.design == "two_pass":
         return {"stats": (w._stats_kernel, tile.stats_block_k), "apply": (w._apply_kernel, tile.block_k)}
     return {tile.design: (getattr(w, f"_{tile.design}_kernel"), tile.block_k)}
@@ -122,6 +125,8 @@ def kernels_of(tile):
 
 def attention(target, dtype, defaults=False, split=False):
     """Launches of every tile that `target` may be given, or of the `defaults` of `GRIDS` alone."""
+    from anyup_fast.kernels import attention as w
+
     device, kind = device_of(target), getattr(torch, dtype)
     chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
@@ -130,15 +135,26 @@ def attention(target, dtype, defaults=False, split=False):
         chosen.setdefault(tile, []).append(grid)
         widths.setdefault(tile, spans(tile.block_h, tile.block_w)[1])
     for tile in chosen if defaults else dict.fromkeys((*tiling.candidates(kind, device), *chosen)):
+        if split and tile.design == "stored":
+            continue
         for name, (fn, block_k) in kernels_of(tile).items():
             constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
+            constants["HIDE"] = w.hides(tile)
             constants.update(SPAN_W=widths.get(tile, round(block_k**0.5)), PACKED=True, STAGES=tile.stages)
             constants.update(_attention_constants(target, dtype, tile.precision), SPLIT=split)
             constants.update(num_warps=tile.warps, num_stages=tile.stages)
+            pointers = SUMS
+            if name in ("weights", "mix"):
+                wide = dtype == "float32"
+                constants.update(PARTS=2 if wide else 1, BLOCK_N=w.MIX_KEYS if name == "weights" else block_k)
+                pointers = dict(SUMS, w_ptr="float16" if wide else dtype, unit_ptr="float32", low_ptr="float16")
+                pointers.update(v_ptr="float16" if wide else dtype)
+            if name == "mix":
+                constants.update(STAGES=tile.mix_stages, num_stages=tile.mix_stages)
             bound = tiling.shared_memory(tile, device, kind)
             figures = dict(design=tile.design, block_c=tile.block_c, bound=bound)
             grids = " ".join(chosen.get(tile, ()))
-            yield Launch.of("attention", name, dtype, fn, constants, SUMS, **figures, default_for=grids)
+            yield Launch.of("attention", name, dtype, fn, constants, pointers, **figures, default_for=grids)
 
 
 def backward(target, dtype):
@@ -177,13 +193,13 @@ def guidance(target, dtype, dim=128):
         sizes.update(PRECISION=wide if dtype == "float32" else "ieee", STAGES=sizes["num_stages"])
     stored = dict.fromkeys(("x_ptr", "skip_ptr", "out_ptr", "weight_ptr"), dtype)
     both = {f"{name}{kind}_ptr": dtype for name in ("query", "key") for kind in ("", "_weight")}
-    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), num_warps=4)
+    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], num_warps=4)
     last = dict(BLOCK_P=g.LAST_ROWS, BLOCK_N=min(dim, 64), BLOCK_K=32, PRECISION=wide, num_warps=4)
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
     found = [
         ("image stats", g._image_stats_kernel, tiles, {}),
-        ("image affine", g._image_affine_kernel, dict(tiles, num_warps=4), {}),
-        ("affine", g._affine_kernel, dict(tiles, BLOCK_P=layer["BLOCK_P"]), {}),
+        ("image affine", g._image_affine_kernel, dict(tiles, BLOCK=g.IMAGE_TILES, num_warps=4), {}),
+        ("affine", g._affine_kernel, tiles, {}),
         ("rotation", g._rotation_kernel, dict(num_warps=4), {}),
         ("guide", g._guide_kernel, guide, {**stored, **both}),
         ("pool", g._pool_kernel, dict(pool, ACTIVE=True), dict(x_ptr=dtype, y_ptr=dtype)),
@@ -197,11 +213,38 @@ def guidance(target, dtype, dim=128):
         ("layer onto x", False, "stored"),
     ):
         constants = dict(layer, FROM_IMAGE=from_image, SKIP=skip, IMAGE_PRECISION=wide)
+        if skip == "image":
+            constants.pop("maxnreg", None)
         found.append((name, g._layer_kernel, constants, stored))
     for name, fn, constants, pointers in found:
         pointers = {name: pointers.get(name, "float32") for name in fn.arg_names if name.endswith("_ptr")}
         constants = dict(constants, D=dim, GROUPS=8, CHANNELS=3)
         yield Launch.of("guidance", name, dtype, fn, constants, pointers, dim=dim, block_c=constants.get("BLOCK_N"))
+
+
+def keys(target, dtype):
+    """Launches of all that makes keys, 128 channels and filters; `dtype` is what is given and asked for."""
+    from anyup_fast.kernels import keys as k
+
+    if tiling.why_no_kernels(device_of(target), torch.float32):
+        return
+    layer, merge = k.plan(device_of(target), 128, 128)
+    few = dict(BLOCK_P=k.CELLS, num_warps=4)
+    found = [
+        ("unit", k._unit_kernel, dict(few, BLOCK_C=64), dict(x_ptr=dtype)),
+        ("project", k._project_kernel, layer, dict(out_ptr=dtype)),
+    ]
+    if dtype == "float32":
+        found += [
+            ("start", k._start_kernel, dict(few, M=128), {}),
+            ("layer", k._layer_kernel, dict(layer, IN=128, SKIP=128), {}),
+            ("layer of another width", k._layer_kernel, dict(layer, IN=128, SKIP=256), {}),
+            ("merge", k._merge_kernel, merge, {}),
+            ("combine", k._combine_kernel, dict(PER_GROUP=16, BLOCK_T=k.TILES, num_warps=4), {}),
+        ]
+    for name, fn, constants, pointers in found:
+        pointers = {name: pointers.get(name, "float32") for name in fn.arg_names if name.endswith("_ptr")}
+        yield Launch.of("keys", name, dtype, fn, dict(constants, D=128, GROUPS=8), pointers)
 
 
 def queries(target, dtype):
@@ -221,10 +264,12 @@ def unification(target, dtype):
     if dtype != "float32":
         return
     device = device_of(target)
-    for name, channels in (("grouped", 384), ("gathered", 100)):
-        grouped, constants = f.plan(device, channels, 128, 5)
-        assert grouped == (name == "grouped")
+    for name, channels in (("grouped", 384), ("written", 1000), ("gathered", 100)):
+        design, constants = f.plan(device, channels, 128, 5, written=name == "written")
+        assert design == name
         yield Launch.of("unification", name, dtype, getattr(f, f"_{name}_kernel"), constants)
+        if name == "written":
+            continue
         stats = b.plan(device, channels, 128, 5)[1]
         yield Launch.of("unification", f"{name} stats", dtype, getattr(b, f"_{name}_stats_kernel"), stats)
     _, _, taps, gather = b.plan(device, 384, 128, 5)
@@ -244,7 +289,8 @@ def launches(target, dtypes, groups=GROUPS, defaults=False, split=False, dims=(1
                 for dim in dims:
                     yield from guidance(target, dtype, dim)
             else:
-                yield from dict(backward=backward, queries=queries, unification=unification)[group](target, dtype)
+                made = dict(backward=backward, keys=keys, queries=queries, unification=unification)
+                yield from made[group](target, dtype)
 
 
 class Enough(Exception):

@@ -14,6 +14,7 @@ from gpu_steps import Lazy, Step
 from roofline import floor_s, parse, peak_bytes
 
 from anyup_fast import AnyUp
+from anyup_fast.kept import kept_of
 from anyup_fast.layers import unit_channels
 from anyup_fast.ops import feature_unification, guidance, project_keys, project_queries, reference, use_backend
 
@@ -271,24 +272,31 @@ def _points_judged(out, image, features, limit, card):
 
 
 def _stages(model, given, side, grid, kind):
-    """Name to call of every stage but the attention."""
+    """Name to call of every stage but the attention, with what is made of weights kept, as in a forward."""
+
+    def kept(name, make):
+        found = kept_of(model(), given()[0])
+        return make() if found is None else found.of(name, make), found
 
     @torch.no_grad()
     def guided():
-        return guidance(given()[0], model().guidance_weights(), (side, side), (grid, grid), dtype=kind)
+        weights, made = kept("guidance", model().guidance_weights)
+        return guidance(given()[0], weights, (side, side), (grid, grid), dtype=kind, kept=made)
 
     @torch.no_grad()
     def unified():
-        return model().key_features_encoder[0](unit_channels(given()[1]))
+        return model().unified(given()[1], kept_of(model(), given()[0]))
 
     guide, unit = Lazy(guided), Lazy(unified)
 
     @torch.no_grad()
     def keys():
-        return project_keys(guide()[1], unit(), model().key_weights())
+        weights, made = kept("keys", model().key_weights)
+        return project_keys(guide()[1], unit(), weights, dtype=kind, kept=made)
 
     @torch.no_grad()
     def queries():
-        return project_queries(guide()[0], *model().query_projection())
+        weights, made = kept("queries", model().query_projection)
+        return project_queries(guide()[0], *weights, kept=made)
 
     return dict(guidance=guided, feature_unification=unified, project_keys=keys, project_queries=queries)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from anyup_fast.kept import Kept, captured_here
+
 COLUMNS = (
     "device capability python torch triton cuda commit sources part shape dtype what verdict error limit milliseconds "
     "p20 p80 host_us peak_mib rate floor_ms share goal_ms clock tile note"
@@ -167,11 +169,17 @@ class Card:
         once = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() - before
         del out
-        graph = None
+        graph = kept = None  # what a graph reads lives as long as it
         if clock == "graph":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
+            # As `AnyUp.captured` does: what is made of weights is made before, in the stream that is captured.
+            kept, stream = Kept(), torch.cuda.Stream()
+            with captured_here(kept):
+                with torch.cuda.stream(stream):
+                    call()
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    call()
             call = graph.replay
         # Writing this clears the L2 cache, and takes so long that the queue is never empty.
         flush = torch.empty(512 << 20, dtype=torch.int8, device=self.device)
@@ -187,7 +195,7 @@ class Card:
                 events[-1][1].record()
             torch.cuda.synchronize()
         times = sorted(start.elapsed_time(stop) for start, stop in events)
-        del graph
+        graph = kept = None
         self.tidy()
         share = len(times) // 5
         middle = statistics.median(times)

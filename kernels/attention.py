@@ -1,12 +1,15 @@
 """Windowed attention, forward: every output pixel against its own rectangle of low-resolution keys.
 
 A program owns a tile of BLOCK_H x BLOCK_W output pixels and the rectangle of keys that their windows span, which the
-host has computed per tile (`_spans`), for bounds of any order. Three designs, chosen in `tiling.py`:
+host has computed per tile (`_spans`), for bounds of any order. Four designs, chosen in `tiling.py`:
 
 window    the whole rectangle is one block of keys: softmax per head in registers, probabilities summed over the heads,
           then one product per block of channels. Bytes: the output once; keys and values come from the caches.
 two_pass  any window, any number of channels: log-sum-exp per pixel and head first (4 bytes each), then
           probabilities, summed over the heads, times values. A block of keys is a piece of one row of the window.
+stored    any window, many channels: weights are summed over the heads once and written down, for as many tiles at a
+          time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are sums
+          of two float16, and three products of them take the place of one.
 heads     any window, few channels: one pass, one running sum per head.
 
 In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is
@@ -14,18 +17,27 @@ worked out once per column block. Where all logits are provably small (|q| |k| b
 running maximum: what is left per logit is one multiply-add, one exponential and the sum.
 """
 
-import os
+import math
 from contextlib import nullcontext
 from functools import lru_cache, partial, wraps
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiling import Device, choose_tile
+from .launches import INTERPRETED as _INTERPRETED
+from .launches import Launches, cdiv, layout
+from .tiling import Device, Tile, choose_tile
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(_INTERPRETED)
 LOG2E = 1.4426950408889634
+# Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
+COUNTS = ["height", "width", "grid_h", "n_tiles_h", "n_tiles_w", "n_blocks_c", "first_tile", "quarter"]
+MOST_PLANS = 512
+SLAB = 1 << 28
+PARTS_C = 32
+MIX_KEYS = 64  # that weights are stored for: whole blocks of as many
 # Largest offset, in powers of two, that may replace the running maximum: 2 ** (-2 * offset) has to be a normal number,
 # and float32 results must not lose digits to the size of the exponent.
 SAFE_OFFSET = {torch.bfloat16: 60.0, torch.float16: 0.0, torch.float32: 12.0}
@@ -114,13 +126,32 @@ def _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED: tl.const
 
 
 @triton.jit
+def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k,
+            P: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr):  # fmt: skip
+    """Factors (P, 32) and (32, K) of a product that is zero where a pixel sees a key, and below -2 ** 119 elsewhere.
+
+    One place for each of 16 rows and 16 columns of the rectangle: a pixel has a number where it sees none, a key a one.
+    """
+    place = tl.arange(0, 32)
+    of_row, n = place < 16, place % 16
+    first = tl.where(of_row[None, :], (r0 - span_r0)[:, None], (c0 - span_c0)[:, None])
+    last = tl.where(of_row[None, :], (r1 - span_r0)[:, None], (c1 - span_c0)[:, None])
+    unseen = (n[None, :] < first) | (n[None, :] >= last)
+    offs_k = tl.arange(0, BLOCK_K)
+    own = tl.where(of_row[:, None], (offs_k // SPAN_W)[None, :], (offs_k % SPAN_W)[None, :]) == n[:, None]
+    # Keys beyond the rectangle have all places: no pixel sees 16 rows and 16 columns where there are such keys.
+    own = own | (mask_k == 0)[None, :]
+    return tl.where(unseen, -(2.0**120), 0.0).to(tl.bfloat16), tl.where(own, 1.0, 0.0).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def _window_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
     height, width, channels, n_tiles_h, n_tiles_w, qk_scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HIDE: tl.constexpr,
 ):  # fmt: skip
     image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
         tl.program_id(0), row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
@@ -141,12 +172,16 @@ def _window_kernel(
     mask_key_dim = mask_k[None, :] & (offs_d < HEAD_DIM)[:, None]
     per_head = channels // HEADS
     weights = tl.zeros((P, BLOCK_K), tl.float32)
+    if HIDE:
+        unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, P, BLOCK_K, SPAN_W)
     for head in tl.range(0, HEADS, num_stages=1):
         q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
         k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
-        s = _dot(q, k, None, PRECISION)
-        seen = _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED)
-        s = tl.where(seen, s, float("-inf"))
+        if HIDE:
+            s = _dot(q, k, _dot(unseen, own, None, "ieee"), PRECISION)
+        else:
+            s = _dot(q, k, None, PRECISION)
+            s = tl.where(_seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED), s, float("-inf"))
         e = tl.exp2(s * qk_scale - (tl.max(s, 1) * qk_scale)[:, None])
         if SPLIT:
             w = (e * (1.0 / tl.sum(e, 1))[:, None]).to(v_ptr.dtype.element_ty)
@@ -226,7 +261,7 @@ def _stats_window(
     return top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _stats_kernel(
     q_ptr, k_ptr, norm_ptr, lse_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
@@ -282,7 +317,7 @@ def _apply_rows(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _apply_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
@@ -339,6 +374,147 @@ def _apply_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_pix[:, None] & mask_c)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def _parts_kernel(
+    x_ptr, high_ptr, low_ptr, unit_ptr, x_b, x_h, x_w, height, width, channels, n_blocks_c,
+    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Float32 as the sum of two float16, times a power of two of each image and channel, its `unit`; (B, h * w, C).
+
+    What is not finite counts for nothing in the choice of the unit.
+    """
+    image = (tl.program_id(0) // n_blocks_c).to(tl.int64)
+    offs_c = tl.program_id(0) % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < channels)[None, :]
+    offs_x = tl.arange(0, BLOCK_X)
+    n = height * width
+    base = x_ptr + image * x_b + offs_c[None, :]
+    most = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
+    for first in tl.range(0, n, BLOCK_X, num_stages=1):
+        place = first + offs_x
+        offs = (place // width).to(tl.int64) * x_h + (place % width).to(tl.int64) * x_w
+        x = tl.abs(tl.load(base + offs[:, None], mask=(place < n)[:, None] & mask_c, other=0.0))
+        most = tl.maximum(most, tl.where(x < float("inf"), x, 0.0))
+    # The largest lies below 2 ** (exponent - 126), and comes to lie below 2 ** 15.
+    exponent = tl.maximum(tl.max(most, 0).to(tl.int32, bitcast=True) >> 23, 15)
+    factor = ((268 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
+    tl.store(unit_ptr + image * channels + offs_c, ((exponent - 14) << 23).to(tl.float32, bitcast=True),
+             mask=offs_c < channels)  # fmt: skip
+    for first in tl.range(0, n, BLOCK_X, num_stages=1):
+        place = first + offs_x
+        offs = (place // width).to(tl.int64) * x_h + (place % width).to(tl.int64) * x_w
+        mask = (place < n)[:, None] & mask_c
+        x = tl.load(base + offs[:, None], mask=mask, other=0.0) * factor
+        high = x.to(tl.float16)
+        out = (image * n + place)[:, None] * channels + offs_c[None, :]
+        tl.store(high_ptr + out, high, mask=mask)
+        tl.store(low_ptr + out, (x - high.to(tl.float32)).to(tl.float16), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _weights_kernel(
+    q_ptr, k_ptr, lse_ptr, w_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
+    q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n,
+    height, width, grid_h, n_tiles_h, n_tiles_w, first_tile, quarter, n_keys, qk_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mean over the heads of the weights of all keys that a tile spans, (tiles, PARTS, P, n_keys).
+
+    A row of keys takes 4 * `quarter` places; up to the end of a block of BLOCK_N keys the rest is zero.
+    """
+    slot = tl.program_id(0)
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
+        first_tile + slot, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+        BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    pitch = quarter * 4
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_pix = (image.to(tl.int64) * height + i) * width + j
+    queries = ()
+    lses = ()
+    for h in tl.static_range(HEADS):
+        queries = queries + (_load_query(q_ptr, image, i, j, h, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D),)
+        lses = lses + (tl.load(lse_ptr + offs_pix * HEADS + h, mask=mask_pix, other=0.0),)
+    k_base = k_ptr + image.to(tl.int64) * k_b
+    w_ptrs = w_ptr + slot.to(tl.int64) * (PARTS * P * n_keys) + (tl.arange(0, P) * n_keys)[:, None] + offs_k[None, :]
+    n_rows = tl.cdiv(tl.cdiv((span_r1 - span_r0) * pitch, BLOCK_N) * BLOCK_N, pitch)
+    for first in tl.range(0, pitch, BLOCK_K, num_stages=1):
+        col = span_c0 + first + offs_k
+        k_ptrs = k_base + (col.to(tl.int64) * k_w)[None, :] + offs_d[:, None]
+        mask_key = (col < span_c1)[None, :] & (offs_d < HEAD_DIM)[:, None]
+        in_row = (col[None, :] >= c0[:, None]) & (col[None, :] < c1[:, None])
+        for n in tl.range(0, n_rows, num_stages=STAGES):
+            row = span_r0 + n
+            inside = (row >= r0) & (row < r1)
+            k_row = tl.minimum(row, grid_h - 1).to(tl.int64) * k_h
+            for h in tl.static_range(HEADS):
+                k = tl.load(k_ptrs + k_row + tl.cast(h, tl.int64) * k_n, mask=mask_key, other=0.0)
+                offset = tl.where(inside, lses[h], float("inf"))[:, None]
+                e = tl.exp2(_dot(queries[h], k, None, PRECISION) * qk_scale - offset)
+                w = e if h == 0 else w + e  # noqa: F821
+            w = tl.where(in_row, w, 0.0)
+            mask_w = ((first + offs_k < pitch) & (n * pitch + first + offs_k < n_keys))[None, :]
+            if PARTS == 1:
+                tl.store(w_ptrs + (n * pitch + first), w.to(w_ptr.dtype.element_ty), mask=mask_w)
+            else:
+                w *= 4096.0  # what is left of a half is no subnormal number then
+                high = w.to(tl.float16)
+                tl.store(w_ptrs + (n * pitch + first), high, mask=mask_w)
+                tl.store(w_ptrs + (P * n_keys + n * pitch + first), (w - high.to(tl.float32)).to(tl.float16),
+                         mask=mask_w)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _mix_kernel(
+    w_ptr, v_ptr, low_ptr, unit_ptr, out_ptr, row_tile_ptr, col_tile_ptr, v_b, v_h, v_w,
+    height, width, channels, n_tiles_h, n_tiles_w, n_blocks_c, first_tile, quarter, n_keys,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Values times the weights of `_weights_kernel`: one block of channels of one tile."""
+    # Channel blocks of one tile follow each other: they read the same weights.
+    slot = tl.program_id(0) // n_blocks_c
+    tile = first_tile + slot
+    image = (tile // (n_tiles_h * n_tiles_w)).to(tl.int64)
+    tile_h = tile // n_tiles_w % n_tiles_h
+    tile_w = tile % n_tiles_w
+    span_r0 = tl.load(row_tile_ptr + 4 * tile_h)
+    span_r1 = tl.load(row_tile_ptr + 4 * tile_h + 1)
+    span_c0 = tl.load(col_tile_ptr + 4 * tile_w)
+    span_c1 = tl.load(col_tile_ptr + 4 * tile_w + 1)
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    pitch = quarter * 4
+    offs_p = tl.arange(0, P)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_c = tl.program_id(0) % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < channels)[None, :]
+    w_ptrs = w_ptr + slot.to(tl.int64) * (PARTS * P * n_keys) + (offs_p * n_keys)[:, None] + offs_n[None, :]
+    v_base = image * v_b + offs_c[None, :]
+    acc = tl.zeros((P, BLOCK_C), tl.float32)
+    for first in tl.range(0, (span_r1 - span_r0) * pitch, BLOCK_N, num_stages=STAGES):
+        key = first + offs_n
+        # Keys beyond have weight zero: any of the window stands for them.
+        row = tl.minimum(span_r0 + key // pitch, span_r1 - 1).to(tl.int64)
+        col = tl.minimum(span_c0 + key % pitch, span_c1 - 1).to(tl.int64)
+        offs_v = v_base + (row * v_h + col * v_w)[:, None]
+        w = tl.load(w_ptrs + first)
+        v = tl.load(v_ptr + offs_v, mask=mask_c, other=0.0)
+        acc = _dot(w, v, acc, "ieee")
+        if PARTS == 2:
+            acc = _dot(tl.load(w_ptrs + (P * n_keys + first)), v, acc, "ieee")
+            acc = _dot(w, tl.load(low_ptr + offs_v, mask=mask_c, other=0.0), acc, "ieee")
+    if PARTS == 2:
+        acc *= tl.load(unit_ptr + image * channels + offs_c, mask=offs_c < channels, other=0.0)[None, :] / 4096.0
+    i = tile_h * BLOCK_H + offs_p // BLOCK_W
+    j = tile_w * BLOCK_W + offs_p % BLOCK_W
+    out_ptrs = out_ptr + (((image * height + i) * width + j) * channels)[:, None] + offs_c[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=((i < height) & (j < width))[:, None] & mask_c)
+
+
 @triton.jit
 def _heads_rows(
     acc, top, q, k_ptrs, v_ptrs, k_h, v_h, mask_key, mask_value, ones, bias, qk_scale,
@@ -393,7 +569,7 @@ def _heads_window(
     return acc * (1.0 / total)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _heads_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
@@ -437,7 +613,7 @@ def _heads_kernel(
 
 
 def _on(device):
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    return torch.get_device_module(device).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _frozen(bounds):
@@ -504,16 +680,138 @@ def _norms(key):
     return torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax((1, 2)).contiguous()
 
 
-def _log_sum_exp(query, key, rows, cols, row_tiles, col_tiles, qk_scale, constants):
+class _Plan(NamedTuple):
+    """All that the host works out for problems of one kind: which tile, which tables, which constants."""
+
+    tile: Tile
+    pointers: tuple  # rows, columns and their tiles, on the device
+    n_tiles: tuple
+    constants: dict
+    window: dict  # further constants of the design "window", further sizes of "stored"
+
+
+_plans = {}
+
+
+def _name(bounds):
+    """What is equal for equal bounds on the CPU: by which rule they were made, or else what they hold."""
+    rule, version = getattr(bounds, "made_by", (None, None))
+    return rule if rule is not None and bounds._version == version else (bounds.dtype, bounds.numpy().tobytes())
+
+
+def _plan(card, query, value, row_bounds, col_bounds, split, tile):
+    """The `_Plan` of checked arguments; by one look-up where both bounds are known by their rule."""
+    on_cpu = row_bounds.device.type == col_bounds.device.type == "cpu"
+    heads, head_dim = query.shape[3:]
+    key = None
+    if on_cpu:
+        names = _name(row_bounds), _name(col_bounds)
+        key = card, query.device, query.dtype, value.dtype, heads, head_dim, value.shape[3], split, tile, names
+        if key in _plans:
+            return _plans[key]
+    if tile is None:
+        spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds)) if on_cpu else None
+        dtype = value.dtype if value.dtype == query.dtype else torch.float32
+        each = value.shape[3] // heads if split else value.shape[3]
+        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads, stored=not split)
+    rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
+    cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
+    if tile.design in ("window", "stored") and (span_h is None or span_w is None):
+        raise ValueError(f"tile: the design {tile.design!r} needs bounds on the CPU")
+    if tile.design == "stored" and split:
+        raise ValueError("tile: the design 'stored' has no heads that split the channels")
+    wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
+    constants = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
+    constants.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
+    constants.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
+    constants.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    window = {}
+    if tile.design == "stored":
+        quarter = cdiv(span_w, 4)
+        window = dict(quarter=quarter, n_keys=cdiv(span_h * 4 * quarter, MIX_KEYS) * MIX_KEYS)
+    if tile.design == "window":
+        width = _rounded(span_h, span_w, tile.block_k)
+        window = dict(SPAN_W=width, PACKED=width <= 16 and span_h <= 16)
+        window["HIDE"] = window["PACKED"] and hides(tile)
+    plan = _Plan(tile, (rows, cols, row_tiles, col_tiles), (len(row_tiles), len(col_tiles)), constants, window)
+    if key is not None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()  # the tables stay
+        _plans[key] = plan
+    return plan
+
+
+def hides(tile):
+    """Whether a product makes the masks of a "window", where compares would be a third of the instructions.
+
+    Not where warps share rows: of two products, one after the other, each would compute all keys.
+    """
+    return tile.block_h * tile.block_w >= 16 * tile.warps
+
+
+def _rounded(span_h, span_w, block_k):
+    """Keys in a row of the block of a window: no fewer than it spans, and such that few kernels serve many sizes."""
+    square = cdiv(math.isqrt(block_k - 1) + 1, 4) * 4
+    widths = *range(square, 33, 4), *range(square - 4, 0, -4)
+    return next((width for width in widths if width >= span_w and width * span_h <= block_k), span_w)
+
+
+def _log_sum_exp(launch, query, key, pointers, qk_scale, constants):
     """(B, H', W', heads) float32, to the base of 2: of the logits, plus log2(heads) unless the heads split channels."""
     batch, height, width, heads, _ = query.shape
-    n_tiles = len(row_tiles), len(col_tiles)
+    n_tiles = len(pointers[2]), len(pointers[3])
     lse = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
-    _stats_kernel[(batch * n_tiles[0] * n_tiles[1] * heads,)](
-        query, key, _norms(key), lse, rows, cols, row_tiles, col_tiles, *query.stride()[:4], *key.stride()[:4],
-        height, width, *n_tiles, qk_scale, max(SAFE_OFFSET[query.dtype], 12.0), **constants,
+    launch(
+        _stats_kernel, batch * n_tiles[0] * n_tiles[1] * heads, query, key, _norms(key), lse, *pointers,
+        *query.stride()[:4], *key.stride()[:4], height, width, *n_tiles, qk_scale, max(SAFE_OFFSET[query.dtype], 12.0),
+        **constants,
     )  # fmt: skip
     return lse
+
+
+def _parts(launch, value):
+    """Float32 values as two tensors of float16 and the units (B, C) of their channels; see `_parts_kernel`."""
+    batch, h, w, channels = value.shape
+    high, low = (torch.empty(value.shape, dtype=torch.float16, device=value.device) for _ in range(2))
+    units = torch.empty(batch, channels, dtype=torch.float32, device=value.device)
+    blocks = cdiv(channels, PARTS_C)
+    launch(
+        _parts_kernel, batch * blocks, value, high, low, units, *value.stride()[:3], h, w, channels, blocks,
+        BLOCK_X=128, BLOCK_C=PARTS_C, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+    return high, low, units
+
+
+def _launch_stored(launch, plan, query, key, value, out, qk_scale):
+    """The design "stored", slab by slab."""
+    tile, (rows, cols, row_tiles, col_tiles) = plan.tile, plan.pointers
+    batch, height, width, _, _ = query.shape
+    channels, quarter, n_keys = value.shape[3], plan.window["quarter"], plan.window["n_keys"]
+    first = {**plan.constants, "BLOCK_K": tile.stats_block_k}
+    lse = _log_sum_exp(launch, query, key, plan.pointers, qk_scale, first)
+    wide = torch.float32 in (query.dtype, value.dtype)
+    high, low, units = _parts(launch, value) if wide else (value, value, lse)
+    parts, kind = (2, torch.float16) if wide else (1, value.dtype)
+    tiles, pixels = batch * plan.n_tiles[0] * plan.n_tiles[1], tile.block_h * tile.block_w
+    room = max(1, min(tiles, SLAB // (parts * pixels * n_keys * kind.itemsize)))
+    weights = torch.empty(room, parts, pixels, n_keys, dtype=kind, device=query.device)
+    blocks = cdiv(channels, tile.block_c)
+    both = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, PARTS=parts, enable_fp_fusion=True)
+    first_options = {name: value for name, value in plan.constants.items() if name != "SPLIT"}
+    first_options.update(both, BLOCK_N=MIX_KEYS)
+    mix = dict(both, BLOCK_N=tile.mix_k, BLOCK_C=tile.block_c, STAGES=tile.mix_stages)
+    mix.update(num_warps=tile.warps, num_stages=tile.mix_stages)
+    for first in range(0, tiles, room):
+        count = min(room, tiles - first)
+        launch(
+            _weights_kernel, count, query, key, lse, weights, rows, cols, row_tiles, col_tiles, *query.stride()[:4],
+            *key.stride()[:4], height, width, key.shape[1], *plan.n_tiles, first, quarter, n_keys, qk_scale,
+            **first_options,
+        )  # fmt: skip
+        launch(
+            _mix_kernel, count * blocks, weights, high, low, units, out, row_tiles, col_tiles, *high.stride()[:3],
+            height, width, channels, *plan.n_tiles, blocks, first, quarter, n_keys, **mix,
+        )  # fmt: skip
 
 
 def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", tile=None):
@@ -524,7 +822,7 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
 
     Returns:
         (B, H', W', C) in the dtype of `value`. Nothing here waits for the device; bounds on the CPU are copied to it
-        once and remembered by their content, so that a second call can be captured in a graph.
+        once and remembered by their rule or their content, so that a second call can be captured in a graph.
     """
     batch, height, width, heads, head_dim = query.shape
     channels = value.shape[3]
@@ -533,47 +831,36 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         query, scale = -query, -scale
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(batch, height, width, channels, dtype=value.dtype, device=value.device)
-    split = head_mode == "split"
-    card = Device.of(query.device)
-    if tile is None:
-        spans = None
-        if row_bounds.device.type == col_bounds.device.type == "cpu":
-            spans = partial(_spans, _frozen(row_bounds), _frozen(col_bounds))
-        dtype = value.dtype if value.dtype == query.dtype else torch.float32
-        each = channels // heads if split else channels
-        tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads)
-    rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
-    cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
-    if tile.design == "window" and (span_h is None or span_w is None):
-        raise ValueError("tile: the design 'window' needs bounds on the CPU")
-    n_tiles = len(row_tiles), len(col_tiles)
-    pointers = rows, cols, row_tiles, col_tiles
-    sizes = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
-    sizes.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
-    wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
-    sizes.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    split, card = head_mode == "split", Device.of(query.device)
+    plan = _plan(card, query, value, row_bounds, col_bounds, split, tile)
+    tile, options = plan.tile, plan.constants
     # Not zero, which would make NaN of the minus infinity of keys outside the window.
     qk_scale = max(scale, 1e-30) * LOG2E
-    programs = batch * n_tiles[0] * n_tiles[1]
-    strides = (*query.stride()[:4], *key.stride()[:4])
+    programs = batch * plan.n_tiles[0] * plan.n_tiles[1]
+    strides = (*query.stride()[:4], *key.stride()[:4], *value.stride()[:3])
     with _on(query.device):
+        given = layout(query), layout(key), layout(value)
+        launch = Launches(("windowed_attention", card, *given, tile, split, *plan.window.values()))
         if tile.design == "window":
-            _window_kernel[(programs,)](
-                query, key, value, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,
-                qk_scale, **sizes, SPAN_W=span_w, PACKED=span_w <= 16 and span_h <= 16, BLOCK_C=tile.block_c, **options,
+            launch(
+                _window_kernel, programs, query, key, value, out, *plan.pointers, *strides, height, width, channels,
+                *plan.n_tiles, qk_scale, **options, **plan.window, BLOCK_C=tile.block_c,
             )  # fmt: skip
-            return out
-        if tile.design == "heads":
-            _heads_kernel[(programs,)](
-                query, key, value, _norms(key), out, *pointers, *strides, *value.stride()[:3], height, width, channels,
-                *n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **sizes, BLOCK_C=tile.block_c, **options,
+        elif tile.design == "heads":
+            launch(
+                _heads_kernel, programs, query, key, value, _norms(key), out, *plan.pointers, *strides, height, width,
+                channels, *plan.n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **options, BLOCK_C=tile.block_c,
             )  # fmt: skip
-            return out
-        lse = _log_sum_exp(query, key, *pointers, qk_scale, {**sizes, **options, "BLOCK_K": tile.stats_block_k})
-        blocks = heads * triton.cdiv(channels // heads, tile.block_c) if split else triton.cdiv(channels, tile.block_c)
-        _apply_kernel[(programs * blocks,)](
-            query, key, value, lse, out, *pointers, *strides, *value.stride()[:3], height, width, channels, *n_tiles,
-            blocks, qk_scale, **sizes, BLOCK_C=tile.block_c, **options,
-        )  # fmt: skip
+        elif tile.design == "stored":
+            _launch_stored(launch, plan, query, key, value, out, qk_scale)
+        else:
+            first = {**options, "BLOCK_K": tile.stats_block_k}
+            lse = _log_sum_exp(launch, query, key, plan.pointers, qk_scale, first)
+            each = cdiv(channels // heads, tile.block_c)
+            blocks = heads * each if split else cdiv(channels, tile.block_c)
+            launch(
+                _apply_kernel, programs * blocks, query, key, value, lse, out, *plan.pointers, *strides, height, width,
+                channels, *plan.n_tiles, blocks, qk_scale, **options, BLOCK_C=tile.block_c,
+            )  # fmt: skip
+        launch.done()
     return out

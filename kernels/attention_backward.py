@@ -35,6 +35,7 @@ from .attention import (
     _tables,
     _tile,
 )
+from .launches import launched
 from .tiling import RDNA, Device
 
 KEY_W = 8
@@ -536,7 +537,8 @@ def windowed_attention_bwd(
                             PACKED=span_w <= 16 and span_h <= 16),
             )  # fmt: skip
         else:
-            lse = _log_sum_exp(query, key, *pointers, qk_scale, constants(blocks, BLOCK_K=blocks.block_k))
+            options = constants(blocks, BLOCK_K=blocks.block_k)
+            lse = _log_sum_exp(launched, query, key, pointers, qk_scale, options)
             _query_blocks_kernel[(programs * (heads // group),)](
                 grad, query, key, value, lse, delta, grad_query, *pointers, *numbers,
                 **constants(blocks, **_keys(blocks), BLOCK_C=blocks.block_c, GROUP=group),

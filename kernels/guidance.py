@@ -11,24 +11,34 @@ where it is needed, in float32. The last layer of the image encoder rotates its 
 both branches. Where a branch ends in fewer pixels, its last product comes after the pooling, with which it commutes.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .attention import INTERPRETED, _dot, _on
+from .launches import Launches, cdiv, layout, side_by_side
 from .tiling import RDNA, Device
 
 NORM_EPS = tl.constexpr(1e-5)
 IMAGE_PIXELS = 2048  # of a program that only reads the image
-TILES = 2048  # whose statistics are put together at a time
+TILES = 2048  # whose statistics are put together at a time, and FEW_TILES where there are no more
+FEW_TILES = 512
+IMAGE_TILES = 512  # of the image's own statistics at a time
 MOST_CHANNELS = 16
 DIMS = (32, 64, 128, 256)
 # Pooling comes before the last product from this ratio of pixels upwards: what is pooled is stored in float32, twice.
 FEWER = 4
 NORMS = 12
+PER_PROCESSOR = 3  # programs of a layer on a multiprocessor at once, each with its matrix
 PROGRAMS = 1024  # that keep a GPU busy while it pools to few cells
 POOL_PIXELS = 16  # of a program at a time
 LAST_ROWS = 32  # of a program of the last product
+TABLES = 16  # of rotation, for as many sizes, that stay with weights that are kept
+# Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
+COUNTS = ["image_b", "image_c", "image_h", "n_pixels", "width", "height", "n_tiles", "n_rows", "n_cols", "n_cells",
+          "n_blocks", "n_images", "n_splits", "n_programs", "n_turns", "each"]  # fmt: skip
 
 
 @triton.jit
@@ -63,58 +73,92 @@ def _colours(image_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_
 
 
 @triton.jit
+def _conv(conv_ptr, offs_d, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Columns `offs_d` of the first convolution, a matrix (CHANNELS, D) of float32, with zeros to 16 rows."""
+    offs_c = tl.arange(0, 16)
+    return tl.load(conv_ptr + offs_c[:, None] * D + offs_d[None, :], mask=(offs_c < CHANNELS)[:, None], other=0.0)
+
+
+@triton.jit
 def _expanded(
-    image_ptr, conv_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, offs_d, acc,
-    D: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    image_ptr, conv, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, acc,
+    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc` plus channels `offs_d` of the first convolution on the image; its matrix is (CHANNELS, D), float32."""
+    """`acc` plus the first convolution on the image, of which `conv` are some columns (see `_conv`)."""
     offs_c = tl.arange(0, 16)
     offs = (offs_p // width).to(tl.int64) * image_h + (offs_p % width).to(tl.int64) * image_w
     ptrs = image_ptr + image * image_b + offs[:, None] + (offs_c.to(tl.int64) * image_c)[None, :]
     colours = tl.load(ptrs, mask=mask_p[:, None] & (offs_c < CHANNELS)[None, :], other=0.0).to(tl.float32)
-    ptrs = conv_ptr + offs_c[:, None] * D + offs_d[None, :]
-    return _dot(colours, tl.load(ptrs, mask=(offs_c < CHANNELS)[:, None], other=0.0), acc, PRECISION)
+    return _dot(colours, conv, acc, PRECISION)
 
 
 @triton.jit
-def _active(x, affine_ptr, image, offs_d, D: tl.constexpr):
+def _silu(x, CUDA: tl.constexpr):
+    """x / (1 + exp(-x)), by the device's own 2 ** y and 1 / y, which are off by a unit in the last place."""
+    denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
+    if CUDA and not INTERPRETED:
+        # Triton's division checks ranges: here infinity has the reciprocal zero, and nothing is smaller than one.
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x / denominator
+
+
+@triton.jit
+def _active(x, affine_ptr, image, offs_d, D: tl.constexpr, CUDA: tl.constexpr):
     """silu(norm(x)) for channels `offs_d`, in float32."""
     scale = tl.load(affine_ptr + image * (2 * D) + offs_d)
     shift = tl.load(affine_ptr + image * (2 * D) + D + offs_d)
-    x = x.to(tl.float32) * scale[None, :] + shift[None, :]
-    return x / (1.0 + tl.exp(-x))
+    return _silu(x.to(tl.float32) * scale[None, :] + shift[None, :], CUDA)
+
+
+@triton.jit
+def _group_sums(x, mask_p, N: tl.constexpr, PER_GROUP: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums over the pixels of the tile and the channels of each group, of numbers of 16 bits."""
+    # A product that follows another keeps rows of pixels together in a warp. Without it several warps would compute the
+    # same activations for the first one.
+    G: tl.constexpr = N // PER_GROUP
+    COLS: tl.constexpr = G if G > 16 else 16
+    member = tl.arange(0, N)[:, None] // PER_GROUP == tl.arange(0, COLS)[None, :]
+    sums = _dot(x, tl.where(member, 1.0, 0.0).to(x.dtype), None, PRECISION)
+    sums = tl.sum(tl.where(mask_p[:, None], sums, 0.0), 0)
+    return tl.sum(tl.reshape(sums, (COLS // G, G)), 0)
+
+
+@triton.jit
+def _stats(wide, x, mask_p, count, N: tl.constexpr, PER_GROUP: tl.constexpr, PRECISION: tl.constexpr):
+    """Mean and squared deviation over the tile of each group of N channels: of `wide`, in float32, and `x`, as stored.
+
+    Of 16 bits squares are rounded before they are summed: to the nearest, so that the errors of so many cancel out.
+    """
+    n = tl.maximum(count * PER_GROUP, 1).to(tl.float32)
+    G: tl.constexpr = N // PER_GROUP
+    groups = tl.reshape(wide, (x.shape[0], G, PER_GROUP))
+    if x.dtype == tl.float32:
+        inside = mask_p.to(tl.float32)[:, None, None]
+        mean = tl.sum(tl.sum(groups * inside, 2), 0) / n
+        gap = groups * inside - mean[None, :, None] * inside
+        spread = tl.sum(tl.sum(gap * gap, 2), 0)
+    else:
+        mean = _group_sums(x, mask_p, N, PER_GROUP, PRECISION) / n
+        gap = tl.reshape(groups - mean[None, :, None], (x.shape[0], N))
+        spread = _group_sums(_narrow(gap * gap, tl.bfloat16), mask_p, N, PER_GROUP, PRECISION)
+    return mean, spread
 
 
 @triton.jit
 def _store_stats(
-    x, mask_p, count, stats_ptr, image, tile, n_tiles, first_group,
-    GROUPS: tl.constexpr, N: tl.constexpr, PER_GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    mean, spread, stats_ptr, image, place, n_places, first_group,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviation over the tile of the groups that the N channels of `x` make up."""
-    n = (count * PER_GROUP).to(tl.float32)
-    G: tl.constexpr = N // PER_GROUP
-    inside = mask_p.to(tl.float32)[:, None, None]
-    wide = tl.reshape(x.to(tl.float32), (x.shape[0], G, PER_GROUP))
-    if x.dtype == tl.float32:
-        sums = tl.sum(tl.sum(wide * inside, 2), 0)
-    else:
-        # A product that follows another keeps rows of pixels together in a warp. Without it several warps would compute
-        # the same activations for the first one.
-        COLS: tl.constexpr = G if G > 16 else 16
-        member = tl.arange(0, N)[:, None] // PER_GROUP == tl.arange(0, COLS)[None, :]
-        sums = _dot(x, tl.where(member, 1.0, 0.0).to(x.dtype), None, PRECISION)
-        sums = tl.sum(tl.where(mask_p[:, None], sums, 0.0), 0)
-        sums = tl.sum(tl.reshape(sums, (COLS // G, G)), 0)
-    mean = sums / n
-    gap = wide * inside - mean[None, :, None] * inside
-    spread = tl.sum(tl.sum(gap * gap, 2), 0)
     group = first_group + tl.arange(0, N // PER_GROUP)
-    ptrs = stats_ptr + (image * GROUPS + group) * (2 * n_tiles) + tile
+    ptrs = stats_ptr + (image * GROUPS + group) * (2 * n_places) + place
     tl.store(ptrs, mean)
-    tl.store(ptrs + n_tiles, spread)
+    tl.store(ptrs + n_places, spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _image_stats_kernel(
     image_ptr, stats_ptr, image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
     CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -156,7 +200,7 @@ def _weighted(a_ptr, b_ptr, c_ptr, n_pixels, n_tiles, PAIR: tl.constexpr, BLOCK_
     return tl.sum(total, 0) / tl.cast(n_pixels, tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _image_affine_kernel(
     stats_ptr, image_ptr, conv_ptr, weight_ptr, bias_ptr, affine_ptr, image_b, image_c, n_pixels, n_tiles,
     D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,10 +237,10 @@ def _image_affine_kernel(
     tl.store(affine_ptr + image * (2 * D) + D + offs_d, shift.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _affine_kernel(
-    stats_ptr, weight_ptr, bias_ptr, affine_ptr, n_pixels, n_tiles,
-    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+    stats_ptr, weight_ptr, bias_ptr, affine_ptr, n_pixels, n_tiles, each,
+    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """GroupNorm as scale and shift, from the statistics that a layer has left; a program per image and group."""
     image = (tl.program_id(0) // GROUPS).to(tl.int64)
@@ -208,7 +252,7 @@ def _affine_kernel(
     for first in tl.range(0, n_tiles, BLOCK, num_stages=1):
         tile = first + tl.arange(0, BLOCK)
         mask = tile < n_tiles
-        count = tl.minimum(BLOCK_P, n_pixels - tile * BLOCK_P).to(tl.float64)
+        count = tl.minimum(each, n_pixels - tile * each).to(tl.float64)
         mean = tl.load(row + tile, mask=mask, other=0.0).to(tl.float64)
         spread = tl.load(row + n_tiles + tile, mask=mask, other=0.0).to(tl.float64)
         total += tl.where(mask, count * mean, 0.0)
@@ -223,40 +267,85 @@ def _affine_kernel(
 
 
 @triton.jit
+def _merged(n, mean, spread, more, more_mean, more_spread):
+    """Number, mean and squared deviation of two sets put together."""
+    both = n + more
+    share = more / tl.maximum(both, 1.0)
+    gap = more_mean - mean
+    return both, mean + gap * share, spread + more_spread + gap * gap * (n * share)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def _layer_kernel(
     x_ptr, affine_ptr, weight_ptr, skip_ptr, out_ptr, stats_ptr, image_ptr, conv_ptr,
-    image_b, image_c, image_h, image_w, n_pixels, width, n_tiles,
+    image_b, image_c, image_h, image_w, n_pixels, width, n_programs, n_turns,
     D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, FROM_IMAGE: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    IMAGE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    IMAGE_PRECISION: tl.constexpr, STAGES: tl.constexpr, CUDA: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    """skip + weight @ silu(norm(x)); x is stored or made from the image, SKIP is "none", "stored" or "image"."""
-    image, tile, offs_p, mask_p, count = _pixels(tl.program_id(0), n_tiles, n_pixels, BLOCK_P)
+    """skip + weight @ silu(norm(x)); x is stored or made from the image, SKIP is "none", "stored" or "image".
+
+    A program works on `n_turns` tiles one after the other, on one tile without LOOP.
+    """
+    image = (tl.program_id(0) // n_programs).to(tl.int64)
+    program = tl.program_id(0) % n_programs
     offs_d = tl.arange(0, D)
-    offs_row = (image * n_pixels + offs_p) * D
-    acc = tl.zeros((BLOCK_P, D), tl.float32)
-    for first in tl.range(0, D, BLOCK_K, num_stages=STAGES):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        if FROM_IMAGE:
-            x = _expanded(image_ptr, conv_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, offs_k,
-                          None, D, CHANNELS, IMAGE_PRECISION)  # fmt: skip
+    WHOLE: tl.constexpr = BLOCK_K == D
+    if WHOLE:  # stays in shared memory
+        w = tl.load(weight_ptr + offs_d[None, :] * D + offs_d[:, None])
+    if (FROM_IMAGE and WHOLE) or (SKIP == "image" and LOOP):
+        conv = _conv(conv_ptr, offs_d, D, CHANNELS)
+    done = 0.0
+    mean = tl.zeros((GROUPS,), tl.float32)
+    spread = tl.zeros((GROUPS,), tl.float32)
+    for turn in tl.range(0, n_turns if LOOP else 1, num_stages=2):
+        start = (program * n_turns + turn) * BLOCK_P
+        offs_p = start + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < n_pixels
+        count = tl.minimum(tl.maximum(n_pixels - start, 0), BLOCK_P)
+        offs_row = (image * n_pixels + offs_p) * D
+        acc = tl.zeros((BLOCK_P, D), tl.float32)
+        if WHOLE:
+            if FROM_IMAGE:
+                x = _expanded(image_ptr, conv, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, None,
+                              CHANNELS, IMAGE_PRECISION)  # fmt: skip
+            else:
+                x = tl.load(x_ptr + offs_row[:, None] + offs_d[None, :], mask=mask_p[:, None], other=0.0)
+            acc = _dot(_narrow(_active(x, affine_ptr, image, offs_d, D, CUDA), w.dtype), w, acc, PRECISION)
         else:
-            x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
-        w = tl.load(weight_ptr + offs_d[None, :] * D + offs_k[:, None])
-        acc = _dot(_narrow(_active(x, affine_ptr, image, offs_k, D), w.dtype), w, acc, PRECISION)
-    if SKIP == "image":
-        acc = _expanded(image_ptr, conv_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, offs_d,
-                        acc, D, CHANNELS, IMAGE_PRECISION)  # fmt: skip
-    if SKIP == "stored":
-        ptrs = skip_ptr + offs_row[:, None] + offs_d[None, :]
-        acc += tl.load(ptrs, mask=mask_p[:, None], other=0.0).to(tl.float32)
-    out = _narrow(acc, out_ptr.dtype.element_ty)
-    tl.debug_barrier()  # what is written may be what other threads of this program read
-    tl.store(out_ptr + offs_row[:, None] + offs_d[None, :], out, mask=mask_p[:, None])
-    _store_stats(out, mask_p, count, stats_ptr, image, tile, n_tiles, 0, GROUPS, D, D // GROUPS, PRECISION)
+            for first in tl.range(0, D, BLOCK_K, num_stages=STAGES):
+                offs_k = first + tl.arange(0, BLOCK_K)
+                if FROM_IMAGE:
+                    part = _conv(conv_ptr, offs_k, D, CHANNELS)
+                    x = _expanded(image_ptr, part, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width,
+                                  None, CHANNELS, IMAGE_PRECISION)  # fmt: skip
+                else:
+                    x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
+                w = tl.load(weight_ptr + offs_d[None, :] * D + offs_k[:, None])
+                acc = _dot(_narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype), w, acc, PRECISION)
+        if SKIP == "image":
+            if not LOOP:
+                conv = _conv(conv_ptr, offs_d, D, CHANNELS)
+            acc = _expanded(image_ptr, conv, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, acc,
+                            CHANNELS, IMAGE_PRECISION)  # fmt: skip
+        if SKIP == "stored":
+            ptrs = skip_ptr + offs_row[:, None] + offs_d[None, :]
+            acc += tl.load(ptrs, mask=mask_p[:, None], other=0.0).to(tl.float32)
+        out = _narrow(acc, out_ptr.dtype.element_ty)
+        # What is written may be what other threads of this program read. In the loop, which a barrier would keep from
+        # copying ahead, all copies of a tile have arrived before the first thread goes on.
+        if not LOOP:
+            tl.debug_barrier()
+        tl.store(out_ptr + offs_row[:, None] + offs_d[None, :], out, mask=mask_p[:, None])
+        # Few registers are left where operands lie in them.
+        wide = acc if LOOP else out.to(tl.float32)
+        more_mean, more_spread = _stats(wide, out, mask_p, count, D, D // GROUPS, PRECISION)
+        more = (count * (D // GROUPS)).to(tl.float32)
+        done, mean, spread = _merged(done, mean, spread, more, more_mean, more_spread)
+    _store_stats(mean, spread, stats_ptr, image, program, n_programs, 0, GROUPS, D // GROUPS, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _rotation_kernel(freqs_ptr, table_ptr, height, width, D: tl.constexpr):
     """Cosine and sine of what each row, then each column, contributes to the angles: (H + W, 2, D)."""
     place = tl.program_id(0)
@@ -300,16 +389,16 @@ def _branch(
         acc = _dot(upper, tl.load(w_ptrs + HALF), acc, PRECISION)
         out = _narrow(acc, out_ptr.dtype.element_ty)
         tl.store(out_ptr + offs_row[:, None] + offs_n[None, :], out, mask=mask_p[:, None])
-        _store_stats(out, mask_p, count, stats_ptr, image, tile, n_tiles, first // PER_GROUP, GROUPS, BLOCK_N,
-                     PER_GROUP, PRECISION)  # fmt: skip
+        mean, spread = _stats(acc, out, mask_p, count, BLOCK_N, PER_GROUP, PRECISION)
+        _store_stats(mean, spread, stats_ptr, image, tile, n_tiles, first // PER_GROUP, GROUPS, PER_GROUP, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _guide_kernel(
     x_ptr, affine_ptr, weight_ptr, skip_ptr, table_ptr, query_weight_ptr, key_weight_ptr, query_ptr, key_ptr,
     query_stats_ptr, key_stats_ptr, n_pixels, height, width, n_tiles,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CUDA: tl.constexpr,
 ):  # fmt: skip
     """Last layer of the image encoder, rotated, and the first product of either branch."""
     image, tile, offs_p, mask_p, count = _pixels(tl.program_id(0), n_tiles, n_pixels, BLOCK_P)
@@ -323,7 +412,7 @@ def _guide_kernel(
         x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
         w_ptrs = weight_ptr + offs_h[None, :] * D + offs_k[:, None]
         w = tl.load(w_ptrs)
-        a = _narrow(_active(x, affine_ptr, image, offs_k, D), w.dtype)
+        a = _narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype)
         lower = _dot(a, w, lower, PRECISION)
         upper = _dot(a, tl.load(w_ptrs + HALF * D), upper, PRECISION)
     skip_ptrs = skip_ptr + offs_row[:, None] + offs_h[None, :]
@@ -342,11 +431,12 @@ def _guide_kernel(
             mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pool_kernel(
     x_ptr, y_ptr, affine_ptr, x_out_ptr, y_out_ptr, height, width, n_rows, n_cols, n_cells, n_blocks, n_images,
     n_splits,
     D: tl.constexpr, ACTIVE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
+    CUDA: tl.constexpr,
 ):  # fmt: skip
     """Means over the cells of adaptive_avg_pool2d, of x and (ACTIVE) of silu(norm(y)).
 
@@ -381,7 +471,7 @@ def _pool_kernel(
             x_sum += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             if ACTIVE:
                 y = tl.load(y_ptr + offs, mask=mask, other=0.0)
-                y_sum += tl.where(mask, _active(y, affine_ptr, image, offs_d, D), 0.0)
+                y_sum += tl.where(mask, _active(y, affine_ptr, image, offs_d, D, CUDA), 0.0)
     # Multiplied after the sum: fused with it, the product would be rounded otherwise in some threads than in others.
     area = tl.max(tl.reshape((rows * (right - left)).to(tl.float32), (BLOCK_J, BLOCK_X)), 1)
     share = (1.0 / area)[:, None]
@@ -395,7 +485,7 @@ def _pool_kernel(
         tl.store(y_out_ptr + offs_out, _narrow(y_mean, y_out_ptr.dtype.element_ty), mask=mask_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _last_kernel(
     x_ptr, y_ptr, weight_ptr, out_ptr, n_rows, n_splits,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -424,19 +514,32 @@ def tile_sizes(dtype, dim, device):
 
     Returns:
         two dicts, of the layers and of the last layer of the image encoder: BLOCK_P pixels, BLOCK_K channels in at a
-        time, BLOCK_N channels out at a time (the latter only), num_warps, num_stages.
+        time, BLOCK_N channels out at a time (the latter only), LOOP, whether programs work on several tiles (the former
+        only), CUDA, num_warps, num_stages, and maxnreg where registers are to be saved.
     """
     # Without the matrix units of sm_90 and sm_100 operands lie in registers.
     old = device.kind == "cuda" and device.capability[0] not in (9, 10)
     large = dim > 128
+    common = dict(CUDA=device.kind == "cuda")
     if dtype == torch.float32:
-        layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
-        return layer, dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
+        layer = dict(common, BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
+        guide = dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
+        return dict(layer, LOOP=False), guide
     if device.family in RDNA:
-        layer = dict(BLOCK_P=32, BLOCK_K=32, num_warps=8, num_stages=1)
-        return layer, dict(layer, BLOCK_K=min(dim, 64), BLOCK_N=32)
-    layer = dict(BLOCK_P=32 if large else 64, BLOCK_K=64 if large else dim, num_warps=8 if large else 4, num_stages=1)
-    return layer, dict(layer, BLOCK_P=16 if large else 64, BLOCK_N=min(dim, 64), num_warps=8)
+        layer = dict(common, BLOCK_P=32, BLOCK_K=32, num_warps=8, num_stages=1)
+        return dict(layer, LOOP=False), dict(layer, BLOCK_K=min(dim, 64), BLOCK_N=32)
+    layer = dict(common, BLOCK_P=32, BLOCK_K=64, num_warps=8, num_stages=1)
+    if large:
+        return dict(layer, LOOP=False), dict(layer, BLOCK_P=16, BLOCK_N=64)
+    layer.update(BLOCK_P=64, BLOCK_K=dim, num_warps=4)
+    # A warp with rows of its own computes their activations once; where operands lie in registers, that is too many.
+    guide = dict(layer, BLOCK_N=min(dim, 64), num_warps=8 if old else 4)
+    if device.kind == "cuda" and not old:
+        layer["LOOP"] = True
+        if device.capability[0] == 9:  # so few registers that PER_PROCESSOR programs fit on a multiprocessor
+            layer["maxnreg"] = 168
+        return layer, guide
+    return dict(layer, LOOP=False), guide
 
 
 def why_not_guidance(image_channels, qk_dim, dtype, num_groups=8):
@@ -456,12 +559,42 @@ def why_not_guidance(image_channels, qk_dim, dtype, num_groups=8):
     return None
 
 
+class Ready(NamedTuple):
+    """`GuidanceWeights` as the kernels read them; `prepared` makes it."""
+
+    matrices: tuple  # (D, D) in the dtype that is stored: of the blocks in order, of the queries, of the keys
+    norms: tuple  # (weight, bias) of the twelve normalisations
+    image_conv: torch.Tensor  # (channels, D) float32
+    freqs: torch.Tensor
+    query_last: torch.Tensor  # the last matrices of the branches, in the dtype of the parameters
+    key_last: torch.Tensor
+    dtypes: tuple  # of all of these
+    tables: dict  # (H, W) -> table of rotation, where they are kept
+
+
+def prepared(weights, dtype):
+    """`Ready` from GuidanceWeights for what is stored in `dtype`; what needs no change is taken as it is."""
+    blocks = (*weights.image, *weights.query, *weights.key)
+    matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
+    matrices += [weights.query_conv, weights.key_conv]
+    if any(matrix.dtype != dtype for matrix in matrices):  # one cast in place of one for each
+        matrices = torch.stack(matrices).to(dtype).unbind()
+    norms = [(block.norm_in_weight, block.norm_in_bias, block.norm_out_weight, block.norm_out_bias) for block in blocks]
+    norms = [side_by_side(part) for parts in norms for part in parts]
+    last = weights.query[-1].conv_out, weights.key[-1].conv_out
+    rest = list(map(side_by_side, (weights.image_conv.t().float(), weights.freqs, *last)))
+    dtypes = tuple(tensor.dtype for tensor in (*norms, *rest))
+    pairs = tuple(zip(norms[::2], norms[1::2], strict=True))
+    return Ready(tuple(map(side_by_side, matrices)), pairs, *rest, dtypes, {})
+
+
 def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, precision=None):
     """Launch the kernels for checked arguments (see `anyup_fast.ops.guidance`).
 
     Args:
         image: (B, channels, H, W), any float dtype and strides.
-        weights: the network's tensors as `anyup_fast.ops.weights.GuidanceWeights`, any float dtype.
+        weights: the network's tensors as `anyup_fast.plain.weights.GuidanceWeights`, any float dtype; or what
+            `prepared` made of them for `dtype`, which then keeps tables of rotation for the sizes that it has met.
         output_size: (H', W') of the queries; (0, 0) leaves them out. key_size: (h, w) of the keys.
         dtype: in which full-resolution tensors are stored and multiplied: float32, bfloat16 or float16.
         num_groups: of the normalisations.
@@ -469,44 +602,81 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
 
     Returns:
         query (B, H', W', D) in `dtype`, before its 3x3 convolution; key (B, h, w, D) and norms (B, 12, 2, D), scale and
-        shift of the normalisations of the image, query and key encoders, in float32. Nothing here waits for the device.
+        shift of the normalisations of the image, query and key encoders, in float32; norms as a view of (12, B, 2, D).
+        Nothing here waits for the device.
 
     Raises:
         ValueError: a network that `why_not_guidance` has a reason against.
     """
-    reason = why_not_guidance(image.shape[1], len(weights.image_conv), dtype, num_groups)
+    keep = isinstance(weights, Ready)
+    reason = why_not_guidance(image.shape[1], weights.freqs.shape[1], dtype, num_groups)
     if reason is not None:
         raise ValueError(f"weights: {reason}")
     with torch.no_grad(), _on(image.device):
-        network = _Network(image, weights, dtype, num_groups, precision)
+        ready = weights if keep else prepared(weights, dtype)
+        network = _Network(image, ready, dtype, num_groups, precision, (tuple(output_size), tuple(key_size)), keep)
         start, key_start, hidden = network.encode()
-        key = network.branch(key_start, hidden, weights.key, 8, key_size, torch.float32, True)
+        key = network.branch(key_start, hidden, 8, key_size, torch.float32, True, ready.key_last)
         del key_start
         pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
-        query = network.branch(start, hidden, weights.query, 4, output_size, dtype, pool_first)
+        query = network.branch(start, hidden, 4, output_size, dtype, pool_first, ready.query_last)
         del hidden
         if tuple(query.shape[1:3]) != tuple(output_size):
             query = network.pooled(query, output_size)
-        return query, key, torch.stack([network.norms[i] for i in range(NORMS)], 1)
+        network.launch.done()
+        return query, key, network.norms.transpose(0, 1)
+
+
+def guided_queries_fwd(image, weights, norms, output_size, *, dtype, whole, place=(0, 0), num_groups=8, precision=None):
+    """Queries of a rectangle of an image whose normalisations are known, from the pixels of the rectangle alone.
+
+    Args:
+        image: (B, channels, height, width), the rectangle. weights, dtype, num_groups, precision: as `guidance_fwd`.
+        norms: (B, 12, 2, D), that of `guidance_fwd` for the whole image.
+        output_size: (H', W') to which the rectangle is pooled; its own size leaves it as it is.
+        whole: (H, W) of the image. place: row and column of the rectangle in it.
+
+    Returns:
+        (B, H', W', D) in `dtype`. Nothing here waits for the device.
+    """
+    with torch.no_grad(), _on(image.device):
+        keep = isinstance(weights, Ready)
+        ready = weights if keep else prepared(weights, dtype)
+        given = norms.transpose(0, 1).contiguous()
+        options = dtype, num_groups, precision, (tuple(output_size),), keep
+        network = _Network(image, ready, *options, given, tuple(whole), tuple(place))
+        start, _, hidden = network.encode()
+        pool_first = output_size[0] * output_size[1] * FEWER <= network.n_pixels
+        query = network.branch(start, hidden, 4, output_size, dtype, pool_first, ready.query_last)
+        if tuple(query.shape[1:3]) != tuple(output_size):
+            query = network.pooled(query, output_size)
+        network.launch.done()
+        return query
 
 
 class _Network:
-    """Launches the layers for one image after the other; holds what all of them need."""
+    """Launches the layers for one image after the other; holds what all of them need.
 
-    def __init__(self, image, weights, dtype, num_groups, precision):
-        self.image, self.weights, self.dtype = image, weights, dtype
+    With `given`, the norms (12, B, 2, D) of the image of size `whole` that this one is a rectangle of, statistics count
+    no more.
+    """
+
+    def __init__(self, image, ready, dtype, num_groups, precision, sizes, keep, given=None, whole=None, place=(0, 0)):
+        self.image, self.ready, self.dtype = image, ready, dtype
         self.batch, self.channels, self.height, self.width = image.shape
-        self.dim, self.n_pixels = len(weights.image_conv), self.height * self.width
+        self.dim, self.n_pixels = ready.freqs.shape[1], self.height * self.width
         device = Device.of(image.device)
         self.precision = precision or ("tf32x3" if device.kind == "cuda" else "ieee")
         self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
         self.sizes = dict(D=self.dim, GROUPS=num_groups)
-        blocks = (*weights.image, *weights.query, *weights.key)
-        matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
-        # One copy and one cast in place of one for each.
-        self.matrices = torch.stack([*matrices, weights.query_conv, weights.key_conv]).to(dtype)
-        self.image_conv = weights.image_conv.t().float().contiguous()
-        self.norms = {}  # (B, 2, D) each, by their number
+        self.programs = max(1, PER_PROCESSOR * device.processors)
+        self.given = given is not None
+        self.norms = given if self.given else self.empty(NORMS, self.batch, 2, self.dim)
+        self.whole, self.place = whole or (self.height, self.width), place
+        self.keep, self.table = keep, ready.tables.get(self.whole)
+        # All tensors but the image begin at a multiple of 16 bytes.
+        about = layout(image), ready.dtypes, dtype, num_groups, self.precision, self.given, self.whole
+        self.launch = Launches(("guidance", device, *about, *sizes, self.table is None))
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -515,105 +685,132 @@ class _Network:
         """Room for a value of every pixel and channel."""
         return self.empty(self.batch, self.height, self.width, self.dim, dtype=self.dtype)
 
-    def stats(self, block_p):
-        """Room for the statistics of tiles of `block_p` pixels; the number of such tiles in an image."""
-        n_tiles = triton.cdiv(self.n_pixels, block_p)
-        return self.empty(self.batch, self.sizes["GROUPS"], 2, n_tiles), n_tiles
+    def stats(self, each):
+        """Room for the statistics of pieces of `each` pixels; the number of such pieces in an image."""
+        n = cdiv(self.n_pixels, each)
+        return self.empty(self.batch, self.sizes["GROUPS"], 2, n), n
 
-    def affine(self, number, stats, block_p, weight, bias):
-        """Scale and shift (B, 2, D) of a normalisation over what `stats` tells of tiles of `block_p` pixels."""
-        out = self.norms[number] = self.empty(self.batch, 2, self.dim)
+    def affine(self, number, stats, each):
+        """Scale and shift (B, 2, D) of a normalisation over what `stats` tells of pieces of `each` pixels."""
+        out = self.norms[number]
+        if self.given:
+            return out
         n_tiles = stats.shape[-1]
-        _affine_kernel[(self.batch * self.sizes["GROUPS"],)](
-            stats, weight.contiguous(), bias.contiguous(), out, self.n_pixels, n_tiles, **self.sizes, BLOCK_P=block_p,
-            BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=8, enable_fp_fusion=True,
+        self.launch(
+            _affine_kernel, self.batch * self.sizes["GROUPS"], stats, *self.ready.norms[number], out, self.n_pixels,
+            n_tiles, each, **self.sizes, BLOCK=FEW_TILES if n_tiles <= FEW_TILES else TILES, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
-    def first_affine(self, block):
+    def first_affine(self):
         """Scale and shift of the normalisation of the image's first convolution."""
-        n_tiles = triton.cdiv(self.n_pixels, IMAGE_PIXELS)
+        if self.given:
+            return self.norms[0]
+        n_tiles = cdiv(self.n_pixels, IMAGE_PIXELS)
         stats = self.empty(self.batch, self.channels * (self.channels + 3) // 2, n_tiles)
-        _image_stats_kernel[(self.batch * n_tiles,)](
-            self.image, stats, *self.image.stride(), self.n_pixels, self.width, n_tiles, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
+        self.launch(
+            _image_stats_kernel, self.batch * n_tiles, self.image, stats, *self.image.stride(), self.n_pixels,
+            self.width, n_tiles, CHANNELS=self.channels, BLOCK_P=IMAGE_PIXELS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-        out = self.norms[0] = self.empty(self.batch, 2, self.dim)
-        _image_affine_kernel[(self.batch,)](
-            stats, self.image, self.image_conv, block.norm_in_weight.contiguous(), block.norm_in_bias.contiguous(), out,
+        out = self.norms[0]
+        self.launch(
+            _image_affine_kernel, self.batch, stats, self.image, self.ready.image_conv, *self.ready.norms[0], out,
             *self.image.stride()[:2], self.n_pixels, n_tiles, **self.sizes, CHANNELS=self.channels,
-            BLOCK_P=IMAGE_PIXELS, BLOCK=min(TILES, triton.next_power_of_2(n_tiles)), num_warps=4, enable_fp_fusion=True,
+            BLOCK_P=IMAGE_PIXELS, BLOCK=IMAGE_TILES, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
     def layer(self, x, affine, matrix, out, skip="none", stored=None):
         """Fill `out`, x None standing for the image's first convolution; returns what `affine` takes of it."""
-        stats, n_tiles = self.stats(self.layer_sizes["BLOCK_P"])
-        _layer_kernel[(self.batch * n_tiles,)](
-            out if x is None else x, affine, self.matrices[matrix], out if stored is None else stored, out, stats,
-            self.image, self.image_conv, *self.image.stride(), self.n_pixels, self.width, n_tiles, **self.sizes,
-            CHANNELS=self.channels, FROM_IMAGE=x is None, SKIP=skip, PRECISION=self.product(),
-            IMAGE_PRECISION=self.precision, STAGES=self.layer_sizes["num_stages"], **self.layer_sizes,
-            enable_fp_fusion=True,
+        constants = dict(self.layer_sizes, STAGES=self.layer_sizes["num_stages"])
+        if skip == "image":
+            constants.pop("maxnreg", None)  # which would spill
+        block_p = constants["BLOCK_P"]
+        turns = cdiv(cdiv(self.n_pixels, block_p) * self.batch, self.programs) if constants["LOOP"] else 1
+        stats, n_programs = self.stats(turns * block_p)
+        self.launch(
+            _layer_kernel, self.batch * n_programs, out if x is None else x, affine, self.ready.matrices[matrix],
+            out if stored is None else stored, out, stats, self.image, self.ready.image_conv, *self.image.stride(),
+            self.n_pixels, self.width, n_programs, turns, **self.sizes, CHANNELS=self.channels, FROM_IMAGE=x is None,
+            SKIP=skip, PRECISION=self.product(), IMAGE_PRECISION=self.precision, **constants, enable_fp_fusion=True,
         )  # fmt: skip
-        return stats, self.layer_sizes["BLOCK_P"]
+        return stats, turns * block_p
 
     def product(self):
         """Precision of the products of what is stored."""
         return self.precision if self.dtype == torch.float32 else "ieee"
 
+    def rotation(self):
+        """Table of rotation of the rows, then the columns of this image, (height + width, 2, D).
+
+        It is that of the whole image, which was kept or is made anew and stays with kept weights, or the part of it.
+        """
+        height, width = self.whole
+        table = self.table
+        if table is None:
+            table = self.empty(height + width, 2, self.dim)
+            self.launch(
+                _rotation_kernel, height + width, self.ready.freqs, table, height, width, D=self.dim, num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+            if self.keep:
+                tables = self.ready.tables
+                if len(tables) >= TABLES:
+                    tables.clear()
+                tables[self.whole] = table
+        if (self.height, self.width) == self.whole:
+            return table
+        row, col = self.place[0], height + self.place[1]
+        return torch.cat((table[row : row + self.height], table[col : col + self.width]))
+
     def encode(self):
         """First convolutions of the branches, each a picture and its statistics, and a picture that is free."""
-        first, second = self.weights.image
         x, y = self.picture(), self.picture()
-        stats = self.layer(None, self.first_affine(first), 0, x)
-        stats = self.layer(x, self.affine(1, *stats, first.norm_out_weight, first.norm_out_bias), 1, x, "image")
-        stats = self.layer(x, self.affine(2, *stats, second.norm_in_weight, second.norm_in_bias), 2, y)
-        affine = self.affine(3, *stats, second.norm_out_weight, second.norm_out_bias)
-        table = self.empty(self.height + self.width, 2, self.dim)
-        _rotation_kernel[(self.height + self.width,)](
-            self.weights.freqs.contiguous(), table, self.height, self.width, D=self.dim, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        stats = self.layer(None, self.first_affine(), 0, x)
+        stats = self.layer(x, self.affine(1, *stats), 1, x, "image")
+        stats = self.layer(x, self.affine(2, *stats), 2, y)
+        affine = self.affine(3, *stats)
+        table = self.rotation()
         block_p = self.guide_sizes["BLOCK_P"]
         (query_stats, n_tiles), (key_stats, _) = self.stats(block_p), self.stats(block_p)
-        _guide_kernel[(self.batch * n_tiles,)](
-            y, affine, self.matrices[3], x, table, self.matrices[12], self.matrices[13], x, y, query_stats, key_stats,
-            self.n_pixels, self.height, self.width, n_tiles, **self.sizes, PRECISION=self.product(),
-            STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
+        matrices = self.ready.matrices
+        self.launch(
+            _guide_kernel, self.batch * n_tiles, y, affine, matrices[3], x, table, matrices[12], matrices[13], x, y,
+            query_stats, key_stats, self.n_pixels, self.height, self.width, n_tiles, **self.sizes,
+            PRECISION=self.product(), STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         return (x, (query_stats, block_p)), (y, (key_stats, block_p)), self.picture()
 
-    def branch(self, start, hidden, blocks, matrix, size, dtype, pool_first):
+    def branch(self, start, hidden, matrix, size, dtype, pool_first, last):
         """ResBlocks on `start`, a picture (written over) and its statistics; their matrices begin with `matrix`.
 
         Returns:
             the picture, or with `pool_first` what it comes to at `size`, (B, *size, D) in `dtype`.
         """
         x, stats = start
-        for block in blocks:  # a matrix has the number of the normalisation before it
-            affine = self.affine(matrix, *stats, block.norm_in_weight, block.norm_in_bias)
-            stats = self.layer(x, affine, matrix, hidden)
-            affine = self.affine(matrix + 1, *stats, block.norm_out_weight, block.norm_out_bias)
-            if block is blocks[-1] and 0 in size:
+        for number in (matrix, matrix + 2):  # a matrix has the number of the normalisation before it
+            stats = self.layer(x, self.affine(number, *stats), number, hidden)
+            affine = self.affine(number + 1, *stats)
+            if number > matrix and 0 in size:
                 return self.empty(self.batch, *size, self.dim, dtype=dtype)
-            if pool_first and block is blocks[-1]:
-                return self.pooled_last(x, hidden, affine, block.conv_out, size, dtype)
-            stats = self.layer(hidden, affine, matrix + 1, x, "stored", x)
-            matrix += 2
+            if number > matrix and pool_first:
+                return self.pooled_last(x, hidden, affine, last, size, dtype)
+            stats = self.layer(hidden, affine, number + 1, x, "stored", x)
         return x
 
     def pool(self, x, y, affine, x_out, y_out, size, n_splits):
         """Means of x, and of the active y unless it is None, over cells; see the kernel."""
-        most = triton.cdiv(self.width, size[1]) + (self.width % size[1] > 0)
+        most = cdiv(self.width, size[1]) + (self.width % size[1] > 0)
         block_x = min(POOL_PIXELS, triton.next_power_of_2(most))
         block_j, block_d = POOL_PIXELS // block_x, min(self.dim, 128)
         n_cells = size[0] * size[1]
-        n_blocks = triton.cdiv(n_cells, block_j)
-        _pool_kernel[(self.batch * n_blocks * n_splits * (self.dim // block_d),)](
-            x, x if y is None else y, x if y is None else affine, x_out, x_out if y is None else y_out, self.height,
-            self.width, *size, n_cells, n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None,
-            BLOCK_J=block_j, BLOCK_X=block_x, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+        n_blocks = cdiv(n_cells, block_j)
+        self.launch(
+            _pool_kernel, self.batch * n_blocks * n_splits * (self.dim // block_d), x, x if y is None else y,
+            x if y is None else affine, x_out, x_out if y is None else y_out, self.height, self.width, *size, n_cells,
+            n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None, BLOCK_J=block_j, BLOCK_X=block_x,
+            BLOCK_D=block_d, CUDA=self.layer_sizes["CUDA"], num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     def pooled(self, x, size):
@@ -625,13 +822,14 @@ class _Network:
     def pooled_last(self, x, hidden, affine, weight, size, dtype):
         """End of a branch, pooled before its last product."""
         n_rows = self.batch * size[0] * size[1]
-        n_splits = min(triton.cdiv(PROGRAMS, n_rows), max(1, self.height // size[0]))
+        n_splits = min(cdiv(PROGRAMS, n_rows), max(1, self.height // size[0]))
         x_mean, y_mean = (self.empty(n_splits, n_rows, self.dim) for _ in range(2))
         self.pool(x, hidden, affine, x_mean, y_mean, size, n_splits)
         out = self.empty(self.batch, *size, self.dim, dtype=dtype)
         block_n = min(self.dim, 64)
-        _last_kernel[(triton.cdiv(n_rows, LAST_ROWS) * (self.dim // block_n),)](
-            x_mean, y_mean, weight.contiguous(), out, n_rows, n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n,
-            BLOCK_K=32, PRECISION=self.precision, num_warps=4, enable_fp_fusion=True,
+        self.launch(
+            _last_kernel, cdiv(n_rows, LAST_ROWS) * (self.dim // block_n), x_mean, y_mean, weight, out, n_rows,
+            n_splits, D=self.dim, BLOCK_P=LAST_ROWS, BLOCK_N=block_n, BLOCK_K=32, PRECISION=self.precision,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .attention import _dot, _on
+from .launches import Launches, cdiv, layout, side_by_side
 from .tiling import Device
 
 DIMS = (16, 32, 64, 128)
@@ -17,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = ("tf32x3", "tf32", "ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "n_tiles_h", "n_tiles_w"])
 def _query_projection_kernel(
     x_ptr, conv_ptr, norm_ptr, proj_ptr, bias_ptr, out_ptr,
     x_b, x_h, x_w, height, width, n_tiles_h, n_tiles_w, eps,
@@ -107,7 +108,16 @@ def plan(device, dtype, dim, precision=None):
     )
 
 
-def project_queries_fwd(query, conv_weight, norm_weight, proj_weight, proj_bias, *, eps, precision=None):
+def prepared(conv_weight, norm_weight, proj_weight, proj_bias, dtype):
+    """The four weights as the kernel reads them: (3, 3, in, out) and (in, out) in `dtype`, vectors in float32."""
+    conv = side_by_side(conv_weight.permute(2, 3, 1, 0).to(dtype))
+    vectors = side_by_side(norm_weight.float()), side_by_side(proj_bias.float())
+    return conv, vectors[0], side_by_side(proj_weight.T.to(dtype)), vectors[1]
+
+
+def project_queries_fwd(
+    query, conv_weight, norm_weight, proj_weight, proj_bias, *, eps, precision=None, ready=False
+):  # fmt: skip
     """Launch the kernel: `linear(rmsnorm(conv3x3(query)))`, zero padding, for checked arguments.
 
     Args:
@@ -117,6 +127,7 @@ def project_queries_fwd(query, conv_weight, norm_weight, proj_weight, proj_bias,
         proj_weight: (D, D) and proj_bias: (D,) of the projection. Weights may have any float dtype.
         eps: of the norm.
         precision: of float32 products on CUDA: "tf32x3" (None means this), "tf32" or "ieee".
+        ready: whether the weights are what `prepared` made of these.
 
     Returns:
         (B, H', W', D) in the dtype of `query`. Products are of that dtype; sums, norm and bias are float32, and the
@@ -127,14 +138,17 @@ def project_queries_fwd(query, conv_weight, norm_weight, proj_weight, proj_bias,
     """
     batch, height, width, dim = query.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
-    constants = plan(Device.of(query.device), query.dtype, dim, precision)
+    card = Device.of(query.device)
+    constants = plan(card, query.dtype, dim, precision)
+    weights = conv_weight, norm_weight, proj_weight, proj_bias
     with _on(query.device):
-        conv = conv_weight.permute(2, 3, 1, 0).to(query.dtype).contiguous()
-        proj = proj_weight.T.to(query.dtype).contiguous()
-        norm, bias = norm_weight.float().contiguous(), proj_bias.float().contiguous()
+        conv, norm, proj, bias = weights if ready else prepared(*weights, query.dtype)
         out = torch.empty(batch, height, width, dim, dtype=query.dtype, device=query.device)
-        tiles = triton.cdiv(height, constants["BLOCK_H"]), triton.cdiv(width, constants["BLOCK_W"])
-        _query_projection_kernel[(batch * tiles[0] * tiles[1],)](
-            query, conv, norm, proj, bias, out, *query.stride()[:3], height, width, *tiles, eps, **constants
-        )
+        tiles = cdiv(height, constants["BLOCK_H"]), cdiv(width, constants["BLOCK_W"])
+        launch = Launches(("project_queries", card, layout(query), precision))
+        launch(
+            _query_projection_kernel, batch * tiles[0] * tiles[1], query, conv, norm, proj, bias, out,
+            *query.stride()[:3], height, width, *tiles, eps, **constants,
+        )  # fmt: skip
+        launch.done()
     return out

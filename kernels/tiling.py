@@ -26,13 +26,14 @@ RDNA = ("gfx11", "gfx12")
 class Device:
     """What a tile has to fit: the kind of device ("cuda", "hip", "xpu", "cpu"), its compute capability (0, 0) where
     there is none, bytes of shared memory per block, its name, under which tiles are tuned, and AMD's name of its
-    architecture ("gfx942")."""
+    architecture ("gfx942"), and its multiprocessors."""
 
     kind: str
     capability: tuple
     shared_memory: int
     name: str = ""
     arch: str = ""
+    processors: int = 128
 
     @classmethod
     def of(cls, device):
@@ -41,9 +42,10 @@ class Device:
             properties = torch.cuda.get_device_properties(device)
             capability = properties.major, properties.minor
             if torch.version.hip is not None:
-                return cls("hip", capability, 65536, properties.name, properties.gcnArchName.partition(":")[0])
+                arch = properties.gcnArchName.partition(":")[0]
+                return cls("hip", capability, 65536, properties.name, arch, properties.multi_processor_count)
             shared = getattr(properties, "shared_memory_per_block_optin", 65536)
-            return cls("cuda", capability, shared, properties.name)
+            return cls("cuda", capability, shared, properties.name, "", properties.multi_processor_count)
         return cls(device.type, (0, 0), 65536)
 
     @property
@@ -71,12 +73,13 @@ class Tile:
     """One way to run the kernels.
 
     Attributes:
-        design: "window", "two_pass" or "heads" (see `attention.py`).
+        design: "window", "two_pass", "stored" or "heads" (see `attention.py`).
         block_h, block_w: output pixels of a program.
         block_k: keys at a time; "window" needs the whole rectangle of a tile in it.
         block_c: channels at a time.
         warps, stages: Triton's num_warps and num_stages.
         stats_block_k: keys at a time in the first of two passes.
+        mix_k, mix_stages: keys at a time and stages in the product with the values of "stored".
         precision: of float32 products ("tf32x3", "tf32", "ieee"); None means the most exact that is fast.
     """
 
@@ -88,6 +91,8 @@ class Tile:
     warps: int
     stages: int = 2
     stats_block_k: int = 64
+    mix_k: int = 64
+    mix_stages: int = 3
     precision: str | None = None
 
     def fits(self, channels, spans):
@@ -98,6 +103,8 @@ class Tile:
             return True
         if spans is None:
             return False
+        if self.design == "stored":
+            return channels >= self.block_c
         rows, cols = spans(self.block_h, self.block_w)
         return rows * cols <= self.block_k
 
@@ -115,6 +122,7 @@ HALF_TILES = {
     _window(8, 16, 128, 64, 8): dict(sm_80=64, sm_90=50, sm_100=83, sm_120=57, gfx9=82, gfx950=82, gfx12=49),
     _window(8, 8, 128, 64, 8): dict(sm_80=40, sm_90=57, sm_100=58, sm_120=37, gfx9=17, gfx950=34, gfx12=17),
     _window(8, 8, 128, 32, 8): dict(gfx11=16),
+    _window(8, 8, 256, 128, 8): dict(sm_90=177),
     _window(8, 8, 256, 64, 8): dict(sm_80=72, sm_90=105, sm_100=106, sm_120=69, gfx9=33, gfx950=68, gfx12=33),
     _window(8, 8, 256, 32, 8): dict(sm_80=53, sm_90=69, sm_100=70, sm_120=53, gfx9=33, gfx950=34, gfx12=33),
     Tile("heads", 8, 16, 64, 16, 8): dict(sm_80=16, sm_90=20, sm_100=39, sm_120=16, gfx9=36, gfx950=41, gfx12=36),
@@ -125,6 +133,8 @@ HALF_TILES = {
     Tile("heads", 8, 8, 64, 64, 8): dict(sm_80=24, sm_90=28, sm_100=29, sm_120=24, gfx9=20),
     Tile("heads", 8, 8, 32, 64, 8): dict(gfx950=12),
     Tile("heads", 4, 8, 16, 64, 4, stages=1): dict(gfx11=2, gfx12=2),
+    Tile("stored", 8, 16, 32, 256, 8): dict(sm_90=145),
+    Tile("stored", 8, 16, 32, 128, 8, mix_k=32, mix_stages=2): dict(sm_80=49, sm_120=49),
     Tile("two_pass", 8, 16, 32, 256, 8): dict(sm_90=80, sm_100=81),
     Tile("two_pass", 8, 16, 32, 128, 8): dict(sm_80=48, sm_90=64, sm_100=65, sm_120=48, gfx9=32, gfx950=49),
     Tile("two_pass", 8, 8, 16, 128, 8, stages=1, stats_block_k=32): dict(gfx11=5, gfx12=5),
@@ -135,6 +145,8 @@ HALF_TILES = {
 WIDE_TILES = {
     _window(8, 8, 64, 32, 4): dict(sm_80=17, sm_90=24, sm_100=25, gfx9=25, gfx950=25),
     _window(8, 8, 64, 32, 8): dict(sm_120=17),
+    Tile("stored", 8, 16, 32, 256, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
+    Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32, mix_stages=2): dict(sm_80=153),
     _window(8, 8, 128, 16, 8): dict(sm_80=77, sm_90=88, sm_100=33, sm_120=77, gfx9=32, gfx950=32),
     _window(8, 8, 256, 16, 8): dict(sm_100=65),
     _window(4, 8, 256, 16, 8): dict(gfx9=32, gfx950=32),
@@ -189,7 +201,7 @@ def _estimate(tile, kind, dtype, head_dim, heads):
     depth = 16
     while depth < head_dim:
         depth *= 2
-    if tile.design == "two_pass":
+    if tile.design in ("two_pass", "stored"):
         numbers = pixels * max(heads * depth + tile.block_k, tile.block_c)
         numbers += tile.block_k * (heads * depth + tile.block_c) * stages
     elif tile.design == "window":
@@ -214,7 +226,7 @@ def candidates(dtype, device=None):
     return tuple(tile for tile in offered if shared_memory(tile, device, dtype) <= device.shared_memory)
 
 
-def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4):
+def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4, stored=True):
     """The tile for one problem.
 
     Args:
@@ -225,6 +237,7 @@ def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4
             pixels spans; None where that is unknown (bounds that lie on an accelerator).
         tuned: measured tiles as from `load_tuned`; None means `tuned_for` this device.
         head_dim, heads: numbers of a head, and how many there are.
+        stored: whether weights may be stored: they serve all channels.
 
     Returns:
         the nearest measured `Tile` within a factor of `NEAR`, else the first of `candidates` that fits.
@@ -235,6 +248,8 @@ def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4
     room = device.shared_memory
 
     def usable(tile):
+        if tile.design == "stored" and not stored:
+            return False
         return shared_memory(tile, device, dtype, head_dim, heads) <= room and tile.fits(channels, spans)
 
     if spans is not None:

@@ -2,11 +2,13 @@
 
 The responses of a pixel lie channel-major, `n = channel * M + filter`; the softmax compares `n = a * C + b` over
 a = 0..M-1 for each b, and the mean runs over b. A program owns one pixel and keeps its probabilities, summed over b, in
-registers. Two designs:
+registers. Three designs:
 
 grouped   C a multiple of M, small filters: the filter stays, `b mod M`, and the channels are `a * (C / M) + b div M`:
           for each of the C / M groups one product of the filters with the taps of its M channels.
-gathered  any C: entry by entry, tap by tap.
+written   any C, small filters: all responses of a pixel by products, into a piece of memory that is the program's own
+          and small enough for the caches, and read from there in the order of the softmax.
+gathered  any C, large filters: entry by entry, tap by tap.
 """
 
 import torch
@@ -14,11 +16,13 @@ import triton
 import triton.language as tl
 
 from .attention import LOG2E, _dot, _on
+from .launches import Launches
 from .queries import DTYPES, dot_precision
 from .tiling import Device
 
 MOST_FILTERS = 256
-# What the grouped design takes at once: taps, and taps times channels.
+ROOM = 64 << 20  # bytes of responses that are written at a time
+# What the designs with products take at once: taps, and taps times channels.
 MOST_TAPS, MOST_NUMBERS = 64, 8192
 
 
@@ -42,7 +46,7 @@ def _taps(offs_t, i, j, r0, r1, c0, c1, SIZE: tl.constexpr):
     return row, col, (offs_t < SIZE * SIZE) & (row >= r0) & (row < r1) & (col >= c0) & (col < c1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "groups"])
 def _grouped_kernel(
     x_ptr, basis_ptr, out_ptr, height, width, groups, log2e,
     FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -93,6 +97,14 @@ def _responses(x_ptr, basis_ptr, image, i, j, r0, r1, c0, c1, height, width, cha
 
 
 @triton.jit
+def _mean(acc, channels, FILTERS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Mean over all channels of what was summed in columns of every BLOCK_B-th."""
+    # The probabilities lie close to 1 / FILTERS: summed without it, they keep their digits.
+    often = (channels - tl.arange(0, BLOCK_B) + BLOCK_B - 1) // BLOCK_B
+    return tl.sum(acc - (often / FILTERS)[None, :], 1) / channels + 1.0 / FILTERS
+
+
+@triton.jit(do_not_specialize=["height", "width", "channels"])
 def _gathered_kernel(
     x_ptr, basis_ptr, out_ptr, height, width, channels, log2e,
     FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -112,9 +124,53 @@ def _gathered_kernel(
         x = tl.where(mask_a[:, None], response * scale, float("-inf"))
         e = tl.exp2(x - tl.max(x, 0)[None, :])
         acc += tl.where(mask_b, e / tl.sum(e, 0)[None, :], 0.0)
-    often = (channels - tl.arange(0, BLOCK_B) + BLOCK_B - 1) // BLOCK_B
-    mean = tl.sum(acc - (often / FILTERS)[None, :], 1) / channels + 1.0 / FILTERS
+    mean = _mean(acc, channels, FILTERS, BLOCK_B)
     tl.store(out_ptr + ((image * FILTERS + offs_a) * height + i) * width + j, mean, mask=mask_a)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_pixels", "n_programs"])
+def _written_kernel(
+    x_ptr, basis_ptr, room_ptr, out_ptr, height, width, channels, n_pixels, n_programs, log2e,
+    FILTERS: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_B: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < FILTERS
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_x = tl.arange(0, BLOCK_X)
+    room = room_ptr + program.to(tl.int64) * channels * FILTERS
+    for pixel in tl.range(program, n_pixels, n_programs, num_stages=1):
+        image = (pixel // (height * width)).to(tl.int64)
+        i = pixel // width % height
+        j = pixel % width
+        HALF: tl.constexpr = SIZE // 2
+        r0, r1 = tl.maximum(i - HALF, 0), tl.minimum(i + HALF + 1, height)
+        c0, c1 = tl.maximum(j - HALF, 0), tl.minimum(j + HALF + 1, width)
+        row, col, mask_t = _taps(offs_t, i, j, r0, r1, c0, c1, SIZE)
+        basis = tl.load(basis_ptr + offs_t[:, None] * FILTERS + offs_m[None, :],
+                        mask=(offs_t < SIZE * SIZE)[:, None] & mask_m[None, :], other=0.0)  # fmt: skip
+        at = ((image * height + row) * width + col) * channels
+        for first in tl.range(0, channels, BLOCK_X, num_stages=STAGES):
+            channel = first + offs_x
+            mask = channel < channels
+            x = tl.load(x_ptr + at[None, :] + channel[:, None], mask=mask_t[None, :] & mask[:, None], other=0.0)
+            response = _dot(x, basis, None, PRECISION)
+            tl.store(room + (channel * FILTERS)[:, None] + offs_m[None, :], response,
+                     mask=mask[:, None] & mask_m[None, :])  # fmt: skip
+        tl.debug_barrier()  # what one thread has written others read, in another order
+        scale = log2e / ((r1 - r0) * (c1 - c0)).to(tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+        for first in tl.range(0, channels, BLOCK_B, num_stages=1):
+            offs_b = first + tl.arange(0, BLOCK_B)
+            mask_b = (offs_b < channels)[None, :]
+            x = tl.load(room + (offs_m * channels)[:, None] + offs_b[None, :], mask=mask_m[:, None] & mask_b, other=0.0)
+            x = tl.where(mask_m[:, None], x * scale, float("-inf"))
+            e = tl.exp2(x - tl.max(x, 0)[None, :])
+            acc += tl.where(mask_b, e / tl.sum(e, 0)[None, :], 0.0)
+        mean = _mean(acc, channels, FILTERS, BLOCK_B)
+        tl.store(out_ptr + ((image * FILTERS + offs_m) * height + i) * width + j, mean, mask=mask_m)
+        tl.debug_barrier()  # the next pixel writes over it
 
 
 def why_not_feature_unification(channels, filters, kernel_size, dtype):
@@ -128,21 +184,30 @@ def why_not_feature_unification(channels, filters, kernel_size, dtype):
     return None
 
 
-def plan(device, channels, filters, kernel_size, precision=None):
-    """Which kernel runs on a `tiling.Device`, a pure function: (whether it is the grouped one, keyword arguments)."""
+def plan(device, channels, filters, kernel_size, precision=None, written=True):
+    """Which kernel runs on a `tiling.Device`, a pure function: (design, keyword arguments).
+
+    The design is "grouped", "written", unless that is excluded, or "gathered".
+    """
     precision = dot_precision(device, torch.float32, precision)
     block = max(16, triton.next_power_of_2(filters))
     taps = max(16, triton.next_power_of_2(kernel_size**2))
     constants = dict(FILTERS=filters, SIZE=kernel_size, BLOCK_M=block)
-    if channels % filters or taps > MOST_TAPS or taps * block > MOST_NUMBERS:
-        columns = min(2048 // block, triton.next_power_of_2(channels))
-        constants.update(BLOCK_B=columns)
-        return False, dict(constants, num_warps=max(1, block * columns // 256), num_stages=1, enable_fp_fusion=True)
+    columns = min(2048 // block, triton.next_power_of_2(channels))
+    wanted = written and channels >= 16 or channels % filters == 0
+    if taps > MOST_TAPS or taps * block > MOST_NUMBERS or not wanted:
+        constants.update(BLOCK_B=columns, num_warps=max(1, block * columns // 256), num_stages=1)
+        return "gathered", dict(constants, enable_fp_fusion=True)
+    constants.update(BLOCK_T=taps, PRECISION=precision, STAGES=2, num_stages=2, enable_fp_fusion=True)
     # Where registers allow it, twice the filters share the taps that are loaded and split.
     roomy = device.kind != "cuda" or device.capability[0] == 9
-    rows = min(block, (16384 if roomy else 8192) // block)
-    constants.update(BLOCK_F=rows, BLOCK_T=taps, PRECISION=precision, STAGES=2)
-    return True, dict(constants, num_warps=8 if rows * block > 4096 else 4, num_stages=2, enable_fp_fusion=True)
+    rows = (16384 if roomy else 8192) // block
+    if channels % filters:
+        rows = max(16, min(rows, 128, triton.next_power_of_2(channels)))
+        constants.update(BLOCK_X=rows, BLOCK_B=min(4096 // block, triton.next_power_of_2(channels)))
+        return "written", dict(constants, num_warps=8 if rows * block > 4096 else 4)
+    rows = min(block, rows)
+    return "grouped", dict(constants, BLOCK_F=rows, num_warps=8 if rows * block > 4096 else 4)
 
 
 def feature_unification_fwd(features, basis, *, precision=None):
@@ -154,25 +219,35 @@ def feature_unification_fwd(features, basis, *, precision=None):
         precision: of products on CUDA: "tf32x3" (None means this), "tf32" or "ieee".
 
     Returns:
-        (B, M, h, w) float32. Beside it one float32 copy of the features is made. Nothing here waits for the device.
+        (B, M, h, w) float32. Beside it one float32 copy of the features is made, and where C is no
+        multiple of M room for the responses of some pixels, at most ROOM bytes or one pixel's. Nothing here waits
+        for the device.
 
     Raises:
         ValueError: no such precision.
     """
     batch, channels, height, width = features.shape
     filters, _, size, _ = basis.shape
-    grouped, constants = plan(Device.of(features.device), channels, filters, size, precision)
+    card = Device.of(features.device)
+    design, constants = plan(card, channels, filters, size, precision)
     with _on(features.device):
         out = torch.empty(batch, filters, height, width, dtype=torch.float32, device=features.device)
         pixels = features.permute(0, 2, 3, 1)
         flat = basis.float().flatten(1)
-        if grouped:
+        if design == "grouped":
             groups = channels // filters
             packed = torch.empty(batch, height, width, groups, filters, dtype=torch.float32, device=features.device)
             packed.copy_(pixels.unflatten(-1, (filters, groups)).transpose(-1, -2))
             arguments = packed, flat.contiguous(), out, height, width, groups
         else:
             arguments = pixels.float().contiguous(), flat.T.contiguous(), out, height, width, channels
-        kernel = _grouped_kernel if grouped else _gathered_kernel
-        kernel[(batch * height * width,)](*arguments, LOG2E, **constants)
+        programs = batch * height * width
+        if design == "written":
+            n_pixels, programs = programs, max(1, min(programs, 2 * card.processors, ROOM // (4 * channels * filters)))
+            room = torch.empty(programs, channels, filters, dtype=torch.float32, device=features.device)
+            arguments = *arguments[:2], room, *arguments[2:], n_pixels, programs
+        kernel = dict(grouped=_grouped_kernel, written=_written_kernel, gathered=_gathered_kernel)[design]
+        launch = Launches(("feature_unification", card, features.shape, basis.shape, basis.data_ptr() % 16, precision))
+        launch(kernel, programs, *arguments, LOG2E, **constants)
+        launch.done()
     return out

@@ -176,7 +176,8 @@ def plan(device, channels, filters, kernel_size, precision=None):
         (whether the statistics are the grouped ones, of the statistics, of the taps, of their gathering): keyword
         arguments.
     """
-    grouped, stats = forward_plan(device, channels, filters, kernel_size, precision)
+    design, stats = forward_plan(device, channels, filters, kernel_size, precision, written=False)
+    grouped = design == "grouped"
     if grouped:
         stats.update(BLOCK_F=min(stats["BLOCK_F"], 64), num_warps=8)
     block = max(16, triton.next_power_of_2(filters))

@@ -19,7 +19,7 @@ from anyup_fast.plain import attention, unification
 SUPPORT = Path(__file__).parent / "support"
 OPERATORS = {
     "windowed_attention", "windowed_attention gradient", "feature_unification", "feature_unification gradient",
-    "guidance", "project_queries", "project_queries gradient", "AnyUp", "AnyUp gradient",
+    "guidance", "project_keys", "project_queries", "project_queries gradient", "AnyUp", "AnyUp gradient",
 }  # fmt: skip
 
 

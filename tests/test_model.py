@@ -57,7 +57,7 @@ def test_golden_vectors_hold(name, index):
 def test_golden_vectors_see_the_order_of_the_unified_channels(monkeypatch):
     model, image, features, expected, size = golden_case("small", 1)
 
-    def filters_first(features, basis):
+    def filters_first(features, basis, **_):
         responses = torch.stack([F.conv2d(c[:, None], basis, padding=2) for c in features.unbind(1)], 2)
         taps = F.conv2d(torch.ones_like(features[:1, :1]), torch.ones(1, 1, 5, 5), padding=2)
         return (responses / taps[:, :, None]).softmax(1).mean(2)

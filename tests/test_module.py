@@ -245,6 +245,8 @@ def operators():
             torch.randn(2, 16, 6, 7),
             [tensor.detach() for tensor in keys.flat()],
             1e-7,
+            torch.float32,
+            "torch",
         ),
         "convolve_and_project": (*_differentiable(x.clone(), *(tensor.clone() for tensor in projection)), 1e-7),
         "project_queries_backward": (x, x, convolved, *projection, 1e-7),
@@ -264,7 +266,7 @@ def operators():
         "branches_backward": (x, x, x, freqs, *convs),
         "pooled": (*_differentiable(x.clone()), 3, 9),
         "pooled_backward": (torch.randn(2, 3, 9, 32), x),
-        "unit_channels": (features.clone(),),
+        "unit_channels": (features.clone(), "torch"),
         "feature_unification": (*_differentiable(features.clone(), basis.clone()), "torch"),
         "feature_unification_backward": (torch.randn(1, 16, 2, 3), features, basis, "torch", True),
     }

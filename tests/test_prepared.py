@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 
 import anyup_fast
-from anyup_fast import AnyUp
+from anyup_fast import AnyUp, parts
 from anyup_fast.heads import linear_head
 from anyup_fast.image import normalize
+from anyup_fast.ops import choice
 from anyup_fast.plain import guidance as plain_guidance
 from anyup_fast.prepared import Prepared
 from anyup_fast.stores import Store
@@ -375,3 +377,40 @@ def test_the_verb_takes_single_images_and_names(model):
     assert distance(twice.region(0, 0, 5, 5)[1:], model(image.flip(3), features)[..., :5, :5]) < 1e-5
     with pytest.raises(ValueError, match="batch size"):
         anyup_fast.prepare(image.expand(2, -1, -1, -1), features.expand(3, -1, -1, -1), weights=model)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Tensors on the CPU count as those of a GPU; Triton's kernels are interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted here")
+    monkeypatch.setattr(choice, "_GPUS", ("cpu",))
+    monkeypatch.setattr(choice, "_installation_fault", choice.cache(lambda kind: None))
+    choice.forget_faults()
+    yield
+    choice.forget_faults()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [parts.MOST_BYTES, 40 * 32 * 4])
+def test_kernels_answer_once_the_norms_are_known(interpreted, monkeypatch, most):
+    monkeypatch.setattr(parts, "MOST_BYTES", most)
+    made = tiny.model()
+    generator = torch.Generator().manual_seed(0)
+    image, features = torch.randn(1, 3, 12, 10, generator=generator), torch.randn(1, 8, 3, 2, generator=generator)
+    plain = made.prepare(image, features, backend="torch")
+    prepared = made.prepare(image, features)
+    fused = []
+    right = parts.guided_queries
+    monkeypatch.setattr(parts, "guided_queries", lambda *a, **k: fused.append(right(*a, **k)) or fused[-1])
+    for ask, calls in (
+        (lambda one: one.full(), 0),
+        (lambda one: one.full(), 1),
+        (lambda one: one.full((5, 7)), 1),
+        (lambda one: one.region(1, 2, 7, 6), 1 if most > 1e6 else 2),
+        (lambda one: one.region(1, 2, 3, 2, (6, 5)), 1 if most > 1e6 else 0),
+    ):
+        fused.clear()
+        out = ask(prepared)
+        assert torch.allclose(out, ask(plain), atol=2e-5), f"{(out - ask(plain)).abs().max()}"
+        assert sum(query is not None for query in fused) == calls

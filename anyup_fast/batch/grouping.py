@@ -8,6 +8,7 @@ from ..image import target_size
 from ..model import AnyUp
 from .settings import output_size_of
 from .sources import picture_size
+from .stages import lanes
 
 GPU_BATCH = 8  # pictures of one size that a GPU takes at once
 
@@ -47,6 +48,8 @@ def batches_of(sources, wanted, batch_size, patch, settings):
 def at_once(size, encoder, settings, device):
     """How many pictures (H, W) a GPU takes at once: what half of its memory holds, from 1 to `GPU_BATCH`.
 
+    Where two such batches are in work at a time, both lie in that half.
+
     All of its memory counts, not what happens to be free, so that every run on such a device makes the same batches.
     """
     grid = [max(1, n // encoder.patch_size) for n in size]
@@ -55,7 +58,7 @@ def at_once(size, encoder, settings, device):
         model = AnyUp()
     one = model.estimate_memory((1, 3, *size), (1, encoder.dim, *grid), (height, width), device=device)
     one += height * width * encoder.dim * 4  # the answer in the dtype that is written, beside the one that is computed
-    return max(1, min(GPU_BATCH, _memory_of(torch.device(device)) // 2 // one))
+    return max(1, min(GPU_BATCH, _memory_of(torch.device(device)) // (2 * lanes(device)) // one))
 
 
 def _memory_of(device):

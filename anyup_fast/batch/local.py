@@ -1,7 +1,8 @@
 """The engine on one machine: processes decode, threads of this one compute and write.
 
 On a CPU several pictures are computed at a time, each by one thread: nobody waits for the slowest of a team, which
-costs a fifth on an idle machine, and much more on one that decodes and writes besides.
+costs a fifth on an idle machine, and much more on one that decodes and writes besides. On a CUDA device two batches are
+in work, each by a thread with a stream of its own: what one of them copies to the host, the other computes beside.
 """
 
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from .pool import Pool, result_of
-from .stages import Upsampler, Writer
+from .stages import Upsampler, Writer, lanes
 from .stopping import GRACE
 
 MOST_AT_A_TIME = 8  # batches that a CPU computes at a time, unless told otherwise
@@ -30,14 +31,14 @@ class LocalEngine:
     def __init__(self, settings, folder, device, at_a_time, writers, decoders, encoder):
         self.settings, self.folder, self.device, self.writers = settings, folder, device, writers
         if at_a_time is None:
-            at_a_time = min(MOST_AT_A_TIME, torch.get_num_threads()) if device == "cpu" else 1
+            at_a_time = min(MOST_AT_A_TIME, torch.get_num_threads()) if device == "cpu" else lanes(device)
         self.at_a_time, self.decoders, self.encoder = at_a_time, decoders, encoder
         self.waits, self.abandoned = {}, False
 
     def __call__(self, batches, stop, done):
         upsampler = Upsampler(self.settings, self.folder, self.device, encoder=self.encoder)
         arriving = self.decoders.batches(batches, stop)
-        with _sharing_threads(self.at_a_time) as start:
+        with _sharing_threads(self.at_a_time, self.device) as start:
             work = _Work(self, upsampler, start, stop, done)
             try:
                 with stop.held():
@@ -75,12 +76,21 @@ class LocalEngine:
 
 
 @contextmanager
-def _sharing_threads(count):
-    """Give each of `count` threads its share of PyTorch's threads; yields what each calls when it starts."""
+def _sharing_threads(count, device):
+    """Give each of `count` threads its share of PyTorch's threads, and on a CUDA device a stream of its own.
+
+    Yields what each of them calls when it starts.
+    """
     total = torch.get_num_threads()
     share = max(1, total // count)
+
+    def start():
+        torch.set_num_threads(share)
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+
     try:
-        yield lambda: torch.set_num_threads(share)
+        yield start
     finally:
         torch.set_num_threads(total)
 

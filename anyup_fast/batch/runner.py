@@ -109,7 +109,7 @@ def run(
             a picture that crashes its decoder then ends. They are fresh processes, spoken to through pipes: a script
             needs no main guard, and no shared memory is used.
         at_a_time: batches that are computed at the same time; None means on CPUs one for each thread of PyTorch, at
-            most 8, and on a GPU 1. Memory grows with it.
+            most 8, on a CUDA device 2, on other GPUs 1. Memory grows with it.
         writers: threads that write.
         device: "auto" (a GPU if there is one), "cpu", "cuda", ...
         engine: "local" or "ray" (Ray Data; `device` then says whether its actors ask for GPUs).

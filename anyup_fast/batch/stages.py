@@ -21,6 +21,7 @@ from .sources import Source, fingerprint, header_of, read_source, upright
 
 HEAD, PCA = "head.safetensors", "pca.safetensors"
 
+PINNED = 1 << 30  # bytes of one tensor that are copied into pinned memory at most
 STORED_IMAGE = {torch.uint8: 255, torch.uint16: 65535}
 
 
@@ -140,7 +141,7 @@ class Upsampler:
 
     def features(self, images):
         """Images (B, 3, H, W) on the device and their features (B, C, h, w) in float32."""
-        images = torch.stack(images).to(self.device)
+        images = _on_device(torch.stack(images), self.device)
         return images, self.encoder(images, layer=self.settings.layer).float()
 
     def _compute(self, pictures):
@@ -200,7 +201,7 @@ class Upsampler:
             scale = full.abs().amax((2, 3)) / 127
             scale = torch.where(scale > 0, scale, 1)
             quantised = full.div_(scale[..., None, None]).round_().to(torch.int8)
-            return {name: _on_host(quantised), "scale": scale.cpu()}, scale.isfinite().all(1)
+            return {name: _on_host(quantised), "scale": _on_host(scale)}, scale.isfinite().all(1)
         # Weighted means never leave the range of what they are means of: the low-res maps show whether they fit.
         maps = maps.to(getattr(torch, dtype))
         return {name: _on_host(prepared.showing(maps).full(size))}, maps.isfinite().flatten(1).all(1)
@@ -212,11 +213,11 @@ class Upsampler:
         labels = prepared.head(self.head, argmax=True).full(size)
         classes = len(self.head[0])
         dtype = torch.uint8 if classes <= 256 else torch.uint16 if classes <= 65536 else torch.int32
-        return {"labels": labels.to(dtype).cpu()}, [True] * len(labels)
+        return {"labels": _on_host(labels.to(dtype))}, [True] * len(labels)
 
     def _pca(self, prepared, size):
         coordinates = prepared.head(self.colours.head(prepared.channels)).full(size)
-        return {"picture": self.colours.paint(coordinates).cpu()}, [True] * len(coordinates)
+        return {"picture": _on_host(self.colours.paint(coordinates))}, [True] * len(coordinates)
 
     def _lowres(self, prepared, _):
         maps = prepared.maps.to(getattr(torch, self.settings.dtype))
@@ -225,8 +226,29 @@ class Upsampler:
         return kept, maps.isfinite().flatten(1).all(1)
 
 
+def lanes(device):
+    """How many batches are in work at a time on an accelerator: on CUDA devices one computes while the other copies."""
+    return 2 if torch.device(device).type == "cuda" else 1
+
+
+def _on_device(tensor, device):
+    """A tensor of the host on a device; to a CUDA device it is copied by the current stream, with nobody waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _on_host(tensor):
-    return tensor.contiguous().cpu()
+    """A tensor in memory of the host, contiguous.
+
+    From a CUDA device it is copied into pinned memory, at the speed of the bus, and only the stream of this thread is
+    waited for: another one may compute meanwhile. Such memory is not to be had for anything beyond `PINNED` bytes.
+    """
+    tensor = tensor.contiguous()
+    if tensor.device.type != "cuda" or tensor.nbytes > PINNED:
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 def pack_image(image):

@@ -6,11 +6,13 @@ from torch import Tensor
 from ..plain import attention as plain
 from ..plain import reference
 from ..plain.width import has_float64
-from .choice import BACKENDS, attempt, check_name, choose, on_triton, requested, why_no_triton
-from .windows import UNCAPTURED
+from .choice import BACKENDS, attempt, check_name, chosen, on_triton, requested, why_no_triton
+from .windows import UNCAPTURED, is_made_for
 
 
-def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto"):
+def windowed_attention(
+    query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", backend="auto", kept=None
+):
     """Attention of every output pixel to its own rectangle of low-resolution keys.
 
     Equivalent to a softmax per head over the keys inside the window, the mean over the heads, and the weighted
@@ -28,6 +30,7 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
             C / heads channels.
         backend: "auto" (see `choose_backend`), "triton" (fused kernels on GPUs), "torch" (exact, any device, memory
             flat in the number of pixels) or "reference" (the twin).
+        kept: `anyup_fast.kept.Kept` of a model where no gradient is asked for, or None.
 
     Returns:
         (B, H', W', C) in the dtype of `value`; softmax and sums in float32 (float64 for float64 input).
@@ -39,10 +42,12 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     Source: AnyUp (arXiv 2510.12764), local window attention.
     """
     _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mode)
-    backend = _choice(query, key, value, backend)
+    backend = _choice(query, key, value, backend, kept)
     if backend == "reference":
         return reference.windowed_attention(query, key, value, row_bounds, col_bounds, scale=scale, head_mode=head_mode)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if kept is not None and on_triton(backend):
+        return _computed(query, key, value, row_bounds, col_bounds, scale, head_mode, backend)
     return windowed_attention_op(query, key, value, row_bounds, col_bounds, scale, head_mode, backend)
 
 
@@ -54,9 +59,9 @@ def choose_backend(query, key, value, backend="auto"):
     return "triton" if on_triton(name := _choice(query, key, value, backend)) else name
 
 
-def _choice(query, key, value, backend):
+def _choice(query, key, value, backend, kept=None):
     options = query.device, query.dtype, value.dtype, query.shape[-1]
-    return choose("windowed_attention", backend, lambda name: why_not(name, *options))
+    return chosen(kept, "windowed_attention", options, backend, lambda name: why_not(name, *options))
 
 
 def backends(device):
@@ -135,8 +140,11 @@ def _check_windowed_attention(query, key, value, row_bounds, col_bounds, head_mo
             raise ValueError(
                 f"{name} must be integers of shape ({n_query}, 2), got {bounds.dtype} {tuple(bounds.shape)}"
             )
-        # Reading bounds that live on an accelerator would stall its queue; a graph being traced has none to read.
-        if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Reading bounds that live on an accelerator would stall its queue; a graph being traced has none to read; and
+        # those of a rule are right for the sizes that they were made for.
+        if torch.compiler.is_compiling() or is_made_for(bounds, n_query, n_key):
+            continue
+        if bounds.device.type == "cpu":
             start, end = bounds.unbind(1)
             if (start < 0).any() or (end > n_key).any() or (start >= end).any():
                 raise ValueError(f"{name}: every window must satisfy 0 <= start < end <= {n_key}")
@@ -154,6 +162,10 @@ def windowed_attention_op(
     backend: str,
 ) -> Tensor:
     """`anyup_fast.ops.windowed_attention` on a named back end ("triton" or "torch"), arguments unchecked."""
+    return _computed(query, key, value, row_bounds, col_bounds, scale, head_mode, backend)
+
+
+def _computed(query, key, value, row_bounds, col_bounds, scale, head_mode, backend):
     given, options = (query, key, value, row_bounds, col_bounds), {"scale": scale, "head_mode": head_mode}
 
     def kernel():

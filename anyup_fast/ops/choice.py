@@ -31,9 +31,11 @@ LEAST_TRITON = (3, 4)
 LEAST_CAPABILITY = (8, 0)
 VENDORS = {"cuda": "nvidia", "hip": "amd", "xpu": "intel"}  # Triton's names of who makes the device
 _GPUS = ("cuda", "xpu")
+_TRACING = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
 
 _asked = ContextVar("anyup_fast_backend", default=None)
 _asked_in_graphs = None  # the same for graphs that are traced, where context variables can't be read
+_asked_again = 0  # how often faults were forgotten
 _failed = {}  # (operator, name of the device) -> why its Triton kernel is not tried again
 
 
@@ -79,6 +81,16 @@ def requested():
     return asked
 
 
+def asked():
+    """Something hashable that is another one as soon as operators may choose another back end."""
+    return requested(), _asked_again
+
+
+def is_gpu(device):
+    """Whether a torch.device is of a kind that Triton has kernels for."""
+    return device.type in _GPUS
+
+
 def check_name(backend, argument="backend"):
     """ValueError unless `backend` is one of `BACKENDS`."""
     if backend not in BACKENDS:
@@ -113,6 +125,13 @@ def choose(operator, backend, why_not):
             return TRITON_OR_TORCH if name == "triton" else name
         log_once(f"{operator}: {name!r} not taken: {reason}")
     raise RuntimeError(f"{operator}: no back end can run")
+
+
+def chosen(kept, operator, about, backend, why_not):
+    """`choose`, for "auto" once for each `about` (hashable) of what is kept for a model (or None)."""
+    if kept is None or backend != "auto":
+        return choose(operator, backend, why_not)
+    return kept.of(("back end", operator, about), lambda: choose(operator, backend, why_not))
 
 
 def on_triton(backend):
@@ -234,6 +253,13 @@ def attempt(operator, backend, device, kernel, plain):
     return out
 
 
+def runs_now(tensor):
+    """Whether what is called with a tensor runs at once: no graph is traced and no function transformed."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(map(torch._C._get_dispatch_mode, _TRACING))
+
+
 def why_not_executed(device):
     """Why kernels that are launched on a device can't be judged: one sentence, or None if they run there."""
     from ..kernels import probe
@@ -254,6 +280,8 @@ def _of_the_device(error):
 
 def forget_faults():
     """Ask the installation again and try again what has failed."""
+    global _asked_again
+    _asked_again += 1
     _installation_fault.cache_clear()
     _failed.clear()
     warn_once.cache_clear()

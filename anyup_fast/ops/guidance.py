@@ -11,10 +11,10 @@ from torch import Tensor
 from ..plain import guidance as plain
 from ..plain.weights import GuidanceWeights
 from ..plain.width import has_float64
-from .choice import attempt, choose, on_triton, triton_precision, why_no_triton
+from .choice import attempt, chosen, on_triton, triton_precision, why_no_triton
 
 
-def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, backend="auto"):
+def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, backend="auto", kept=None):
     """Queries before their 3x3 convolution, and the image's part of the keys.
 
     Args:
@@ -25,6 +25,7 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         dtype: of what is stored for every pixel; statistics, coordinates and sums are float32 at least. In plain
             PyTorch 16-bit dtypes are computed, stored and returned as float32.
         backend: "auto", "triton" or "torch".
+        kept: `anyup_fast.kept.Kept` of the model with these weights, or None: what kernels make of them is made once.
 
     Returns:
         query (B, H', W', D) in `dtype`; key (B, h, w, D) and norms (B, 12, 2, D) in float32 (float64 for float64).
@@ -44,8 +45,44 @@ def guidance(image, weights, output_size, key_size, *, dtype=torch.float32, back
         left_out = name == "output_size" and tuple(size) == (0, 0)
         if len(size) != 2 or (min(size) < 1 and not left_out):
             raise ValueError(f"{name}: need a positive height and width, got {tuple(size)}")
-    backend = choose("guidance", backend, lambda name: _why_not_guidance(name, image, weights, dtype))
+    about = image.device, image.shape[1], dtype
+    backend = chosen(kept, "guidance", about, backend, lambda name: _why_not_guidance(name, image, weights, dtype))
+    if kept is not None and on_triton(backend):
+        return _computed(image, weights, tuple(output_size), tuple(key_size), dtype, backend, kept)
     return guidance_op(image, weights.flat(), *output_size, *key_size, dtype, backend)
+
+
+def guided_queries(image, weights, norms, output_size, *, dtype, whole, place=(0, 0), kept=None):
+    """Queries of a rectangle of an image whose normalisations are known, by Triton's kernels.
+
+    Args:
+        image: (B, channels, height, width), the rectangle; weights, dtype and kept as `guidance` takes them.
+        norms: (B, 12, 2, D), that `guidance` gave for the whole image.
+        output_size: (H', W') to which the rectangle is pooled; its own size leaves it as it is.
+        whole: (H, W) of the image. place: row and column of the rectangle in it.
+
+    Returns:
+        (B, H', W', D) in `dtype`; None where the kernels are not taken: there `plain.guidance.Guide` computes pixels.
+    """
+    about = image.device, image.shape[1], dtype
+    backend = chosen(kept, "guidance", about, "auto", lambda name: _why_not_guidance(name, image, weights, dtype))
+    if not on_triton(backend):
+        return None
+
+    def kernel():
+        from ..kernels.guidance import guided_queries_fwd
+
+        options = dict(dtype=dtype, whole=whole, place=place, precision=triton_precision())
+        return guided_queries_fwd(image, _ready(weights, dtype, kept), norms, output_size, **options)
+
+    return attempt("guidance", backend, image.device, kernel, lambda: None)
+
+
+def _ready(weights, dtype, kept):
+    """What kernels make of the weights, where it is kept; else the weights."""
+    from ..kernels.guidance import prepared
+
+    return weights if kept is None else kept.of(("guidance, ready", dtype), lambda: prepared(weights, dtype))
 
 
 def _why_not_guidance(name, image, weights, dtype):
@@ -74,16 +111,24 @@ def guidance_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`anyup_fast.ops.guidance` on a named back end, weights as `GuidanceWeights.flat()`, arguments unchecked."""
-    given = image, GuidanceWeights.from_flat(weights), (output_height, output_width), (key_height, key_width)
+    sizes = (output_height, output_width), (key_height, key_width)
+    return _computed(image, GuidanceWeights.from_flat(weights), *sizes, dtype, backend)
+
+
+def _computed(image, weights, output_size, key_size, dtype, backend, kept=None):
+    given = image, weights, output_size, key_size
 
     def kernel():
         from ..kernels.guidance import guidance_fwd
 
-        return guidance_fwd(*given, dtype=dtype, precision=triton_precision())
+        options = dict(dtype=dtype, precision=triton_precision())
+        return guidance_fwd(image, _ready(weights, dtype, kept), output_size, key_size, **options)
 
     def in_plain_pytorch():
         query, key, norms = plain.guidance(*given, dtype=dtype)
-        return query.to(dtype) if on_triton(backend) else query, key, norms
+        if not on_triton(backend):
+            return query, key, norms
+        return query.to(dtype), key, norms.transpose(0, 1).contiguous().transpose(0, 1)
 
     return attempt("guidance", backend, image.device, kernel, in_plain_pytorch)
 
@@ -96,4 +141,6 @@ def _(image, weights, output_height, output_width, key_height, key_width, dtype,
         image.shape[0], output_height, output_width, width, dtype=dtype if on_triton(backend) else wide
     )
     key = image.new_empty(image.shape[0], key_height, key_width, width, dtype=wide)
+    if on_triton(backend):
+        return query, key, image.new_empty(plain.NORMS, image.shape[0], 2, width, dtype=wide).transpose(0, 1)
     return query, key, image.new_empty(image.shape[0], plain.NORMS, 2, width, dtype=wide)

@@ -1,14 +1,16 @@
 """`project_queries`: contract, checks, choice of back end, registration and gradients."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..plain import queries as plain
 from ..plain.norms import RMS_EPS
-from .choice import attempt, choose, on_triton, triton_precision, why_no_triton
+from .choice import attempt, chosen, on_triton, triton_precision, why_no_triton
 
 
-def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="auto"):
+def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="auto", kept=None):
     """3x3 convolution (zero padding), RMSNorm and projection of the queries.
 
     Differentiable once in everything, on the "torch" back end, which keeps the query and what the convolution made of
@@ -19,6 +21,7 @@ def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="au
         conv: (D, D, 3, 3); norm: (D,), the norm's weight; weight: (D, D) and bias: (D,) of the projection.
         eps: of the norm.
         backend: "auto", "triton" or "torch".
+        kept: `anyup_fast.kept.Kept` of the model with these weights, or None: what kernels make of them is made once.
 
     Returns:
         (B, H', W', D) in the dtype of `query`, on the "torch" back end at least float32.
@@ -36,9 +39,13 @@ def project_queries(query, conv, norm, weight, bias, *, eps=RMS_EPS, backend="au
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if recorded and backend == "auto":  # there is one way
         return convolve_and_project_op(*given, eps)[0]
-    backend = choose("project_queries", backend, lambda name: _why_not_projection(name, query, recorded))
+    about = query.device, query.dtype, dim, recorded
+    why_not = partial(_why_not_projection, query=query, recorded=recorded)
+    backend = chosen(kept, "project_queries", about, backend, why_not)
     if recorded:
         return convolve_and_project_op(*given, eps)[0]
+    if kept is not None and on_triton(backend):
+        return _computed(given, eps, backend, kept)
     return project_queries_op(*given, eps, backend)
 
 
@@ -61,12 +68,19 @@ def project_queries_op(
     query: Tensor, conv: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 ) -> Tensor:
     """`anyup_fast.ops.project_queries` on a named back end, arguments unchecked."""
-    given = query, conv, norm, weight, bias
+    return _computed((query, conv, norm, weight, bias), eps, backend)
+
+
+def _computed(given, eps, backend, kept=None):
+    query, *weights = given
 
     def kernel():
-        from ..kernels.queries import project_queries_fwd
+        from ..kernels.queries import prepared, project_queries_fwd
 
-        return project_queries_fwd(*given, eps=eps, precision=triton_precision())
+        made = weights
+        if kept is not None:
+            made = kept.of(("queries, ready", query.dtype), lambda: prepared(*weights, query.dtype))
+        return project_queries_fwd(query, *made, eps=eps, precision=triton_precision(), ready=kept is not None)
 
     def in_plain_pytorch():
         out = plain.project_queries(*given, eps=eps)

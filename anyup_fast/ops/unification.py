@@ -5,10 +5,10 @@ from torch import Tensor
 
 from ..plain import reference
 from ..plain import unification as plain
-from .choice import attempt, choose, why_no_triton
+from .choice import attempt, chosen, on_triton, why_no_triton
 
 
-def feature_unification(features, basis, *, backend="auto"):
+def feature_unification(features, basis, *, backend="auto", kept=None):
     """Channel-agnostic description of feature maps: any C to M channels.
 
     Every channel is convolved (zero padding) with the M filters and divided by the number of taps inside the map; the
@@ -20,6 +20,7 @@ def feature_unification(features, basis, *, backend="auto"):
         features: (B, C, h, w), any C >= 1, any float dtype; AnyUp gives them unit length over the channels.
         basis: (M, 1, k, k), k odd.
         backend: "auto", "triton", "torch" or "reference".
+        kept: `anyup_fast.kept.Kept` of the model with this basis where no gradient is asked for, or None.
 
     Returns:
         (B, M, h, w), float32 (float64 for float64 features): 1/M plus a few parts in a hundred thousand, which 16-bit
@@ -34,9 +35,12 @@ def feature_unification(features, basis, *, backend="auto"):
         raise ValueError(f"features: need floats (B, C, h, w), got {features.dtype} {tuple(features.shape)}")
     if basis.ndim != 4 or basis.shape[1] != 1 or basis.shape[2] != basis.shape[3] or basis.shape[2] % 2 == 0:
         raise ValueError(f"basis: need shape (M, 1, k, k) with k odd, got {tuple(basis.shape)}")
-    backend = choose("feature_unification", backend, lambda name: _why_not(name, features, basis))
+    about = features.device, features.dtype, features.shape[1]
+    backend = chosen(kept, "feature_unification", about, backend, lambda name: _why_not(name, features, basis))
     if backend == "reference":
         return reference.feature_unification(features, basis)
+    if kept is not None and on_triton(backend):
+        return _computed(features, kept.of("basis", basis.detach().float), backend)
     return feature_unification_op(features, basis, backend)
 
 
@@ -51,24 +55,63 @@ def _why_not(name, features, basis):
     return why_not_feature_unification(features.shape[1], len(basis), basis.shape[-1], features.dtype)
 
 
+def unit_channels(features, *, backend="auto", kept=None):
+    """`features / max(|features|_2 over channels, 1e-12)`, where no gradient is asked for.
+
+    Args:
+        features: (B, C, h, w), any float dtype.
+        backend: "auto", "triton", "torch" or "reference".
+        kept: `anyup_fast.kept.Kept` of a model, or None.
+
+    Returns:
+        (B, C, h, w), float32 (float64 for float64 features), in any order in memory.
+
+    Raises:
+        RuntimeError: a back end asked for by name that can't run.
+    """
+    about = features.device, features.dtype
+    backend = chosen(kept, "unit_channels", about, backend, lambda name: _why_no_unit(name, features))
+    if backend == "reference":
+        return torch.nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+    if kept is not None and on_triton(backend):
+        return _of_unit_length(features, backend)
+    return unit_channels_op(features, backend)
+
+
+def _why_no_unit(name, features):
+    return why_no_triton("unit_channels", features.device, features.dtype) if name == "triton" else None
+
+
 @torch.library.custom_op("anyup_fast::unit_channels", mutates_args=())
-def unit_channels_op(features: Tensor) -> Tensor:
-    """`F.normalize(features, dim=1)` in float32 at least, where no gradient is asked for.
+def unit_channels_op(features: Tensor, backend: str) -> Tensor:
+    """`anyup_fast.ops.unification.unit_channels` on a named back end.
 
     An operator for the sake of who computes it: in the caller's thread PyTorch's own team would be woken, and spin.
     """
-    return plain.unit_channels(features)
+    return _of_unit_length(features, backend)
+
+
+def _of_unit_length(features, backend):
+    def kernel():
+        from ..kernels.keys import unit_channels_fwd
+
+        return unit_channels_fwd(features)
+
+    return attempt("unit_channels", backend, features.device, kernel, lambda: plain.unit_channels(features))
 
 
 @unit_channels_op.register_fake
-def _(features):
+def _(features, backend):
     return features.new_empty(features.shape, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
 @torch.library.custom_op("anyup_fast::feature_unification", mutates_args=())
 def feature_unification_op(features: Tensor, basis: Tensor, backend: str) -> Tensor:
     """`anyup_fast.ops.feature_unification` on a named back end, arguments unchecked."""
+    return _computed(features, basis, backend)
 
+
+def _computed(features, basis, backend):
     def kernel():
         from ..kernels.unification import feature_unification_fwd
 

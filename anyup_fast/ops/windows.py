@@ -16,7 +16,14 @@ UNCAPTURED = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagra
 
 def _kept(rule):
     """`rule` with its last tables kept; in a graph that is traced, the operator of its name in their place."""
-    kept = lru_cache(maxsize=256)(torch.inference_mode(False)(rule))  # what is kept must serve training as well
+
+    @lru_cache(maxsize=256)
+    @torch.inference_mode(False)  # what is kept must serve training as well
+    def kept(n_query, n_key, ratio):
+        table = rule(n_query, n_key, ratio)
+        # By this launchers know it again, without reading it; the version says that nobody has written to it.
+        table.made_by = (rule.__name__, n_query, n_key, float(ratio)), table._version
+        return table
 
     @wraps(rule)
     def bounds(n_query, n_key, ratio):
@@ -26,6 +33,12 @@ def _kept(rule):
 
     bounds.cache_clear = kept.cache_clear
     return bounds
+
+
+def is_made_for(bounds, n_query, n_key):
+    """Whether `bounds` are a kept table of a rule, for so many queries and keys, as it was made."""
+    rule, version = getattr(bounds, "made_by", (None, None))
+    return rule is not None and rule[1:3] == (n_query, n_key) and bounds._version == version
 
 
 @_kept

@@ -49,6 +49,14 @@ def pooled(x, size):
     return torch.bmm(cols.mT.expand(len(lines), -1, -1), lines).view(batch, *size, channels).to(x.dtype)
 
 
+def pooled_part(x, rows, cols):
+    """Averages (B, rows, cols, D) over the ranges of two `Bins` of the pixels (B, r, c, D) that these need."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    shares = [_shares(n, axis, wide, axis.needed.start) for n, axis in zip(x.shape[1:3], (rows, cols), strict=True)]
+    lines = torch.bmm(shares[0].mT.expand(len(x), -1, -1), wide.flatten(2)).view(-1, *x.shape[2:])
+    return torch.bmm(shares[1].mT.expand(len(lines), -1, -1), lines).view(len(x), len(rows), len(cols), -1).to(x.dtype)
+
+
 def pooled_backward(grad, x):
     """Gradient (B, H, W, D) of `pooled` for `x`, of which only shape and dtype count, from that (B, h, w, D)."""
     if grad.device.type == "cpu":
@@ -156,8 +164,8 @@ class Unpool:
         return out
 
 
-def _shares(length, bins, like):
-    """(length, pooled): the part that each place has in the average of each range."""
-    place = torch.arange(length, device=like.device)[:, None]
+def _shares(length, bins, like, first=0):
+    """(length, pooled): the part that each place, from `first` on, has in the average of each range."""
+    place = torch.arange(first, first + length, device=like.device)[:, None]
     starts, ends = (torch.tensor(edge, device=like.device) for edge in (bins.starts, bins.ends))
     return ((place >= starts) & (place < ends)).to(like.dtype) / (ends - starts)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import anyup_fast
 from anyup_fast import cli
-from anyup_fast.batch import Settings, grouping, make_film, open_archive, outputs, run, runner, sources, stages
+from anyup_fast.batch import Settings, grouping, local, make_film, open_archive, outputs, run, runner, sources, stages
 from anyup_fast.batch.manifest import Manifest
 from anyup_fast.cpu import products
 
@@ -607,11 +608,68 @@ def test_a_gpu_takes_as_many_pictures_as_half_of_its_memory_holds(monkeypatch):
         return grouping.at_once(size, encoder, settings, "cuda")
 
     assert several((448, 448), 80) == grouping.GPU_BATCH
-    counts = [several((1512, 2016), gibibytes) for gibibytes in (24, 80, 139)]
+    counts = [several((1512, 2016), gibibytes) for gibibytes in (24, 141, 192)]
     assert counts[0] == 1 < counts[1] < counts[2] < grouping.GPU_BATCH
     assert several((3024, 4032), 8) == 1, "one is always tried"
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 48 << 30)
     assert 1 < grouping.at_once((1008, 1344), encoder, settings, "mps") <= grouping.GPU_BATCH
+
+
+class Far:
+    """A tensor on a CUDA device that isn't there."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, held, nbytes=0):
+        self.held, self.nbytes, self.shape, self.dtype = held, nbytes, held.shape, held.dtype
+
+    def contiguous(self):
+        return self
+
+    def cpu(self):
+        return "copied while everybody waits"
+
+
+def test_answers_of_a_cuda_device_go_into_pinned_memory_and_one_stream_is_waited_for(monkeypatch):
+    asked, told = [], []
+
+    class Host:
+        def copy_(self, far, non_blocking):
+            told.append((far, non_blocking))
+
+    def empty(shape, *, dtype, pin_memory):
+        asked.append((shape, dtype, pin_memory))
+        return Host()
+
+    monkeypatch.setattr(torch, "empty", empty)
+    stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    far = Far(torch.zeros(2, 3))
+    assert isinstance(stages._on_host(far), Host)
+    assert asked == [((2, 3), torch.float32, True)] and told == [(far, True), "waited"]
+    assert stages._on_host(Far(torch.zeros(2), stages.PINNED + 1)) == "copied while everybody waits"
+    here = torch.zeros(3, 2).T
+    assert stages._on_host(here).is_contiguous() and len(told) == 2
+
+
+def test_two_batches_are_in_work_on_a_cuda_device_each_on_its_stream(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: made.append(("set", stream, threading.get_ident())))
+    options = dict(at_a_time=None, writers=1, decoders=None, encoder=None)
+    engines = {kind: local.LocalEngine(Settings(), ".", kind, **options) for kind in ("cuda", "mps")}
+    assert {kind: engine.at_a_time for kind, engine in engines.items()} == {"cuda": 2, "mps": 1}
+    total = torch.get_num_threads()
+    for kind, engine in engines.items():
+        with local._sharing_threads(engine.at_a_time, kind) as start:
+            threads = [threading.Thread(target=start) for _ in range(engine.at_a_time)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert torch.get_num_threads() == total
+    sets = [one for one in made if isinstance(one, tuple)]
+    assert made.count("cuda") == len({stream for _, stream, _ in sets}) == len(sets) == 2
 
 
 def test_groups_are_cut_by_the_size_of_their_pictures(tmp_path):

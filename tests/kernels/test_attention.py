@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import attention_cases
 import pytest
@@ -14,7 +15,7 @@ from anyup_fast.ops import window_bounds
 from anyup_fast.ops.attention import windowed_attention_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DESIGNS = ("window", "two_pass", "heads")
+DESIGNS = ("window", "two_pass", "heads", "stored")
 DTYPES = list(attention_cases.DTYPES.values())
 
 
@@ -44,14 +45,25 @@ def small_tile(problem, design, rng):
     if design == "window":
         bounds = [attention._frozen(b) for b in (problem.row_bounds, problem.col_bounds)]
         keys = math.prod(attention._spans(*bounds, block_h, block_w))
-        return Tile("window", block_h, block_w, 2 ** max(4, math.ceil(math.log2(keys))), rng.choice((16, 32)), 4)
+        return Tile(
+            "window",
+            block_h,
+            block_w,
+            2 ** max(4, math.ceil(math.log2(keys))),
+            rng.choice((16, 32)),
+            rng.choice((1, 4)),
+        )
+    if design == "stored" and problem.head_mode == "mean":
+        return Tile(
+            "stored", block_h, block_w, 16, rng.choice((16, 32)), 4, stats_block_k=16, mix_k=rng.choice((16, 64))
+        )
     return Tile("two_pass", block_h, block_w, 16, rng.choice((16, 32)), 4, stats_block_k=16)
 
 
 def sweep(index):
     rng = random.Random(index)
     problem = attention_cases.draw(index, longest=9 if DEVICE == "cpu" else 60)
-    check(problem, small_tile(problem, DESIGNS[index % 3], rng))
+    check(problem, small_tile(problem, DESIGNS[index % 4], rng))
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -158,11 +170,18 @@ def test_two_runs_are_equal_to_the_bit(design):
 
 # Each removes one mask: (design, what stands in the source, what replaces it).
 BROKEN = [
-    ("window", 's = tl.where(seen, s, float("-inf"))', 's = tl.where(mask_k[None, :], s, float("-inf"))'),
+    (
+        "window",
+        "s = tl.where(_seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED), s,",
+        "s = tl.where(mask_k[None, :], s,",
+    ),
+    ("window", "(n[None, :] < first) | (n[None, :] >= last)", "(n[None, :] < first) & (n[None, :] >= last)"),
     ("window", "mask=mask_k[:, None] & mask_c, other=0.0", "mask=mask_c, other=0.0"),
     ("two_pass", 'bias = tl.where(seen, -offset[:, None], float("-inf"))', "bias = -offset[:, None] + seen * 0.0"),
     ("two_pass", "w = tl.where(seen, w, 0.0)", "w = w * 1.0"),
     ("two_pass", "w = tl.where(seen & ((row >= r0) & (row < r1))[:, None], w, 0.0)", "w = tl.where(seen, w, 0.0)"),
+    ("stored", "w = tl.where(in_row, w, 0.0)", "w = w * 1.0"),
+    ("stored", 'tl.where(inside, lses[h], float("inf"))', "lses[h]"),
     ("heads", 'x = tl.where(((row >= r0) & (row < r1))[:, None], x, float("-inf"))', "x = x * 1.0"),
     ("heads", 'bias = tl.where(seen, -offset[:, None], float("-inf"))', "bias = -offset[:, None] + seen * 0.0"),
     ("heads", "mask_value = (col < span_c1)[:, None] &", "mask_value = (col >= 0)[:, None] &"),
@@ -173,12 +192,12 @@ BROKEN = [
 @pytest.mark.parametrize(("design", "old", "new"), BROKEN)
 def test_a_broken_mask_is_caught(design, old, new, broken):
     problem = attention_cases.make(12, torch.float32, (7, 6), (9, 9), 8, ratio=0.2)
-    tile = small_tile(problem, design, random.Random(0))
-    check(problem, tile)
-    assert (
-        not problem.error(solve(problem, tile, broken(attention, old, new)))
-        <= 100 * attention_cases.TOLERANCE[torch.float32]
-    )
+    tile, module = small_tile(problem, design, random.Random(0)), broken(attention, old, new)
+    found = []
+    for each in [replace(tile, warps=warps) for warps in (1, 4)]:  # with and without masks that a product makes
+        check(problem, each)
+        found.append(problem.error(solve(problem, each, module)) <= 100 * attention_cases.TOLERANCE[torch.float32])
+    assert not all(found)
 
 
 def test_the_operator_passes_opcheck():
@@ -186,6 +205,34 @@ def test_the_operator_passes_opcheck():
     tensors = [x.detach().clone().requires_grad_() for x in there.tensors[:3]]
     arguments = (*tensors, there.row_bounds, there.col_bounds, 0.3, "mean", "triton")
     torch.library.opcheck(windowed_attention_op, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_stored_slab_by_slab(dtype, monkeypatch):
+    problem = attention_cases.make(14, dtype, (9, 13), (7, 6), 20, batch=2, head_dim=32, ratio=0.3)
+    tile = small_tile(problem, "stored", random.Random(0))
+    whole = solve(problem, tile)
+    monkeypatch.setattr(attention, "SLAB", 5 * 16 * 64 * 4)
+    assert torch.equal(solve(problem, tile), whole)
+    check(problem, tile)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_float32_values_of_any_size_keep_their_digits(size):
+    problem = attention_cases.make(15, torch.float32, (5, 9), (6, 5), 12, ratio=0.3)
+    problem.value *= size * 10.0 ** torch.arange(-6.0, 6.0)
+    tile = small_tile(problem, "stored", random.Random(0))
+    out, twin = (solve(problem, t).double().cpu() for t in (tile, small_tile(problem, "two_pass", random.Random(0))))
+    assert ((out - twin).abs().amax((0, 1, 2)) / twin.abs().amax((0, 1, 2))).max() <= 1e-6
+
+
+def test_values_that_are_not_finite_stay_where_they_are_seen():
+    problem = attention_cases.make(16, torch.float32, (6, 6), (6, 6), 12, ratio=0.0)
+    tile = small_tile(problem, "stored", random.Random(0))
+    whole = solve(problem, tile)
+    problem.value[0, 0, 0, 3] = math.inf
+    out = solve(problem, tile)
+    assert not out[0, 0, 0, 3].isfinite() and torch.equal(out[0, 4:, 4:], whole[0, 4:, 4:])
 
 
 class Sizes(TorchDispatchMode):

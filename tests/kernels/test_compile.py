@@ -22,9 +22,9 @@ MOST_SPILT = 64
 GRIDS = {"448/32/384", "518/37/768", "1024/64/768"}
 # Kernels without products, and those whose products are float32 whatever is stored: RDNA multiplies those one by one.
 PLAIN = {"image stats", "image affine", "affine", "rotation", "pool", "pool after"}
-PLAIN |= {"gathered", "gathered stats", "gather"}
+PLAIN |= {"gathered", "gathered stats", "gather", "unit", "start", "combine"}
 FLOATS = {"last"}
-UNIFICATION = "grouped", "grouped stats", "gathered", "gathered stats", "taps", "gather"
+UNIFICATION = "grouped", "grouped stats", "written", "gathered", "gathered stats", "taps", "gather"
 INTEGERS = "height width n_pixels n_tiles n_rows n_cols n_cells n_blocks n_images n_splits".split()
 
 
@@ -116,6 +116,16 @@ def test_backward(target, dtype):
 def test_unification(target):
     rows = compiled("--targets", target, "--groups", "unification", "--dtypes", "float32")
     assert sorted(row["kernel"] for row in rows) == sorted(UNIFICATION)
+    assert faults(rows) == []
+
+
+KEYS = {"unit", "project", "start", "layer", "layer of another width", "merge", "combine"}
+
+
+@pytest.mark.parametrize("target", some([t for t in TARGETS if t not in RDNA], ("sm_90", "gfx942")))
+def test_keys(target):
+    rows = compiled("--targets", target, "--groups", "keys", "--dtypes", *DTYPES)
+    assert {row["kernel"] for row in rows} == KEYS and len(rows) == len(KEYS) + 4
     assert faults(rows) == []
 
 

@@ -194,6 +194,44 @@ def test_images_of_a_batch_do_not_meet():
             assert torch.allclose(a[i : i + 1], b, rtol=0, atol=2**-22 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ready", [False, True])
+def test_parts_of_an_image_whose_norms_are_known(dtype, ready):
+    _, weights = network()
+    if ready:
+        weights = guidance.prepared(weights, dtype)
+    image = picture(2, (9, 14), dtype)
+    query, _, norms = guidance.guidance_fwd(image, weights, (9, 14), (2, 3), dtype=dtype)
+    for rows, cols in ((slice(2, 7), slice(3, 12)), (slice(8, 9), slice(0, 1)), (slice(0, 9), slice(0, 14))):
+        box = image[:, :, rows, cols]
+        given = box, weights, norms, tuple(box.shape[2:])
+        out = guidance.guided_queries_fwd(*given, dtype=dtype, whole=(9, 14), place=(rows.start, cols.start))
+        assert out.dtype == dtype and out.shape == query[:, rows, cols].shape
+        gap = (out.float() - query[:, rows, cols].float()).abs().max() / query.float().abs().max()
+        assert gap <= TOLERANCE[dtype], f"{gap}"
+
+
+@pytest.mark.parametrize("output_size", [(3, 4), (8, 13), (11, 15)])
+def test_norms_that_are_known_serve_outputs_of_other_sizes(output_size):
+    _, weights = network()
+    image = picture(1, (9, 14))
+    query, _, norms = guidance.guidance_fwd(image, weights, output_size, (2, 3), dtype=torch.float32)
+    out = guidance.guided_queries_fwd(image, weights, norms, output_size, dtype=torch.float32, whole=(9, 14))
+    assert out.shape == query.shape
+    assert (out - query).abs().max() <= TOLERANCE[torch.float32] * query.abs().max()
+
+
+def test_weights_made_ready_keep_a_limited_number_of_tables(monkeypatch):
+    monkeypatch.setattr(guidance, "TABLES", 2)
+    _, weights = network()
+    ready = guidance.prepared(weights, torch.float32)
+    for width in (3, 4, 5, 3):
+        image = picture(1, (4, width))
+        out = guidance.guidance_fwd(image, ready, (4, width), (2, 2), dtype=torch.float32)
+        plain = guidance.guidance_fwd(image, weights, (4, width), (2, 2), dtype=torch.float32)
+        assert all(map(torch.equal, out, plain)) and (4, width) in ready.tables and len(ready.tables) <= 2
+
+
 class Alive(TorchDispatchMode):
     """Collects how many numbers the tensors of floats made inside hold, one entry for each tensor made by `empty`."""
 
@@ -256,9 +294,17 @@ def test_tiles_of_other_devices(capability, monkeypatch):
     check((9, 11), (4, 5), (3, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_programs_that_work_on_several_tiles(dtype, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: cls("cuda", (9, 0), 232448)))
+    monkeypatch.setattr(guidance, "PER_PROCESSOR", 0)
+    check((12, 17), (12, 17), (3, 3), batch=2, dtype=dtype, offset=2.0)
+
+
 # Each breaks one place that images of these sizes need: (what stands in the source, what replaces it).
 BROKEN = [
-    ("gap = wide * inside - mean[None, :, None] * inside", "gap = wide - mean[None, :, None]"),
+    ("gap = groups * inside - mean[None, :, None] * inside", "gap = groups - mean[None, :, None]"),
     ("gaps + (tl.where(mask_p, x - mean, 0.0),)", "gaps + (x - mean,)"),
     ("((i + 1) * height + n_rows - 1) // n_rows", "((i + 1) * height) // n_rows"),
     ("mask = (mask_j & (start + down < stop) & (col < right))[:, None]", "mask = (mask_j & (col < right))[:, None]"),

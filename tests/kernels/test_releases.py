@@ -22,14 +22,15 @@ if not (SCRIPT.is_file() and CONSTRAINTS.is_file()):
 # Between them they have every design, plan and precision.
 TARGETS = ("sm_80", "sm_90", "gfx1100")
 KERNELS = {
-    "attention": {"window", "stats", "apply", "heads"},
+    "attention": {"window", "stats", "apply", "weights", "mix", "parts", "heads"},
     "backward": {"query_window", "query_blocks", "key", "value"},
     "guidance": {
         *("image stats", "image affine", "affine", "rotation", "guide", "pool", "pool after", "last"),
         *("layer", "layer of the image", "layer onto the image", "layer onto x"),
     },
+    "keys": {"unit", "project", "start", "layer", "layer of another width", "merge", "combine"},
     "queries": {"query_projection"},
-    "unification": {"grouped", "grouped stats", "gathered", "gathered stats", "taps", "gather"},
+    "unification": {"grouped", "grouped stats", "written", "gathered", "gathered stats", "taps", "gather"},
 }
 
 

@@ -107,9 +107,10 @@ def test_regimes():
     def design(keys, channels, dtype=torch.bfloat16):
         return choose_tile(H100, dtype, channels, window(keys), tuned=[]).design
 
-    assert [design(keys, 384) for keys in (7, 9, 13, 27)] == ["window", "window", "window", "two_pass"]
+    assert [design(keys, 384) for keys in (7, 9, 13, 27)] == ["window", "window", "window", "stored"]
     assert [design(keys, 1) for keys in (7, 27, 103)] == ["window", "heads", "heads"]
-    assert design(27, 64) == "two_pass" and design(27, 63) == "heads"
+    assert design(27, 255) == design(27, 64) == "two_pass" and design(27, 63) == "heads"
+    assert choose_tile(H100, torch.bfloat16, 384, window(27), tuned=[], stored=False).design == "two_pass"
 
 
 def test_a_smaller_card_gets_a_smaller_tile():

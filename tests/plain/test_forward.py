@@ -234,7 +234,10 @@ def test_operators_pass_the_checks_of_the_registry():
     for operator, arguments in (
         (guidance_op, (image, model.guidance_weights().flat(), 12, 10, 2, 3, torch.float32, "torch")),
         (guidance_op, (image.bfloat16(), model.guidance_weights().flat(), 5, 4, 2, 3, torch.bfloat16, "torch")),
-        (project_keys_op, (query, torch.randn(2, 32, 6, 7), model.key_weights().flat(), 1e-7)),
+        (
+            project_keys_op,
+            (query, torch.randn(2, 32, 6, 7), model.key_weights().flat(), 1e-7, torch.bfloat16, "torch"),
+        ),
         (project_queries_op, (query, *model.query_projection(), 1e-7, "torch")),
         (feature_unification_op, (features, torch.randn(32, 1, 5, 5), "torch")),
     ):

@@ -6,12 +6,16 @@ the GPU compiles, and with the same Triton and Python it finds them in the cache
 
 import types
 from collections import Counter
+from contextlib import nullcontext
+from importlib import import_module
 
 import torch
 import triton
 from anyup_fast.kernels import tiling
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from anyup_fast.ops import choice
 
@@ -27,12 +31,14 @@ class _Launcher:
         LAUNCHED[self.name] += 1
 
 
-def install(arch=90, shared_memory=232448, *, compiling=True):
+def install(arch=90, shared_memory=232448, *, compiling=True, kind="cpu"):
     """Set that driver for the rest of this process, and have the operators take Triton for tensors on the CPU.
 
     Args:
         arch: NVIDIA's number of the architecture, 90 for sm_90. shared_memory: bytes that a block may have.
-        compiling: whether kernels are compiled. If not, they are only counted, one by one as they are launched.
+        compiling: whether kernels are compiled. If not, they are only counted, one by one as they are launched; with
+            "pretended" what stands for the compiled ones is remembered and launched as these would be.
+        kind: in place of the CPU another kind of device, "meta", where what PyTorch itself does costs nothing either.
 
     Returns:
         The `tiling.Device` that the launchers plan for.
@@ -48,15 +54,21 @@ def install(arch=90, shared_memory=232448, *, compiling=True):
             get_current_device=lambda: 0,
             get_current_stream=lambda device=None: 0,
             get_current_target=lambda: GPUTarget("cuda", arch, 32),
-            get_active_torch_device=lambda: torch.device("cpu"),
+            get_active_torch_device=lambda: torch.device(kind),
             set_current_device=lambda device: None,
         )
     )
     tiling.Device.of = classmethod(lambda cls, device: card)
-    choice._GPUS = ("cpu",)
-    choice.VENDORS["cpu"] = "nvidia"
+    choice._GPUS = (kind,)
+    choice.VENDORS[kind] = "nvidia"
+    import_module("anyup_fast.ops.guidance").has_float64 = lambda device: True
+    if kind == "meta":  # which has no autocast to ask for
+        torch.is_autocast_enabled = lambda *_: False
+        torch.autocast = lambda *_, **__: nullcontext()
     choice._installation_fault = choice.cache(lambda kind: None)
     count_compilations()
+    if compiling == "pretended":
+        JITFunction._do_compile = _pretended
     if not compiling:
         seen = set()
 
@@ -69,6 +81,18 @@ def install(arch=90, shared_memory=232448, *, compiling=True):
 
         triton.knobs.runtime.jit_cache_hook = left_out
     return card
+
+
+def _pretended(fn, key, signature, device, constants, options, attributes, warmup):
+    """In place of a compilation: a kernel that is nothing but its name."""
+    kernel = object.__new__(CompiledKernel)
+    kernel.name = fn.fn.__name__
+    kernel.module, kernel.function, kernel.packed_metadata, kernel._module_pid = 1, 1, (), None
+    kernel._run = _Launcher(types.SimpleNamespace(fn=types.SimpleNamespace(__name__=kernel.name)), None)
+    kernel.src = None
+    fn.device_caches[device][0][key] = kernel
+    COMPILED["left out"] += 1
+    return kernel
 
 
 def count_compilations():

@@ -168,8 +168,8 @@ def _far_batches():
         """Without the launcher, which would fill its copy of the features."""
         draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
         features, basis = F.normalize(draw(1, 16, 2, 3), dim=1), 3 * draw(16, 1, 3, 3)
-        grouped, constants = unification.plan(device_of(target), 16, 16, 3)
-        assert grouped
+        design, constants = unification.plan(device_of(target), 16, 16, 3)
+        assert design == "grouped"
         images = FAR // features.numel() + 1
         packed, out = torch.empty(images, 2, 3, 1, 16), torch.empty(images, 16, 2, 3)
         packed[0] = packed[-1] = features[0].permute(1, 2, 0)[:, :, None]

@@ -12,8 +12,9 @@ from .machine import run
 from .memory import History
 from .program import Program
 
-# Bytes of shared memory a block may have.
+# Bytes of shared memory a block may have, and how many multiprocessors a card has.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 MADE_BY = "empty", "empty_like", "empty_strided"
 
 
@@ -23,7 +24,7 @@ class Driver:
     def __init__(self, target, edit, ctas, options):
         self.arch = int(target.removeprefix("sm_"))
         self.edit, self.ctas, self.options = edit, ctas, options
-        self.reports, self.history = [], History()
+        self.reports, self.history, self.idle = [], History(), False
         self.utils, self.current = self, None
 
     def get_current_device(self):
@@ -55,7 +56,7 @@ class Driver:
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
             nonlocal program
             active = driver.active
-            if x * y * z == 0:
+            if x * y * z == 0 or active.idle:
                 return
             if active.edit:
                 code = Program(active.edit(compiled.asm["ptx"]))
@@ -65,6 +66,13 @@ class Driver:
             report = run(
                 code, (x, y, z), given, compiled.metadata.num_warps, compiled.metadata.shared, history=active.history,
                 ctas=active.ctas(code.name, x * y * z) if active.ctas else None, **active.options,
+            )  # fmt: skip
+            tensors = [a for a in given if isinstance(a, torch.Tensor)]
+            places = [a.untyped_storage().data_ptr() for a in tensors]
+            report.launched = dict(
+                ctas=x * y * z, warps=compiled.metadata.num_warps, shared=compiled.metadata.shared, program=code,
+                ptx=compiled.asm["ptx"],
+                arguments=[(p, a.nbytes, report.used[p]) for p, a in zip(places, tensors, strict=True)],
             )  # fmt: skip
             active.reports.append(report)
 
@@ -136,7 +144,10 @@ def launcher(target, *, constants=None, device_of=(), edit=None, ctas=None, **op
             setattr(torch, name, poisoned(function))
         torch.Tensor.new_empty = poisoned(new_empty)
         for cls, _ in devices:
-            cls.of = classmethod(lambda c, device: c("cuda", (arch // 10, arch % 10), SHARED[arch]))
+            of = classmethod(
+                lambda c, device: c("cuda", (arch // 10, arch % 10), SHARED[arch], processors=PROCESSORS[arch])
+            )
+            cls.of = of
         yield active.reports
     finally:
         driver._active = before

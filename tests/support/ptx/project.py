@@ -27,6 +27,7 @@ from anyup_fast.kernels import (
     attention,
     attention_backward,
     guidance,
+    keys,
     queries,
     tiling,
     unification,
@@ -36,17 +37,21 @@ from anyup_fast.kernels import (
 from anyup_fast.layers import RMS_EPS, RMSNorm
 from anyup_fast.model import AnyUp
 from anyup_fast.ops import reference
+from anyup_fast.plain import keys as plain_keys
+from anyup_fast.plain.weights import cast
 
 from .launch import SHARED, launcher
 from .report import Fault
 from .syntax import Unsupported
 
-MODULES = attention, attention_backward, guidance, unification, unification_backward, queries
+MODULES = attention, attention_backward, guidance, unification, unification_backward, queries, keys
 TARGETS = "sm_80", "sm_86", "sm_89", "sm_90"
 DTYPES = attention_cases.DTYPES
 # Largest difference from float64 over the largest number expected: what the tests in the interpreter allow.
 GUIDANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2.5e-3}
 PROJECTION = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+KEYS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+UNIT = 3e-7
 UNIFICATION = 8e-7
 UNIFICATION_GRADIENT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # Kinds of faults, by the tool of CUDA that looks for their like.
@@ -224,20 +229,34 @@ def network(dim, channels=3, seed=3):
     return copy.deepcopy(model).double(), model.guidance_weights()
 
 
+@contextlib.contextmanager
+def _one_program():
+    """One program works on all tiles of an image in the layers of the guidance that take several."""
+    before = guidance.PER_PROCESSOR
+    guidance.PER_PROCESSOR = 0
+    try:
+        yield
+    finally:
+        guidance.PER_PROCESSOR = before
+
+
 def _guidance(dtype):
     sizes = {
         "pooled": ((9, 10), (7, 9), (2, 3)),
         "several tiles": ((11, 13), (11, 13), (5, 7)),
         "larger": ((7, 9), (15, 11), (3, 3)),
+        "several turns": ((15, 13), (15, 13), (5, 7)),
     }
     for dim in (32, 128):
         for text, (size, output_size, key_size) in sizes.items():
+            turns = _one_program if text == "several turns" else contextlib.nullcontext
 
-            def solve(target, dim=dim, size=size, output_size=output_size, key_size=key_size):
+            def solve(target, dim=dim, size=size, output_size=output_size, key_size=key_size, turns=turns):
                 model, weights = network(dim)
                 generator = torch.Generator().manual_seed(1)
                 image = attention_cases._bordered(torch.randn(2, 3, *size, generator=generator).to(dtype))
-                found = guidance.guidance_fwd(image, weights, output_size, key_size, dtype=dtype)[:2]
+                with turns():
+                    found = guidance.guidance_fwd(image, weights, output_size, key_size, dtype=dtype)[:2]
                 with torch.no_grad():
                     guide = model.guidance(image.double())
                     key = F.adaptive_avg_pool2d(model.key_encoder(guide), key_size)
@@ -245,8 +264,52 @@ def _guidance(dtype):
                 errors = [relative(x, y.permute(0, 2, 3, 1)) for x, y in zip(found, wanted, strict=True)]
                 return max(errors), GUIDANCE[dtype]
 
-            main = text == "pooled" and dim == (128 if dtype == torch.bfloat16 else 32)
-            yield dict(kernel="guidance", tile=f"dim {dim}", shape=text, small=text == "pooled", main=main, solve=solve)
+            main = text == ("several turns" if dtype == torch.bfloat16 else "pooled")
+            main &= dim == (128 if dtype == torch.bfloat16 else 32)
+            small = text == "pooled" or (text == "several turns" and dim == 128 and dtype != torch.float32)
+            yield dict(kernel="guidance", tile=f"dim {dim}", shape=text, small=small, main=main, solve=solve)
+
+
+@contextlib.contextmanager
+def _few_tiles(most):
+    """Statistics of more tiles than these are put together by a kernel of their own."""
+    before, keys.FEW_TILES = keys.FEW_TILES, most
+    try:
+        yield
+    finally:
+        keys.FEW_TILES = before
+
+
+def _keys(dtype):
+    shapes = {"several tiles": (2, (5, 9)), "one cell": (1, (1, 1)), "many tiles": (1, (7, 10))}
+    for dim, filters in ((128, 128), (32, 32), (64, 32)):
+        for text, (batch, size) in shapes.items():
+
+            def solve(target, dim=dim, filters=filters, batch=batch, size=size, text=text):
+                torch.manual_seed(3)
+                model = AnyUp(qk_dim=dim, lfu_dim=filters)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        spread = 0.5 * torch.randn_like(parameter)
+                        parameter.copy_(parameter + spread if parameter.ndim == 1 else 1.5 * parameter)
+                    weights = model.key_weights()
+                from_image = torch.randn(batch, *size, dim)
+                from_features = (1 + 3e-3 * torch.randn(batch, filters, *size)) / filters
+                with _few_tiles(1 if text == "many tiles" else keys.FEW_TILES):
+                    out = keys.project_keys_fwd(from_image, from_features, weights, eps=RMS_EPS, dtype=dtype)
+                given = from_image.double(), from_features.double(), cast(weights, torch.float64)
+                return relative(out, plain_keys.project_keys(*given, eps=RMS_EPS)), KEYS[dtype]
+
+            small = text != "one cell" and dim == 128
+            main = small and dtype == (torch.float32 if text == "many tiles" else torch.bfloat16)
+            yield dict(kernel="keys", tile=f"dim {dim}/{filters}", shape=text, small=small, main=main, solve=solve)
+
+    def unit(target):
+        features = attention_cases._bordered(torch.randn(2, 70, 5, 7, generator=torch.Generator().manual_seed(1)))
+        features = features.to(dtype)
+        return relative(keys.unit_channels_fwd(features), F.normalize(features.double(), dim=1)), UNIT
+
+    yield dict(kernel="keys", tile="unit channels", shape="odd", small=True, main=dtype == torch.bfloat16, solve=unit)
 
 
 @contextlib.contextmanager
@@ -261,8 +324,9 @@ def _few_programs():
 
 
 def _unification(dtype):
-    # Channels, filters, their size, batch and grid; the first two are a grouped and a gathered one.
-    shapes = ((128, 128, 5, (1, 2, 2)), (24, 16, 3, (1, 3, 2)), (100, 128, 5, (1, 2, 3)), (24, 12, 3, (2, 3, 2)),
+    # Channels, filters, their size, batch and grid; the first three are a grouped, a written and a gathered one.
+    shapes = ((128, 128, 5, (1, 2, 2)), (24, 16, 3, (1, 3, 2)), (11, 16, 3, (1, 3, 2)),
+              (100, 128, 5, (1, 2, 3)), (24, 12, 3, (2, 3, 2)),
               (21, 8, 3, (1, 2, 2)), (384, 128, 5, (1, 2, 2)))  # fmt: skip
     for number, (channels, filters, size, (batch, *grid)) in enumerate(shapes):
 
@@ -288,7 +352,7 @@ def _unification(dtype):
             return worst((relative(x, y), limit) for x, y, limit in zip(found, wanted, limits, strict=True))
 
         case = dict(tile=f"{channels}/{filters}/{size}", shape=f"{batch}x{'x'.join(map(str, grid))}")
-        case.update(small=number < 2, main=number < 2)
+        case.update(small=number < 3, main=number < 3)
         yield dict(case, kernel="unification", solve=solve)
         yield dict(case, kernel="unification backward", solve=gradients)
 
@@ -319,7 +383,7 @@ def cases():
     """Every `Case`: the short run's, of bfloat16 and where it is other code of float32, are marked as main."""
     found = []
     for name, dtype in DTYPES.items():
-        for group in (_forward, _backward, _guidance, _unification, _projection):
+        for group in (_forward, _backward, _guidance, _keys, _unification, _projection):
             for case in group(dtype):
                 short = dtype == torch.bfloat16 or (dtype == torch.float32 and not group == _unification)
                 found.append(Case(dtype=name, **{**case, "main": case["main"] and short}))

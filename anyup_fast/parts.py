@@ -1,0 +1,84 @@
+"""What `Prepared` asks for: how its methods run, and queries of parts of an image by the fused kernels."""
+
+import functools
+
+import torch
+
+from .endings import step
+from .kept import kept_of
+from .ops.choice import use_backend
+from .ops.guidance import guided_queries
+from .plain.pooling import Bins, pooled_part
+from .plain.precision import as_asked
+from .plain.walks import pieces
+
+MOST_BYTES = 40 << 20  # of one of the three pictures of a rectangle that is computed at a time
+
+
+def answer(method):
+    """Run a method of `Prepared` without recording gradients, on the back end that it was prepared with."""
+
+    @functools.wraps(method)
+    def run(self, *arguments, **options):
+        with torch.no_grad(), use_backend(self._backend), as_asked(self._precision), step():
+            return method(self, *arguments, **options)
+
+    return run
+
+
+def exactly(method):
+    """Run a method of `Prepared` without autocast."""
+
+    @functools.wraps(method)
+    def run(self, *arguments):
+        with torch.autocast(self._features.device.type, enabled=False):
+            return method(self, *arguments)
+
+    return run
+
+
+def whole_queries(model, image, shared, size):
+    """Queries (B, *size, D) of all of an image (B, channels, H, W); None where Triton's kernels are not taken.
+
+    It takes the memory of a forward.
+
+    Args:
+        shared: with norms and key, as `Prepared` keeps them.
+    """
+    return _queries(model, image, shared, size, (0, 0))
+
+
+def part_queries(model, image, shared, rows, cols, size):
+    """Queries (B, rows, cols, D) of two slices of an output of `size`, or None, as `whole_queries`.
+
+    None also where an output of another size than the image's needs more pixels than `MOST_BYTES` have room for.
+    """
+    whole = tuple(image.shape[2:])
+    axes = [Bins(n, m, part) for n, m, part in zip(whole, size, (rows, cols), strict=True)]
+    down, across = (axis.needed for axis in axes)
+    dim, itemsize = shared["norms"].shape[-1], shared["key"].dtype.itemsize
+    most = MOST_BYTES // (len(image) * dim * itemsize)
+    height, width = down.stop - down.start, across.stop - across.start
+    if height * width <= most:
+        box = image[:, :, down, across]
+        query = _queries(model, box, shared, (height, width), (down.start, across.start), whole)
+        return query if query is None or size == whole else pooled_part(query, *axes)
+    if size != whole:
+        return None
+    out = None
+    for r, c in pieces(height, width, max(1, most)):
+        place = down.start + r.start, across.start + c.start
+        box = image[:, :, place[0] : down.start + r.stop, place[1] : across.start + c.stop]
+        query = _queries(model, box, shared, tuple(box.shape[2:]), place, whole)
+        if query is None:
+            return None
+        out = query.new_empty(len(image), height, width, dim) if out is None else out
+        out[:, r, c] = query
+    return out
+
+
+def _queries(model, box, shared, size, place, whole=None):
+    kept = kept_of(model, box)
+    weights = model.guidance_weights() if kept is None else kept.of("guidance", model.guidance_weights)
+    options = dict(dtype=shared["key"].dtype, whole=whole or tuple(box.shape[2:]), place=place, kept=kept)
+    return guided_queries(box, weights, shared["norms"], size, **options)
