@@ -130,7 +130,7 @@ class Cost:
 
 
 def regions(loops, count):
-    """For each of `count` places the number of the loop it is in, -1 outside. `loops`: (first, last), outer ones first."""
+    """For each of `count` places the number of its loop, -1 outside. `loops` are (first, last), outer ones first."""
     inside = np.full(count, -1)
     for number, (first, last) in enumerate(loops):
         inside[first : last + 1] = number
