@@ -8,8 +8,8 @@ window    the whole rectangle is one block of keys: softmax per head in register
 two_pass  any window, any number of channels: log-sum-exp per pixel and head first (4 bytes each), then
           probabilities, summed over the heads, times values. A block of keys is a piece of one row of the window.
 stored    any window, many channels: weights are summed over the heads once and written down, for as many tiles at a
-          time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are sums
-          of two float16, and three products of them take the place of one.
+          time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are
+          sums of two float16, and three products of them take the place of one.
 heads     any window, few channels: one pass, one running sum per head.
 
 In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is

@@ -204,6 +204,8 @@ def _estimate(tile, kind, dtype, head_dim, heads):
     if tile.design in ("two_pass", "stored"):
         numbers = pixels * max(heads * depth + tile.block_k, tile.block_c)
         numbers += tile.block_k * (heads * depth + tile.block_c) * stages
+        if tile.design == "stored":
+            numbers = max(numbers, tile.mix_k * (pixels + tile.block_c) * tile.mix_stages)
     elif tile.design == "window":
         numbers = pixels * (depth + tile.block_k + tile.block_c) + tile.block_k * (depth + tile.block_c * stages)
     else:

@@ -1,0 +1,61 @@
+"""The ledger: its arithmetic by hand, and one small forward counted from one end to the other."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from tree import ROOT
+
+FOLDER = ROOT / "benchmarks"
+if not (FOLDER / "ledger.py").is_file():
+    pytest.skip("benchmarks/ is not beside the tests", allow_module_level=True)
+# Pure functions of the script, by a process of its own: it takes Triton out of its interpreter.
+BY_HAND = """
+import ledger
+from collections import Counter
+loops = ledger.ordered([(2, 9), (4, 6), (4, 7), (12, 13)])
+assert loops == [(2, 9), (4, 7), (12, 13)] and ledger.depths(loops) == [0, 1, 0]
+assert ledger.regions(loops, 14).tolist() == [-1, -1, 0, 0, 1, 1, 1, 1, 0, 0, -1, -1, 2, 2]
+times = dict(dram=4.0, l2=3.0, tensor=1.0, special=2.0, alu=2.5, issue=3.0)
+assert ledger.expected(times, 1, False) == 10 and ledger.expected(times, 2, False) == 7
+assert ledger.expected(times, 1, True) == 6 and ledger.expected(times, 3, True) == 4
+card = ledger.CARDS["sm_90"]
+held = [ledger.resident(card, 4, *given) for given in ((168, 58368), (255, 1024), (40, 1024), (40, 120000))]
+assert held == [3, 2, 12, 1]
+"""
+
+
+def run(*command):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.update(PYTHONPATH=str(FOLDER), OMP_NUM_THREADS="1")
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_by_hand():
+    run("-c", BY_HAND)
+
+
+def test_a_small_forward(tmp_path):
+    path = tmp_path / "ledger.csv"
+    given = "--shapes", "32/4/384", "--dtypes", "bfloat16", "--targets", "sm_90"
+    run(FOLDER / "ledger.py", *given, "--csv", path)
+    rows = {row["stage"]: row for row in csv.DictReader(path.open(encoding="utf-8"))}
+    assert list(rows) == ["guidance", "unit channels", "unification", "keys", "queries", "attention", "sum"]
+    found = {stage: Counter({k: float(row[k]) for k in ("launches", "torch", "MB", "GFLOP", "Gspecial", "Ginstr",
+                                                        "bound_ms", "expected_ms", "conflicts")})
+             for stage, row in rows.items()}  # fmt: skip
+    total = found.pop("sum")
+    for name in ("launches", "torch", "expected_ms"):
+        assert sum(row[name] for row in found.values()) == pytest.approx(total[name], rel=1e-3)
+    assert total["launches"] + total["torch"] <= 50
+    assert all(row["expected_ms"] >= row["bound_ms"] > 0 and row["conflicts"] >= 1 for row in found.values())
+    assert all(row["launches"] and row["Ginstr"] for row in found.values())
+    # 32 x 32 pixels are whole tiles: ten products of 128 x 128 each, and queries in and out.
+    assert found["queries"]["GFLOP"] == pytest.approx(2 * 1024 * 10 * 128**2 / 1e9, rel=1e-3)
+    assert found["queries"]["MB"] == pytest.approx((2 * 1024 * 128 * 2 + 10 * 128**2 * 2 + 2 * 128 * 4) / 1e6, rel=1e-2)
+    # An exponential and a reciprocal for each of twelve activations of a pixel and channel, at least.
+    assert found["guidance"]["Gspecial"] >= 2 * 12 * 1024 * 128 / 1e9
