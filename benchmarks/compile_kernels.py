@@ -128,6 +128,10 @@ def attention(target, dtype, defaults=False, split=False):
     from anyup_fast.kernels import attention as w
 
     device, kind = device_of(target), getattr(torch, dtype)
+    if dtype == "float32":
+        pointers = dict(high_ptr="float16", low_ptr="float16")
+        constants = dict(BLOCK_X=128, BLOCK_C=w.PARTS_C, num_warps=8)
+        yield Launch.of("attention", "parts", dtype, w._parts_kernel, constants, pointers)
     chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
         spans = _spans_of(image, cells)

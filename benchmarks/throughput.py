@@ -30,6 +30,7 @@ from anyup_fast.batch.manifest import Manifest  # noqa: E402
 from anyup_fast.batch.preparation import describe  # noqa: E402
 from anyup_fast.batch.sources import find_sources  # noqa: E402
 from anyup_fast.batch.stages import Reader, Upsampler, Writer  # noqa: E402
+from anyup_fast.encoders import load_encoder  # noqa: E402
 
 CLASSES = 21
 
@@ -60,8 +61,9 @@ def main(argv=None):
         listing.write_text("".join(f"{Path(source.path).resolve()}\n" for source in sources))
         simple = root / "simple"
         simple.mkdir()
-        describe(settings, simple, Manifest(simple), sources, head, None, 1, "cpu", False)
-        upsampler = Upsampler(settings, simple)
+        encoder = load_encoder(settings.encoder, weights=settings.encoder_weights)
+        describe(settings, simple, Manifest(simple), sources, head, None, 1, False, lambda: encoder, None)
+        upsampler = Upsampler(settings, simple, encoder=encoder)
         methods = {
             "encoder and upsampler": lambda place: computing_alone(settings, upsampler, sources),
             "simple loop": lambda place: simple_loop(settings, upsampler, sources, simple),

@@ -30,16 +30,15 @@ class Convolution:
     ROWS = OUTPUTS  # pieces of a multiple of so many rows are done fastest
 
     def __init__(self, weight, halved=False):
-        """`halved`: multiply in bfloat16."""
+        """`halved`: multiply in bfloat16, directly: transformed tiles would multiply its rounding."""
         on_cpu = weight.device.type == "cpu"
-        self.tiled = on_cpu and weight.dtype == torch.float32 and (halved or products.choice().convolution != "direct")
-        self.weight = weight
+        exact = on_cpu and weight.dtype == torch.float32 and not halved
+        self.tiled = exact and products.choice().convolution != "direct"
+        self.weight = weight.bfloat16() if halved else weight
         if self.tiled:
             self.transformed = transformed(weight)
-            if halved:
-                self.transformed = self.transformed.bfloat16()
         elif on_cpu:
-            self.weight = weight.contiguous(memory_format=torch.channels_last)
+            self.weight = self.weight.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, source, rows, cols, out, desk, inside=False):
         """Fill `out` (rows * cols, out channels) for the pixels of two slices.
@@ -53,7 +52,7 @@ class Convolution:
             transform_back(self._products(source, rows, cols, desk, inside), shape, out, desk)
             return
         if inside:
-            halo = source[rows.start : rows.stop + 2, cols.start : cols.stop + 2]
+            halo = source[rows.start : rows.stop + 2, cols.start : cols.stop + 2].to(self.weight.dtype)
         else:
             halo = with_halo(source, rows, cols, self.weight.dtype)
         if halo.device.type == "cpu":
@@ -72,19 +71,14 @@ class Convolution:
         inputs = transform(source, rows, cols, self.weight, desk, inside)
         numbers = len(inputs) * inputs.shape[1] * self.transformed.shape[2]
         results = desk.buffer("products", numbers, inputs).view(*inputs.shape[:2], -1)
-        if self.transformed.dtype == inputs.dtype:
-            return products.bmm(inputs, self.transformed, results)
-        narrow = desk.buffer("narrow", inputs.numel(), self.transformed).view_as(inputs).copy_(inputs)
-        return results.copy_(narrow @ self.transformed)
+        return products.bmm(inputs, self.transformed, results)
 
 
 class WeightGradient:
     """Gradient for the weight (out, in, 3, 3) of a convolution, gathered piece by piece."""
 
-    def __init__(self, weight, halved=False):
-        """`halved`: multiply in bfloat16."""
+    def __init__(self, weight):
         self.weight, self.tiled = weight, weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.halved = halved
         self.total = torch.zeros_like(weight)
         self.of_tiles = weight.new_zeros(INPUTS**2, weight.shape[1], weight.shape[0]) if self.tiled else None
 
@@ -93,13 +87,7 @@ class WeightGradient:
         shape = rows.stop - rows.start, cols.stop - cols.start
         if self.tiled and worth_tiling(shape):
             inputs = transform(source, rows, cols, self.of_tiles, desk)
-            grad = transform_gradient(grad, shape, desk)
-            if self.halved:
-                pairs = (("narrow", inputs), ("narrow gradient", grad))
-                inputs, grad = (desk.buffer(name, x.shape, x, torch.bfloat16).copy_(x) for name, x in pairs)
-                self.of_tiles.add_(inputs.mT @ grad)
-            else:
-                self.of_tiles.baddbmm_(inputs.mT, grad)
+            self.of_tiles.baddbmm_(inputs.mT, transform_gradient(grad, shape, desk))
             return
         halo = with_halo(source, rows, cols, self.weight.dtype)
         if grad.device.type != "cpu":

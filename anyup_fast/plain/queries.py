@@ -66,7 +66,7 @@ def project_queries_backward(grad, query, pixels, conv, norm, weight, bias, eps)
         grad_conv, of_projection, grad_bias = (tensor.new_zeros(tensor.shape) for tensor in (conv, weight, bias))
 
         def start():
-            return WeightGradient(conv, halved), torch.zeros_like(of_projection), torch.zeros_like(grad_bias)
+            return WeightGradient(conv), torch.zeros_like(of_projection), torch.zeros_like(grad_bias)
 
         def picture(source, convolved, given, result):
             def through_projection(desk, piece, sums):

@@ -237,6 +237,8 @@ def test_a_stop_loses_nothing(gpu_scripts, steps, here, journal, monkeypatch, nu
     gpu = gpu_scripts("gpu")
     monkeypatch.setattr(steps, "ENOUGH_S", 0.0)
 
+    before = signal.getsignal(signal.SIGTERM)
+
     def stopped():
         if number is None:
             time.sleep(60)
@@ -249,7 +251,7 @@ def test_a_stop_loses_nothing(gpu_scripts, steps, here, journal, monkeypatch, nu
     assert code == (0 if number is None else 128 + number)
     assert [row["verdict"] for row in read(journal().path)] == ["ok"]
     assert ("the time is up" if number is None else f"signal {number}") in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_examination_is_kept_and_not_made_again(gpu_scripts, here, journal, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anyup_fast.cpu import calibration, products, tiles, ways
-from anyup_fast.cpu.convolution import Convolution, WeightGradient
+from anyup_fast.cpu.convolution import Convolution
 from anyup_fast.cpu.crew import led, share_out
 from anyup_fast.cpu.pages import Room
 from anyup_fast.cpu.ways import Choice, parsed
@@ -89,19 +89,7 @@ def test_convolutions_are_exact_every_way(way, shape):
     Convolution(weight)(image, *rows, out, Room())
     assert far(out.view(*shape, 48).permute(2, 0, 1), exact) < 2e-6
     Convolution(weight, halved=True)(image, *rows, out, Room())
-    narrow = far(out.view(*shape, 48).permute(2, 0, 1), exact)
-    assert 1e-4 < narrow < 2e-2 if tiles.worth_tiling(shape) else narrow < 2e-6
-
-
-def test_a_weight_gradient_in_bfloat16_is_near():
-    image, grad = numbers(16, 20, 32), numbers(320, 48)
-    parts = slice(0, 16), slice(0, 20)
-    results = []
-    for halved in (False, True):
-        gradient = WeightGradient(numbers(48, 32, 3, 3), halved)
-        gradient.add(grad, image, *parts, Room())
-        results.append(gradient.result())
-    assert 1e-4 < far(results[1], results[0].double()) < 2e-2
+    assert 1e-4 < far(out.view(*shape, 48).permute(2, 0, 1), exact) < 1e-2
 
 
 def test_one_way_gives_the_same_bits_every_time():
