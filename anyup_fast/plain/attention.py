@@ -13,6 +13,7 @@ import torch
 from ..cpu import products
 from ..cpu.crew import crew_size, led, share_out
 from ..cpu.pages import Room, new_empty
+from . import gathered
 
 # Numbers held at once: the logits of a batch of tiles and their results (a cache's worth each), any buffer at all.
 BATCH = 1 << 20
@@ -34,6 +35,10 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
     scale = head_dim**-0.5 if scale is None else scale
     out = new_empty(value, (batch, height, width, value.shape[3]), recorded=query.requires_grad)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        if out.device.type != "cpu":
+            windows = tuple(map(_windows, (row_bounds, col_bounds)))
+            if gathered.attend(query, key, value, windows, out, scale, head_mode):
+                return out
         rows, cols, blocked = _plan(row_bounds, col_bounds, heads, value.shape[3])
         strips = [] if blocked else _strips(rows, cols, key, heads, value.shape[3], BATCH)
         compute = _blocked if blocked else _forward
@@ -187,9 +192,13 @@ def _cut(windows, longest):
     return tuple(tiles[::-1])
 
 
+def _windows(bounds):
+    return tuple(map(tuple, bounds.tolist()))
+
+
 def _plan(row_bounds, col_bounds, heads, channels, blocks=True):
     """(row tiles, column tiles, whether the keys of a tile come in blocks), within the limits above."""
-    axes = [tuple(map(tuple, bounds.tolist())) for bounds in (row_bounds, col_bounds)]
+    axes = [_windows(bounds) for bounds in (row_bounds, col_bounds)]
     for longest in (32, 16, 8, 4, 2, 1):
         rows, cols = (_cut(windows, longest) for windows in axes)
         logits = heads

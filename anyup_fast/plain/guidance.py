@@ -272,7 +272,7 @@ class _Stored:
             if not out.numel():
                 return out
 
-            if out.shape[1] <= Pool.FEW:
+            if x.device.type == "cpu" and out.shape[1] <= Pool.FEW:
                 pooled = pooled_both(self.walk, x, hidden, norm, out.shape[:2])
             else:
 

@@ -27,6 +27,7 @@ class Moments:
         """
         self.room, self._shares = room, shares
         self._counts, self._count = [], 0
+        self._whole = None  # elsewhere than on CPUs, of an image in one piece: variance and mean (D,) of every channel
         self._sums = None  # of means and mean squares over `_count` pixels; in float32 their mean and variance
 
     def add(self, x):
@@ -41,6 +42,9 @@ class Moments:
 
     def put(self, number, x, scratch=None):
         """Take in the pixels `x` (P, D) of the piece of that number; `scratch`, if given, is written to."""
+        if x.device.type != "cpu" and self._shares is not None and self._shares.numel() == 1:
+            self._whole = torch.var_mean(x, 0, correction=0)
+            return
         mean, variance = self.room[:, number]
         if x.device.type == "cpu":
             torch.ops.aten.batch_norm_update_stats.out(as_picture(x), None, None, 0.0, out0=mean, out1=variance)
@@ -67,6 +71,9 @@ class Moments:
 
     def groups(self, num_groups):
         """(2, num_groups): mean and inverse deviation of the groups of channels, as wide as the device is."""
+        if self._whole is not None:
+            variance, mean = self._whole
+            return group_statistics_of_variances(mean, variance, num_groups)
         wide = wide_of(self.room.device, self.room.dtype) == torch.float64
         if self._shares is None:
             self._gather()
@@ -125,14 +132,21 @@ def group_statistics_of_variances(mean, variance, num_groups):
     """`group_statistics` from mean and variance of every channel: no difference of large numbers is taken."""
     mean, variance = (part.view(num_groups, -1) for part in (mean, variance))
     group_mean = mean.mean(1, keepdim=True)
-    spread = (variance + (mean - group_mean).square()).mean(1)
+    apart = mean - group_mean
+    spread = torch.addcmul(variance, apart, apart).mean(1)
     return torch.stack((group_mean[:, 0], spread.add_(NORM_EPS).rsqrt_()))
 
 
 def group_affine(statistics, weight, bias):
     """GroupNorm as scale and shift (2, D), from mean and inverse deviation (2, num_groups)."""
-    mean, inverse = by_channel(statistics.to(wide_of(weight.device, weight.dtype)), len(weight))
     out = weight.new_empty(2, len(weight))
+    if statistics.dtype == weight.dtype and weight.device.type != "cpu":
+        weight, bias, both = (x.unflatten(-1, (statistics.shape[1], -1)) for x in (weight, bias, out))
+        mean, inverse = statistics[..., None]
+        torch.mul(weight, inverse, out=both[0])
+        torch.addcmul(bias, mean, both[0], value=-1, out=both[1])
+        return out
+    mean, inverse = by_channel(statistics.to(wide_of(weight.device, weight.dtype)), len(weight))
     out[0] = scale = inverse * weight
     out[1] = bias - mean * scale
     return out

@@ -1,5 +1,7 @@
 """Rotary position embedding of an image's pixels, from one table for the rows and one for the columns."""
 
+from functools import lru_cache
+
 import torch
 
 from .width import wide_of
@@ -19,13 +21,12 @@ class Rotary:
     def __init__(self, freqs, size, dtype):
         # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
         wide = wide_of(freqs.device, dtype)
-        axes = [torch.linspace(0, 1, n, dtype=torch.float64, device="cpu") for n in size]
-        self.axes = [axis.to(freqs.device, wide) for axis in axes]
+        self.axes = [_axis(n, freqs.device, wide) for n in size]
         if wide == torch.float64:
             angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
             self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)
         else:
-            self.rows, self.cols = map(_turned, axes, freqs.to(wide))
+            self.rows, self.cols = map(_turned, size, freqs.to(wide))
 
     def __call__(self, x, rows, cols, scratch=None):
         """Rotate `x` (..., D) at `rows`, `cols` (see `Guide.guide`); `scratch`: three tensors like it to use."""
@@ -47,15 +48,32 @@ class Rotary:
         torch.mul(row_sin, col_cos, out=sin).addcmul_(row_cos, col_sin)
 
 
-def _turned(axis, freqs):
-    """Cosine and sine (n, D) of the products of an axis (n,), float64 on the CPU, and float32 `freqs` (D,).
+def _places(n):
+    return torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=64)
+def _axis(n, device, dtype):
+    with torch.inference_mode(False):  # they are kept, for training too
+        return _places(n).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _parts(n, device):
+    """Places of an axis as float32 (2, n, 1): their leading bits, and the rest."""
+    with torch.inference_mode(False):
+        axis = _places(n)
+        coarse = (axis * HALF).floor() / HALF
+        return torch.stack((coarse, axis - coarse)).to(torch.float32).to(device)[..., None]
+
+
+def _turned(n, freqs):
+    """Cosine and sine (n, D) of the products of an axis of n places and float32 `freqs` (D,).
 
     An angle in float32 is off by several times what its sine is. So both factors are cut in two: the product of the
     leading halves is exact, and the rest is small.
     """
-    coarse = (axis * HALF).floor() / HALF
-    parts = torch.stack((coarse, axis - coarse)).to(torch.float32).to(freqs.device)
-    coarse, fine = parts[..., None]
+    coarse, fine = _parts(n, freqs.device)
     large = freqs * (HALF + 1)
     leading = large - (large - freqs)
     angle, rest = coarse * leading, coarse * (freqs - leading) + fine * freqs

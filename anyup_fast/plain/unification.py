@@ -10,7 +10,8 @@ from ..cpu.crew import crew_size, led, share_out
 from ..cpu.pages import Room
 from .walks import pieces
 
-RESPONSES = 1 << 20  # of the feature-agnostic layer at once
+RESPONSES = 1 << 20  # of the feature-agnostic layer at once, on a CPU
+MANY_RESPONSES = 1 << 26  # elsewhere, forward
 
 
 @led
@@ -29,7 +30,8 @@ def feature_unification(features, basis):
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         taps = basis.to(compute).flatten(1).T.contiguous()
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
-        parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
+        most = RESPONSES if out.device.type == "cpu" else MANY_RESPONSES
+        parts = list(pieces(height, width, max(1, most // (filters * channels))))
         rooms = [Room() for _ in range(min(crew_size(out.device), len(parts)))]
 
         def unify(room, part, patches, target):

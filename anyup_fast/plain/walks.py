@@ -17,7 +17,7 @@ from .norms import Moments, shares_of
 
 PIXELS = 4096  # of a piece on a CPU: with 128 channels of float32 two megabytes
 WORTH_SHARING = 2048  # pixels for each worker at least: to wake one takes a fraction of a millisecond
-MANY_PIXELS = 1 << 17  # of a piece elsewhere: with 128 channels of float32 64 megabytes, of which a desk holds three
+MANY_PIXELS = 1 << 18  # of a piece elsewhere: with 128 channels of float32 128 megabytes, of which a desk holds three
 
 
 def pieces(height, width, most):
