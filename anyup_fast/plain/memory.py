@@ -4,7 +4,8 @@ import torch
 
 from ..cpu.crew import crew_size
 from ..cpu.pages import kept, new_empty, nothing_kept, release
-from .attention import LIMIT
+from .gathered import SCRATCH
+from .unification import MANY_RESPONSES
 from .walks import MANY_PIXELS
 
 __all__ = ["forward_memory", "kept", "low_res_memory", "new_empty", "nothing_kept", "release", "tile_memory"]
@@ -33,12 +34,14 @@ def forward_memory(image_shape, features_shape, output_size, dim, dtype, device,
     keys = batch * h * w * dim * max(4, compute.itemsize)
     encoders = (2 if same_size else 3) * image + pixels * image_shape[1] * (16 + compute.itemsize)
     output = batch * height * width * channels * dtype.itemsize
-    piece = tiles = 0
+    piece = tiles = responses = 0
     if plain and device.type != "cpu":
         piece = min(max(pixels, height * width), MANY_PIXELS) * dim * compute.itemsize
-        tiles = 2 * LIMIT * compute.itemsize
+        grid = h * w
+        tiles = min(SCRATCH, batch * height * width * (8 * grid + channels)) * compute.itemsize
+        responses = min(MANY_RESPONSES, grid * channels * dim) * compute.itemsize
     later = max(query + CONVOLVING * piece, output + tiles) + keys + kept(image, 2 if same_size else 3, device)
-    beside_query = max(encoders + WALKING * piece, low_res_memory(features_shape, dim, compute), later)
+    beside_query = max(encoders + WALKING * piece, low_res_memory(features_shape, dim, compute) + responses, later)
     return query + beside_query + FORWARD_BUFFERS + _further_workers(device)
 
 
