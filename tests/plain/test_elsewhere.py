@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
         return out
 
 
-# Counted: 468 and 1079.
+# Counted: 457 and 1068.
 @pytest.mark.parametrize("side, grid, channels, most", [(448, 32, 384, 480), (1024, 64, 768, 1100)])
 @torch.no_grad()
 def test_operations_of_a_forward(side, grid, channels, most):
@@ -51,7 +51,8 @@ def test_operations_of_a_forward(side, grid, channels, most):
     given = torch.empty(1, 3, side, side, device="meta"), torch.empty(1, channels, grid, grid, device="meta")
     without = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())  # "meta" has none
     with without, patch("torch.is_autocast_enabled", lambda *_: False):
-        model(*given)
+        with Operations():
+            model(*given)
         with Operations() as seen:
             model(*given)
     assert 100 < seen.counts.total() <= most
