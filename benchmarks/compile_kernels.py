@@ -131,7 +131,7 @@ def attention(target, dtype, defaults=False, split=False):
     if dtype == "float32":
         pointers = dict(high_ptr="float16", low_ptr="float16")
         constants = dict(BLOCK_X=128, BLOCK_C=w.PARTS_C, num_warps=8)
-        yield Launch.of("attention", "parts", dtype, w._parts_kernel, constants, pointers)
+        yield Launch.of("attention", "parts", dtype, w._parts_kernel, constants, pointers, default_for="")
     chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
         spans = _spans_of(image, cells)

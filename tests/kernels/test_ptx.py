@@ -108,11 +108,12 @@ def silent(found):
 @pytest.mark.parametrize(
     ("target", "kernel", "things"),
     [
-        ("sm_80", "attention window", ("guard", "mask", "barrier")),
+        ("sm_80", "attention window", ("guard", "barrier")),
+        ("sm_80", "attention heads", ("mask",)),
         ("sm_80", "query projection", ("wait",)),
         ("sm_90", "attention window", ("barrier", "fence")),
     ],
-    ids=["sm_80 window", "sm_80 projection", "sm_90 window"],
+    ids=["sm_80 window", "sm_80 heads", "sm_80 projection", "sm_90 window"],
 )
 def test_what_is_taken_out_of_a_kernel_is_missed(target, kernel, things):
     found = rows("planted", target, "--kernel", kernel, "--most", str(TRIED), "--what", *things)
