@@ -21,7 +21,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 MOST_SPILT = 64
 GRIDS = {"448/32/384", "518/37/768", "1024/64/768"}
 # Kernels without products, and those whose products are float32 whatever is stored: RDNA multiplies those one by one.
-PLAIN = {"image stats", "image affine", "affine", "rotation", "pool", "pool after"}
+PLAIN = {"parts", "image stats", "image affine", "affine", "rotation", "pool", "pool after"}
 PLAIN |= {"gathered", "gathered stats", "gather", "unit", "start", "combine"}
 FLOATS = {"last"}
 UNIFICATION = "grouped", "grouped stats", "written", "gathered", "gathered stats", "taps", "gather"
