@@ -21,7 +21,7 @@ class Rotary:
     def __init__(self, freqs, size, dtype):
         # An angle is a part of the row plus a part of the column: its cosine and sine follow from theirs.
         wide = wide_of(freqs.device, dtype)
-        self.axes = [_axis(n, freqs.device, wide) for n in size]
+        self.axes = [_places(n) if freqs.device.type == "cpu" else _axis(n, freqs.device, wide) for n in size]
         if wide == torch.float64:
             angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
             self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)

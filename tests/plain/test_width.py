@@ -456,5 +456,5 @@ def test_memory_elsewhere_is_no_more_than_estimated():
     script = MEASURE.format(folders=folders, image=(1, 3, 448, 448), features=(1, 384, 32, 32))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     measured, estimated = json.loads(result.stdout)
-    # Measured 498 MiB of 544, and 940 of 961 for 700x700 pixels from 64 channels.
-    assert 0.8 * estimated < measured < 1.05 * estimated
+    # Measured 665 MiB of 928: the output is all there, for a device, before the first of it is written.
+    assert 0.65 * estimated < measured < 1.05 * estimated
