@@ -9,9 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-SCRATCH = 1 << 27  # numbers held at once: the logits of a part, or its results and values
+# Numbers held at once, the logits of a part, or its results and values: half of what the output takes, within limits.
+SCRATCH, MOST_SCRATCH = 1 << 27, 1 << 29
 SETUP = 2  # what one more tile along an axis costs: as much as so many queries more
 LONGEST = 32  # queries of a tile along one axis
+
+
+def scratch_for(numbers):
+    """How many numbers are held at once beside an output of so many."""
+    return max(SCRATCH, min(numbers // 2, MOST_SCRATCH))
 
 
 class Axis(NamedTuple):
@@ -56,7 +62,7 @@ def planned(row_windows, col_windows, grid, batch, heads, dim, groups, channels,
     for longest in (LONGEST, 16, 8, 4, 2, 1):
         rows, cols = (cut(w, n, longest) for w, n in zip((row_windows, col_windows), grid, strict=True))
         queries, keys = rows.length * cols.length, rows.n_keys * cols.n_keys
-        logits = (heads + 1) * queries * keys + (queries + keys) * heads * dim
+        logits = heads * queries * keys + max(queries * keys, (queries + keys) * heads * dim)
         results = groups * queries * keys + (queries + keys) * channels
         if logits <= scratch:
             tiles = max(1, scratch // max(logits, results))
@@ -133,7 +139,7 @@ def attend(query, key, value, windows, out, scale, head_mode):
     batch, height, width, heads, dim = query.shape
     grid, channels = tuple(key.shape[1:3]), value.shape[3]
     groups = heads if head_mode == "split" else 1
-    plan = planned(*windows, grid, batch, heads, dim, groups, channels, SCRATCH)
+    plan = planned(*windows, grid, batch, heads, dim, groups, channels, scratch_for(out.numel()))
     if plan is None:
         return False
     dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..cpu import products
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
+from . import whole
 from .norms import Moments, group_affine, group_statistics, group_statistics_of_variances
 from .pooling import Bins, Pool, pooled, pooled_both
 from .rotary import Rotary
@@ -28,10 +29,17 @@ def guidance(image, weights, output_size, key_size, *, dtype, num_groups=8):
     compute = torch.promote_types(dtype, torch.float32)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         halved = products.halved(image, weights.image_conv)
-        network = _Stored(cast(weights, compute), image.shape[-2:], num_groups, halved)
-        query = new_empty(image, (len(image), *output_size, network.width), compute)
-        key = image.new_empty(len(image), *key_size, network.width, dtype=compute)
-        norms = image.new_empty(len(image), NORMS, 2, network.width, dtype=compute)
+        weights, size, dim = cast(weights, compute), image.shape[-2:], len(weights.image_conv)
+        query = new_empty(image, (len(image), *output_size, dim), compute)
+        key = image.new_empty(len(image), *key_size, dim, dtype=compute)
+        norms = image.new_empty(len(image), NORMS, 2, dim, dtype=compute)
+        if whole.fits(image.device, size):
+            network = whole.Network(weights, size, num_groups)
+            several = whole.together(size, len(image))
+            for some in zip(*(tensor.split(several) for tensor in (image, query, key, norms)), strict=True):
+                network(*some)
+            return query, key, norms
+        network = _Stored(weights, size, num_groups, halved)
         for picture, *results in zip(image, query, key, norms, strict=True):
             network(picture.to(compute).permute(1, 2, 0).reshape(-1, len(picture)), *results)
     return query, key, norms

@@ -1,14 +1,17 @@
 """Keys in plain PyTorch: what the image and the features say of each low-resolution cell, merged and projected."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 from ..cpu.convolution import Convolution
 from ..cpu.crew import led
-from .convolution import convolve
 from .norms import NORM_EPS, rms_project
 from .walks import Walk
 from .weights import cast
+
+GATHERED = 1 << 27  # numbers under the filters of some cells that are gathered at once, elsewhere than on CPUs
 
 
 @led
@@ -26,7 +29,7 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
         filters = from_features.shape[1]
         walk = Walk((h, w), max(2 * dim, filters), weights.merge, num_groups)
         convolved, folded = Convolution(weights.merge), (weights.weight * weights.norm).T.contiguous()
-        rows, cols = (_reflected(n, out.device) for n in (h, w))
+        rows, cols = (_reflected(n, 1, out.device) for n in (h, w))
         hidden, x = (out.new_empty(h * w, dim) for _ in range(2))
 
         def picture(image, features, target):
@@ -54,41 +57,57 @@ def project_keys(from_image, from_features, weights, *, eps, num_groups=8):
 
 
 def _together(from_image, from_features, weights, eps, num_groups):
-    """The same for a whole batch at a time, in few operations: an accelerator waits for each of them."""
-    size = from_image.shape[1:3]
-    x = from_features.permute(0, 2, 3, 1).flatten(1, 2)
-    # They are 1/M and very little more: what they have beyond it keeps its digits, and no norm knows the difference.
+    """The same for a whole batch at a time, in few operations: each costs an accelerator a launch."""
+    batch, h, w, dim = from_image.shape
     first, second = weights.features
-    x = _block(x, first, num_groups, x - 1 / x.shape[-1])
+    x = from_features.flatten(2)
+    x = x.clone() if first.skip is None else x
+    # They are 1/M and very little more: what they have beyond it keeps its digits, and no norm knows the difference.
+    x = _block(x, first, num_groups, x - 1 / x.shape[1])
     x = _block(x, second, num_groups)
-    both = torch.cat((from_image, x.unflatten(1, size)), -1)
-    rows, cols = (_reflected(n, x.device) for n in size)
-    both = both.index_select(1, rows).index_select(2, cols).permute(0, 3, 1, 2)
-    x = convolve(both, weights.merge).permute(0, 2, 3, 1).flatten(1, 2)
+    both = torch.cat((from_image.flatten(1, 2).mT, x), 1)
+    merge, x = weights.merge.flatten(1), torch.empty_like(x)
+    seen, most = _neighbours(h, w, weights.merge.shape[-1], x.device), max(1, GATHERED // (batch * merge.shape[1]))
+    for first in range(0, h * w, most):
+        some = slice(first, first + most)
+        taps = both.index_select(2, seen[:, some].flatten()).view(batch, merge.shape[1], -1)
+        torch.bmm(merge.expand(batch, -1, -1), taps, out=x[..., some])
     for block in weights.blocks:
         x = _block(x, block, num_groups)
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return F.linear(x * scale * weights.norm, weights.weight, weights.bias).unflatten(1, size)
+    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps)
+    folded = weights.weight * weights.norm
+    return torch.addmm(weights.bias, x.mT.reshape(-1, dim), folded.T).view(batch, h, w, dim)
 
 
 def _block(x, block, num_groups, shifted=None):
-    """A ResBlock on cells (B, P, D); `shifted` is what the first norm is given in place of `x`."""
-    hidden = (
-        _active(x if shifted is None else shifted, block.norm_in_weight, block.norm_in_bias, num_groups)
-        @ block.conv_in.T
-    )
-    hidden = _active(hidden, block.norm_out_weight, block.norm_out_bias, num_groups) @ block.conv_out.T
-    return hidden + (x if block.skip is None else x @ block.skip.T)
+    """A ResBlock on cells (B, D, P), in place where its width stays.
+
+    `shifted` is what the first norm is given in place of `x`.
+    """
+    outer, inner = block[:2], block[3:5]
+    hidden = _product(block.conv_in, _active(x if shifted is None else shifted, *outer, num_groups))
+    out = x if block.skip is None else _product(block.skip, x)
+    return out.baddbmm_(block.conv_out.expand(len(x), -1, -1), _active(hidden, *inner, num_groups))
+
+
+def _product(weight, x):
+    """`weight @ x` for every x of (B, D, P)."""
+    return torch.bmm(weight.expand(len(x), -1, -1), x)
 
 
 def _active(x, weight, bias, num_groups):
-    """silu(norm(x)): deviations from the mean are squared, not numbers that lie far from zero."""
-    groups = x.unflatten(-1, (num_groups, -1))
-    gap = groups - groups.mean((1, 3), keepdim=True)
-    scale = torch.rsqrt(gap.square().mean((1, 3), keepdim=True) + NORM_EPS)
-    return F.silu(torch.addcmul(bias, (gap * scale).flatten(2), weight), inplace=True)
+    """silu(norm(x)) of cells (B, D, P), which PyTorch's own norm takes in this order."""
+    return F.silu(F.group_norm(x, num_groups, weight, bias, NORM_EPS), inplace=True)
 
 
-def _reflected(n, device):
-    """Places of an axis with one more on either side, reflected; an axis of one place repeats it."""
-    return (n - 1 - (n - 1 - torch.arange(-1, n + 1, device=device).abs()).abs()).clamp(0, n - 1)
+@lru_cache(maxsize=32)
+def _neighbours(h, w, k, device):
+    """(k * k, h * w): the cells that each tap sees around each cell, reflected at the edges."""
+    with torch.inference_mode(False):  # they are kept, for training too
+        rows, cols = (_reflected(n, k // 2, "cpu").unfold(0, k, 1).T for n in (h, w))
+        return (rows[:, None, :, None] * w + cols[None, :, None]).reshape(k * k, h * w).to(device)
+
+
+def _reflected(n, more, device):
+    """Places of an axis with some more on either side, reflected; an axis that is too short repeats its edge."""
+    return (n - 1 - (n - 1 - torch.arange(-more, n + more, device=device).abs()).abs()).clamp(0, n - 1)

@@ -4,7 +4,9 @@ import torch
 
 from ..cpu.crew import crew_size
 from ..cpu.pages import kept, new_empty, nothing_kept, release
-from .gathered import SCRATCH
+from . import whole
+from .gathered import scratch_for
+from .keys import GATHERED
 from .unification import MANY_RESPONSES
 from .walks import MANY_PIXELS
 
@@ -13,7 +15,8 @@ __all__ = ["forward_memory", "kept", "low_res_memory", "new_empty", "nothing_kep
 FORWARD_BUFFERS = 24 << 20  # bytes that the pieces in work take during a forward
 TILE_BUFFERS = 96 << 20  # the same for a tile of a prepared image, whatever its size
 FOR_WORKER = 15 << 20  # bytes of each further worker
-WALKING, CONVOLVING = 3, 5  # pieces of an image that other devices than CPUs hold at once, for they are large there
+# Of an image in pieces, and as a whole, that other devices than CPUs hold at once: their pieces are large.
+WALKING, CONVOLVING, CONVOLVING_WHOLE = 3, 5, 2
 
 
 def forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain):
@@ -34,14 +37,22 @@ def forward_memory(image_shape, features_shape, output_size, dim, dtype, device,
     keys = batch * h * w * dim * max(4, compute.itemsize)
     encoders = (2 if same_size else 3) * image + pixels * image_shape[1] * (16 + compute.itemsize)
     output = batch * height * width * channels * dtype.itemsize
-    piece = tiles = responses = 0
+    walking = convolving = attending = low_res = 0
     if plain and device.type != "cpu":
-        piece = min(max(pixels, height * width), MANY_PIXELS) * dim * compute.itemsize
-        grid = h * w
-        tiles = min(SCRATCH, batch * height * width * (8 * grid + channels)) * compute.itemsize
-        responses = min(MANY_RESPONSES, grid * channels * dim) * compute.itemsize
-    later = max(query + CONVOLVING * piece, output + tiles) + keys + kept(image, 2 if same_size else 3, device)
-    beside_query = max(encoders + WALKING * piece, low_res_memory(features_shape, dim, compute) + responses, later)
+        wide, grid = compute.itemsize, h * w
+        if whole.fits(device, image_shape[2:]):
+            several = whole.together(image_shape[2:], image_shape[0])
+            encoders = several * (whole.IMAGES - same_size) * image
+        else:
+            walking = WALKING * min(pixels, MANY_PIXELS) * dim * wide
+        convolving = _convolving((height, width), batch, MANY_PIXELS, device) * dim * wide
+        numbers = batch * height * width * channels
+        attending = min(scratch_for(numbers), batch * height * width * (8 * grid + channels)) * wide
+        responses = min(MANY_RESPONSES, batch * grid * channels * dim) * 5 // 4  # with what the filters meet
+        merging = 4 * batch * grid * dim + min(GATHERED, 18 * batch * grid * dim)
+        low_res = max(responses + batch * grid * channels, merging) * wide
+    later = max(query + convolving, output + attending) + keys + kept(image, 2 if same_size else 3, device)
+    beside_query = max(encoders + walking, low_res_memory(features_shape, dim, compute) + low_res, later)
     return query + beside_query + FORWARD_BUFFERS + _further_workers(device)
 
 
@@ -68,9 +79,18 @@ def tile_memory(tile, most, batch, dim, channels, element, labels, device, plain
     answers = piece * channels + (8 * pixels if labels else pixels * channels * wide)
     buffers = TILE_BUFFERS + _further_workers(device)
     if plain and device.type != "cpu":
-        buffers += CONVOLVING * min(pixels, most, MANY_PIXELS) * dim * wide
+        size = tile[0] + 2, tile[1] + 2
+        buffers += _convolving(size, batch, min(most, MANY_PIXELS), device) * dim * wide
     return buffers + batch * (2 * piece * dim + answers)
 
 
 def _further_workers(device):
     return (crew_size(device) - 1) * FOR_WORKER
+
+
+def _convolving(size, batch, most, device):
+    """Pixels of queries (H, W) that their convolution holds beside itself and its result, off CPUs."""
+    pixels = size[0] * size[1]
+    if whole.fits(device, size):
+        return CONVOLVING_WHOLE * whole.together(size, batch) * pixels
+    return CONVOLVING * min(pixels, most)

@@ -152,6 +152,20 @@ def group_affine(statistics, weight, bias):
     return out
 
 
+def measured_affine(x, weight, bias, num_groups, out):
+    """GroupNorm over all pixels of images (B, P, D), as scale and shift (B, 2, D) into `out`; elsewhere than on CPUs.
+
+    Their deviations from the mean are squared there, group by group, so that float32 serves.
+    """
+    groups = x.unflatten(-1, (num_groups, -1))
+    variance, mean = torch.var_mean(groups, (1, 3), correction=0)
+    inverse = variance.add_(NORM_EPS).rsqrt_()[..., None]
+    scale, shift = out.unflatten(-1, (num_groups, -1)).unbind(1)
+    torch.mul(weight.view(num_groups, -1), inverse, out=scale)
+    torch.addcmul(bias.view(num_groups, -1), mean[..., None], scale, value=-1, out=shift)
+    return out
+
+
 def by_channel(statistics, channels):
     """(..., num_groups) repeated to (..., channels)."""
     repeat = channels // statistics.shape[-1]

@@ -1,6 +1,7 @@
 """`adaptive_avg_pool2d` of images that come in rectangles, forward and backward."""
 
 from bisect import bisect_left, bisect_right
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -167,5 +168,12 @@ class Unpool:
 def _shares(length, bins, like, first=0):
     """(length, pooled): the part that each place, from `first` on, has in the average of each range."""
     place = torch.arange(first, first + length, device=like.device)[:, None]
-    starts, ends = (torch.tensor(edge, device=like.device) for edge in (bins.starts, bins.ends))
+    starts, ends = _edges(tuple(bins.starts), tuple(bins.ends), like.device)
     return ((place >= starts) & (place < ends)).to(like.dtype) / (ends - starts)
+
+
+@lru_cache(maxsize=64)
+def _edges(starts, ends, device):
+    """Starts and ends of ranges on a device, to which they are copied once."""
+    with torch.inference_mode(False):  # they are kept, for training too
+        return torch.tensor((starts, ends)).to(device)

@@ -8,6 +8,7 @@ from ..cpu import products
 from ..cpu.convolution import Convolution, WeightGradient
 from ..cpu.crew import led
 from ..cpu.pages import new_empty
+from . import whole
 from .norms import rms_project
 from .walks import Walk, flat_pixels
 from .weights import cast
@@ -24,6 +25,8 @@ def project_queries(query, conv, norm, weight, bias, *, eps, convolved=None):
         conv, norm, weight, bias = (tensor.to(compute) for tensor in (conv, norm, weight, bias))
         out = new_empty(query, query.shape, compute, recorded=convolved is not None)
         height, width, dim = query.shape[1:]
+        if whole.fits(query.device, (height, width)):
+            return whole.project_queries(query, conv, norm, weight, bias, eps, out, convolved)
         walk = Walk((height, width), dim, conv, rows=Convolution.ROWS, parts=CONVOLVED)
         convolve, folded = Convolution(conv, halved), (weight * norm).T.contiguous()
         folded = folded.bfloat16() if halved else folded

@@ -26,7 +26,8 @@ class Rotary:
             angles = [axis[:, None] * part for axis, part in zip(self.axes, freqs.double(), strict=True)]
             self.rows, self.cols = ((angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles)
         else:
-            self.rows, self.cols = map(_turned, size, freqs.to(wide))
+            size = tuple(size)
+            self.rows, self.cols = zip(*(part.split(size) for part in _turned(size, freqs.to(wide))), strict=True)
 
     def __call__(self, x, rows, cols, scratch=None):
         """Rotate `x` (..., D) at `rows`, `cols` (see `Guide.guide`); `scratch`: three tensors like it to use."""
@@ -59,23 +60,26 @@ def _axis(n, device, dtype):
 
 
 @lru_cache(maxsize=64)
-def _parts(n, device):
-    """Places of an axis as float32 (2, n, 1): their leading bits, and the rest."""
+def _parts(size, device):
+    """Places of both axes, one after the other, as float32 (places, 1): leading bits, the rest; and whose they are."""
     with torch.inference_mode(False):
-        axis = _places(n)
-        coarse = (axis * HALF).floor() / HALF
-        return torch.stack((coarse, axis - coarse)).to(torch.float32).to(device)[..., None]
+        axes = torch.cat([_places(n) for n in size])
+        coarse = (axes * HALF).floor() / HALF
+        whose = torch.arange(2).repeat_interleave(torch.tensor(size))
+        return (*torch.stack((coarse, axes - coarse)).to(torch.float32).to(device)[..., None], whose.to(device))
 
 
-def _turned(n, freqs):
-    """Cosine and sine (n, D) of the products of an axis of n places and float32 `freqs` (D,).
+def _turned(size, freqs):
+    """Cosine and sine (H + W, D) of the products of the places of both axes and their float32 `freqs` (2, D).
 
     An angle in float32 is off by several times what its sine is. So both factors are cut in two: the product of the
     leading halves is exact, and the rest is small.
     """
-    coarse, fine = _parts(n, freqs.device)
-    large = freqs * (HALF + 1)
-    leading = large - (large - freqs)
-    angle, rest = coarse * leading, coarse * (freqs - leading) + fine * freqs
-    cos, sin, cos_rest, sin_rest = angle.cos(), angle.sin(), rest.cos(), rest.sin()
-    return cos * cos_rest - sin * sin_rest, sin * cos_rest + cos * sin_rest
+    coarse, fine, whose = _parts(size, freqs.device)
+    freqs = freqs.index_select(0, whose)
+    leading = (freqs.view(torch.int32) & -HALF).view(torch.float32)
+    angles = freqs.new_empty(2, *freqs.shape)
+    torch.mul(coarse, leading, out=angles[0])
+    torch.mul(coarse, freqs - leading, out=angles[1]).addcmul_(fine, freqs)
+    (cos, cos_rest), (sin, sin_rest) = angles.cos(), angles.sin()
+    return (cos * cos_rest).addcmul_(sin, sin_rest, value=-1), (sin * cos_rest).addcmul_(cos, sin_rest)

@@ -1,6 +1,6 @@
 """The feature-agnostic layer in plain PyTorch, forward and backward: a few thousand responses at a time."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from ..cpu.pages import Room
 from .walks import pieces
 
 RESPONSES = 1 << 20  # of the feature-agnostic layer at once, on a CPU
-MANY_RESPONSES = 1 << 26  # elsewhere, forward
+MANY_RESPONSES = 9 << 24  # elsewhere, forward: in float32 six tenths of a gigabyte
 
 
 @led
@@ -28,10 +28,12 @@ def feature_unification(features, basis):
     filters = len(basis)
     channels, height, width = features.shape[1:]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        taps = basis.to(compute).flatten(1).T.contiguous()
+        taps = basis.to(compute).flatten(1).T
+        if features.device.type != "cpu":
+            return _together(features.to(compute), taps, basis.shape[-1])
+        taps = taps.contiguous()
         out = features.new_empty(len(features), height, width, filters, dtype=compute)
-        most = RESPONSES if out.device.type == "cpu" else MANY_RESPONSES
-        parts = list(pieces(height, width, max(1, most // (filters * channels))))
+        parts = list(pieces(height, width, max(1, RESPONSES // (filters * channels))))
         rooms = [Room() for _ in range(min(crew_size(out.device), len(parts)))]
 
         def unify(room, part, patches, target):
@@ -46,6 +48,39 @@ def feature_unification(features, basis):
             work = partial(unify, patches=Patches(source, basis.shape[-1], compute), target=target)
             share_out(work, parts, rooms)
     return out.permute(0, 3, 1, 2).contiguous()
+
+
+def _together(features, taps, k):
+    """The same elsewhere than on CPUs, in few operations: many places of one map, or several maps, at a time."""
+    batch, channels, height, width = features.shape
+    filters = taps.shape[1]
+    out = features.new_empty(batch, filters, height, width)
+    padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, *[k // 2] * 4))
+    patches = padded.unfold(1, k, 1).unfold(2, k, 1).permute(0, 1, 2, 4, 5, 3)
+    share = _shares_of_taps(height, width, k, features.dtype, features.device)
+    maps = min(batch, max(1, MANY_RESPONSES // (height * width * filters * channels)))
+    places = max(1, MANY_RESPONSES // (maps * filters * channels))
+    for first in range(0, batch, maps):
+        some = slice(first, first + maps)
+        for rows, cols in pieces(height, width, places):
+            seen, its_share, target = patches[some, rows, cols], share[rows, cols], out[some, :, rows, cols]
+            inside = seen.new_empty(seen.shape)
+            torch.mul(seen, its_share, out=inside)
+            inside = inside.view(-1, k * k, channels)
+            responses = torch.bmm(inside.mT, taps.expand(len(inside), *taps.shape)).view(-1, filters, channels)
+            del inside
+            torch.softmax(responses, 1, out=responses)
+            shape = len(target), *target.shape[2:], filters, channels
+            torch.mean(responses.view(shape), 4, out=target.permute(0, 2, 3, 1))
+    return out
+
+
+@lru_cache(maxsize=32)
+def _shares_of_taps(height, width, k, dtype, device):
+    """(h, w, 1, 1, 1): one over the number of taps that lie on the map; made once for each size."""
+    with torch.inference_mode(False):  # they are kept, for training too
+        rows, cols = (taps_inside(n, k, "cpu") for n in (height, width))
+        return (1 / (rows[:, None] * cols).to(dtype))[..., None, None, None].to(device)
 
 
 class Patches:

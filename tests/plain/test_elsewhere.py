@@ -12,13 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyup_fast import AnyUp, ops
-from anyup_fast.plain import attention, gathered, reference, rotary
+from anyup_fast.plain import attention, gathered, keys, pooling, reference, rotary, unification, whole
 
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "expand", "narrow", "permute"),
     *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze"),
     *("view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
+
+
+TABLES = (
+    *(gathered._tables, rotary._axis, rotary._parts),
+    *(keys._neighbours, pooling._edges, unification._shares_of_taps),
+)
 
 
 class Operations(TorchDispatchMode):
@@ -44,7 +50,7 @@ class Operations(TorchDispatchMode):
 
 
 def forget():
-    for kept in (gathered._tables, rotary._axis, rotary._parts):
+    for kept in TABLES:
         kept.cache_clear()
 
 
@@ -56,8 +62,8 @@ def no_tables():
     forget()
 
 
-# Counted: 468 and 1079.
-@pytest.mark.parametrize("side, grid, channels, most", [(448, 32, 384, 480), (1024, 64, 768, 1100)])
+# Counted: 203 and 229. Eight of them are norms over groups, which are three kernels each on CUDA.
+@pytest.mark.parametrize("side, grid, channels, most", [(448, 32, 384, 210), (1024, 64, 768, 233)])
 @pytest.mark.usefixtures("no_tables")
 @torch.no_grad()
 def test_operations_of_a_forward(side, grid, channels, most):
@@ -70,6 +76,32 @@ def test_operations_of_a_forward(side, grid, channels, most):
                 model(*given)
     assert 100 < seen.counts.total() <= most
     assert not +seen.copies, "a copy from the CPU waits for the device"
+
+
+@pytest.mark.parametrize("together, size", [(1 << 18, (33, 28)), (2 * 33 * 28, (33, 28)), (1 << 18, (16, 20))])
+@torch.no_grad()
+def test_images_of_a_batch_are_computed_together(together, size, monkeypatch):
+    monkeypatch.setattr(whole, "TOGETHER", together)
+    torch.manual_seed(0)
+    model = AnyUp(qk_dim=32).eval()
+    # Weights far from their first values, images and maps that differ in scale and mean.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter) * (parameter.ndim == 1))
+    scale = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1)
+    image, features = scale * torch.randn(3, 3, 33, 28) + scale, torch.randn(3, 6, 5, 4) / scale
+    expected = model.double()(image.double(), features.double(), size)
+    with Elsewhere() as device:
+        actual = model.float().to(NAME)(image.to(NAME), features.to(NAME), size).cpu()
+        split = device.counts["var_mean"]
+    assert split == 12 * -(-3 // max(1, together // (33 * 28)))
+    assert all(wrong(a, e) < 5e-6 for a, e in zip(actual, expected, strict=True))
+
+
+def test_scratch_of_the_attention_follows_the_output():
+    assert gathered.scratch_for(1 << 20) == gathered.SCRATCH
+    assert gathered.scratch_for(3 << 27) == 3 << 26
+    assert gathered.scratch_for(1 << 40) == gathered.MOST_SCRATCH
 
 
 CASES = [
