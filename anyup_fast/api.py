@@ -6,7 +6,7 @@ from functools import lru_cache, wraps
 
 import torch
 
-from .checks import checked_device, judge_layout, layout_remedy
+from .checks import checked_compute_dtype, checked_device, judge_layout, layout_remedy, narrowed_features
 from .endings import step
 from .image import load_image, normalised
 from .logs import warn_caller
@@ -125,6 +125,7 @@ def upsample_features_with_anyup(
     backend=None,
     precision=None,
     value_range=None,
+    dtype=None,
 ):
     """Upsample features to the resolution of the image, or to any other.
 
@@ -144,6 +145,8 @@ def upsample_features_with_anyup(
         value_range: None for an ImageNet-normalised image: refused where it can't be one, with a warning where it looks
             like [0, 1] or [-1, 1]; "imagenet" for one in spite of that; or the values of black and white, such as
             (0, 255), of an image (whole numbers, too) that is to be normalised here.
+        dtype: what the model computes in, "float32", "bfloat16" or "float16" (or the torch.dtype); features are rounded
+            to it on their way in. None means that of the model: float32 for weights that are named, on every device.
 
     Returns:
         (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
@@ -151,11 +154,12 @@ def upsample_features_with_anyup(
 
     Raises:
         ValueError: shapes, dtypes, sizes that do not fit, non-finite values, image and features on different devices
-            with no `device` given, unknown weights. FileNotFoundError, RuntimeError: weights that can't be loaded.
+            with no `device` given, unknown weights, a model that is given in another dtype, features that leave the
+            range of `dtype`. FileNotFoundError, RuntimeError: weights that can't be loaded.
             RuntimeError: a back end that can't run.
     """
     wanted = features
-    image, features, model, single = _upsampler(image, features, weights, device, value_range)
+    image, features, model, single = _upsampler(image, features, weights, device, value_range, dtype)
     if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
     with _asking(backend, precision):
@@ -167,7 +171,17 @@ def upsample_features_with_anyup(
 
 
 @_without_gradients(_THE_MODEL)
-def prepare(image, features, weights="embedded", *, device=None, backend=None, precision=None, value_range=None):
+def prepare(
+    image,
+    features,
+    weights="embedded",
+    *,
+    device=None,
+    backend=None,
+    precision=None,
+    value_range=None,
+    dtype=None,
+):
     """Prepare an image and its features to be asked for regions, points, heads, label maps or tiles.
 
     Args:
@@ -180,6 +194,7 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
             every answer.
         value_range: see `upsample_features_with_anyup`; for a picture that is read, the values of black and white
             where they are not those of its type.
+        dtype: see `upsample_features_with_anyup`; the answers come in it where it is given.
 
     Returns:
         `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.
@@ -188,14 +203,13 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
         ValueError, FileNotFoundError, RuntimeError: as `upsample_features_with_anyup`.
     """
     if isinstance(image, torch.Tensor):
-        image, features, model, _ = _upsampler(image, features, weights, device, value_range)
+        image, features, model, _ = _upsampler(image, features, weights, device, value_range, dtype)
     else:
         if checked_value_range(value_range) is not None:
             image = Scaled(image, value_range)
         features, _ = _batched("features", features)
         device = checked_device(device, features)
-        features = _narrowed(_finite("features", features), device)
-        model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
+        model, features = _computing(weights, features, device, dtype)
     with _asking(None, precision):
         return model.prepare(image, features, backend=backend)
 
@@ -206,7 +220,7 @@ def _asking(backend, precision):
         yield
 
 
-def _upsampler(image, features, weights, device, value_range):
+def _upsampler(image, features, weights, device, value_range, dtype):
     """(image, features, model, whether neither is a batch), checked and on one device."""
     image, single_image = _guide(image, value_range)
     features, single_features = _batched("features", features)
@@ -224,24 +238,36 @@ def _upsampler(image, features, weights, device, value_range):
     image = _narrowed(
         normalised(image, value_range), device
     )  # judged where it lies: on the CPU no device is waited for
-    features = _narrowed(_finite("features", features), device)
-    model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
+    model, features = _computing(weights, features, device, dtype)
     return image, features, model, single_image and single_features
 
 
-def _model(weights, device):
+def _computing(weights, features, device, dtype):
+    """(model, features) on the device, both in `dtype` where one is asked for."""
+    dtype = checked_compute_dtype(dtype)
+    features = _narrowed(_finite("features", features), device)
+    if not isinstance(weights, torch.nn.Module):
+        model = _model(weights, device, dtype or torch.float32)
+    elif dtype is None or dtype == (given := next(weights.parameters()).dtype):
+        model = weights
+    else:
+        raise ValueError(f"dtype: {dtype} is asked for, the model computes in {given}; give model.to({dtype}), or none")
+    return model, features if dtype is None else narrowed_features(features, dtype)
+
+
+def _model(weights, device, dtype=torch.float32):
     from .checkpoints import locate_checkpoint
 
     path = os.path.abspath(locate_checkpoint(weights))
     state = os.stat(path)
-    return _loaded_model(path, (state.st_mtime_ns, state.st_size), device)
+    return _loaded_model(path, (state.st_mtime_ns, state.st_size), device, dtype)
 
 
 @lru_cache(maxsize=4)
-def _loaded_model(path, version, device):
+def _loaded_model(path, version, device, dtype):
     from .model import AnyUp
 
-    return AnyUp.from_pretrained(path, device=device)
+    return AnyUp.from_pretrained(path, device=device).to(dtype)
 
 
 def _guide(image, value_range):

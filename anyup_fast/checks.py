@@ -6,6 +6,7 @@ import torch
 from .logs import warn_caller
 
 INTEGERS = int, torch.SymInt  # sizes in graphs with dynamic shapes stay symbols
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # that a model may be asked to compute in
 
 
 def checked_output_size(output_size, default, name="output_size"):
@@ -92,6 +93,32 @@ def checked_device(device, tensor=None):
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"device: {str(device)!r} cannot be used here ({reason}); 'cpu' always can") from error
+
+
+def checked_compute_dtype(dtype):
+    """What a model is to compute in, as a torch.dtype; None for what it computes in anyway.
+
+    Raises:
+        ValueError: not None, the name of a dtype in `COMPUTE_DTYPES`, or that dtype.
+    """
+    known = {name: getattr(torch, name) for name in COMPUTE_DTYPES}
+    if dtype is None or dtype in known.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in known:
+        raise ValueError(f"dtype: need None or one of {', '.join(map(repr, known))}, got {dtype!r}")
+    return known[dtype]
+
+
+def narrowed_features(features, dtype):
+    """Features in the dtype that a model computes in.
+
+    Raises:
+        ValueError: finite numbers that float16 cannot hold.
+    """
+    narrowed = features.to(dtype)
+    if dtype == torch.float16 and features.dtype != dtype and not narrowed.isfinite().all():
+        raise ValueError("features: they leave the range of float16; ask for dtype='bfloat16', or leave dtype out")
+    return narrowed
 
 
 def checked_inputs(image, features, output_size, channels, device, names=("image", "features", "output_size")):

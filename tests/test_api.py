@@ -91,6 +91,37 @@ def test_the_output_has_the_dtype_of_the_features(weights, dtype):
     torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float16", "float32"])
+def test_what_the_model_computes_in_can_be_chosen(weights, dtype):
+    image, features = images(3, 56, 56), images(32, 4, 4, seed=1)
+    narrow = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = AnyUp.from_pretrained(weights).to(narrow)
+    with torch.no_grad():
+        expected = model(image[None], features[None].to(narrow))[0]
+        exact = AnyUp.from_pretrained(weights)(image[None], features[None])[0]
+    upsampled = anyup_fast.upsample_features_with_anyup(image, features, weights=weights, dtype=dtype)
+    assert upsampled.dtype == torch.float32 and torch.equal(upsampled, expected.float())
+    assert torch.equal(upsampled, exact) == (narrow == torch.float32)
+    error = (upsampled - exact).norm() / exact.norm()
+    assert error <= {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 0}[narrow]
+    prepared = anyup_fast.prepare(image, features, weights, dtype=dtype)
+    assert torch.equal(prepared.full()[0], expected) and prepared.full().dtype == narrow
+    given = anyup_fast.upsample_features_with_anyup(image, features, weights=model, dtype=dtype)
+    assert torch.equal(given, upsampled)
+
+
+def test_a_dtype_that_cannot_be_computed_in_is_refused(weights):
+    image, features, model = images(3, 56, 56), images(32, 4, 4), AnyUp.from_pretrained(weights)
+    for verb in (anyup_fast.upsample_features_with_anyup, anyup_fast.prepare):
+        for dtype in ("int8", "double", torch.float64, 16):
+            with pytest.raises(ValueError, match="dtype: need None or one of 'float32', 'bfloat16', 'float16', got"):
+                verb(image, features, weights=weights, dtype=dtype)
+        with pytest.raises(ValueError, match="torch.bfloat16 is asked for, the model computes in torch.float32; give"):
+            verb(image, features, weights=model, dtype="bfloat16")
+        with pytest.raises(ValueError, match="features: they leave the range of float16; ask for dtype='bfloat16'"):
+            verb(image, 1e6 * features, weights=weights, dtype="float16")
+
+
 def test_no_graph_is_built_and_that_is_said(encoder, weights):
     image, features = images(3, 28, 28).requires_grad_(), images(4, 2, 2).requires_grad_()
     with pytest.warns(UserWarning, match=r"extract_features: image asked for gradients, .* write load_encoder\(name\)"):

@@ -49,10 +49,10 @@ PICKLED = {
 }
 ENTRY_POINTS = {"anyup", "anyup_multi_backbone", "anyup_embedded"}
 OPTIONS = {
-    "demo": "--device --dtype --encoder --mode --out --precision --size --weights photo",
+    "demo": "--compute-dtype --device --dtype --encoder --mode --out --precision --size --weights photo",
     "upsample": (
-        "--as-stored --device --dtype --encoder --figure --head --labels --layer --mode --out --output-size "
-        "--precision --region --resume --size --stream --tile --value-range --weights photo"
+        "--as-stored --compute-dtype --device --dtype --encoder --figure --head --labels --layer --mode --out "
+        "--output-size --precision --region --resume --size --stream --tile --value-range --weights photo"
     ),
     "train": (
         "--all --batch --cache --camouflage-share --consistency-share --consistency-weight --crop "
@@ -63,8 +63,8 @@ OPTIONS = {
         "--stamps --steps --threads --variety-share --warmup"
     ),
     "batch": (
-        "--batch-size --device --dtype --encoder --engine --film --format --head --kind --layer --output-size "
-        "--overwrite --pages --pca --precision --rate --ray-address --size --verify --weights --workers "
+        "--batch-size --compute-dtype --device --dtype --encoder --engine --film --format --head --kind --layer "
+        "--output-size --overwrite --pages --pca --precision --rate --ray-address --size --verify --weights --workers "
         "--zarr-format input output"
     ),
     "info": "",
@@ -73,8 +73,8 @@ ARGUMENTS = {
     "load_image": "source size patch_multiple max_pixels value_range upright",
     "extract_features": "image encoder layer weights device value_range",
     "extract_dinov2_features": "image model layer weights device value_range",
-    "upsample_features_with_anyup": "image features output_size weights device backend precision value_range",
-    "prepare": "image features weights device backend precision value_range",
+    "upsample_features_with_anyup": "image features output_size weights device backend precision value_range dtype",
+    "prepare": "image features weights device backend precision value_range dtype",
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
 

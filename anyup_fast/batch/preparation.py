@@ -23,7 +23,8 @@ from .stages import HEAD, PCA, Reader, Upsampler
 
 logger = logging.getLogger("anyup_fast")
 
-_OPTIONAL = ("zarr_format", "aspect", "precision")  # settings that are described where they are not the usual ones
+# Settings that are described where they are not the usual ones.
+_OPTIONAL = ("zarr_format", "aspect", "precision", "compute_dtype")
 MANY_PIXELS = 1 << 24  # of an output: fewer are computed on any machine
 
 
@@ -56,6 +57,8 @@ def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwri
         described["zarr_format"] = settings.zarr_format
     if settings.precision != "highest":
         described["precision"] = settings.precision
+    if settings.compute_dtype != "float32":
+        described["compute_dtype"] = settings.compute_dtype
     if settings.kind != "pca" and pca is not None:
         raise ValueError(f"pca: goes with the kind 'pca', got kind={settings.kind!r}")
     content, channels = _head(head, settings, folder)

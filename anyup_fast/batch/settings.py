@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from ..checks import COMPUTE_DTYPES
 from ..image import MAX_PIXELS
 from ..plain.precision import PRECISIONS, asked
 
@@ -39,6 +40,7 @@ class Settings:
         zarr_format: of stores, 3, or 2 for readers that know no other.
         precision: of products of float32, "highest", "high" or "medium"; None means as
             `upsample_features_with_anyup` has it.
+        compute_dtype: what AnyUp computes in, "float32", "bfloat16" or "float16"; None means float32.
         products: how they are done on CPUs, for the run to be finished as it was begun; None means the fastest way.
 
     Raises:
@@ -57,6 +59,7 @@ class Settings:
     aspect: str = "picture"
     zarr_format: int = 3
     precision: str | None = None
+    compute_dtype: str | None = None
     products: str | None = None
 
     def __post_init__(self):
@@ -64,7 +67,12 @@ class Settings:
             object.__setattr__(self, "format", "png" if self.kind == "pca" else "safetensors")
         if self.precision is None:
             object.__setattr__(self, "precision", asked())
-        choices = ("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES), ("precision", PRECISIONS)
+        if self.compute_dtype is None:
+            object.__setattr__(self, "compute_dtype", "float32")
+        choices = (
+            *(("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)),
+            *(("precision", PRECISIONS), ("compute_dtype", COMPUTE_DTYPES)),
+        )
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -95,6 +103,10 @@ class Settings:
             raise ValueError(f"format: lowres is kept as safetensors, got {form!r}")
         if kind == "lowres" and dtype == "int8":
             raise ValueError("dtype: lowres features are float16, bfloat16 or float32, not int8")
+        if kind == "lowres" and self.compute_dtype != "float32":
+            raise ValueError(
+                f"compute_dtype: lowres is asked in float32 later, got {self.compute_dtype!r}; leave it out"
+            )
         if kind in ("features", "head") and dtype == "bfloat16" and form != "safetensors":
             raise ValueError(f"dtype: {form} has no bfloat16; use float16 or float32, or the format safetensors")
 

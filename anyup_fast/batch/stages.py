@@ -108,7 +108,8 @@ class Upsampler:
         self.settings, self.device = settings, torch.device(device)
         settle(settings.products)
         self.encoder = encoder or load_encoder(settings.encoder, weights=settings.encoder_weights, device=device)
-        self.model = AnyUp.from_pretrained(settings.weights, device=device)
+        self.dtype = getattr(torch, settings.compute_dtype)
+        self.model = AnyUp.from_pretrained(settings.weights, device=device).to(self.dtype)
         self.head = self.colours = None
         if settings.kind in ("head", "labels"):
             self.head = load_head(Path(folder) / HEAD)
@@ -165,11 +166,17 @@ class Upsampler:
         output_size = output_size_of(self.settings, pictures[0].image.shape[1:], upright(pictures[0].about))
         self._refuse_more_than_memory(pictures[0].image.shape[1:], output_size)
         images, features = self.features([picture.image for picture in pictures])
-        prepared = self.model.prepare(images, features)
+        maps = features.to(self.dtype)
+        prepared = self.model.prepare(images, maps)
         answers, finite = getattr(self, f"_{self.settings.kind}")(prepared, output_size)
         for index, picture in enumerate(pictures):
             if not features[index].isfinite().all():
                 picture.error = f"the encoder {self.settings.encoder} gives values that are not finite for it"
+            elif not maps[index].isfinite().all():
+                dtype = self.settings.compute_dtype
+                picture.error = (
+                    f"its features leave the range of {dtype}, in which is computed; leave compute_dtype out"
+                )
             elif not finite[index]:
                 picture.error = f"its values leave the range of {self.settings.dtype}; use bfloat16 or float32"
                 picture.cause = "range"
@@ -197,7 +204,7 @@ class Upsampler:
         maps, dtype = prepared.maps, self.settings.dtype
         name = self.settings.storage[0]
         if dtype == "int8":
-            full = prepared.full(size)
+            full = prepared.full(size).float()
             scale = full.abs().amax((2, 3)) / 127
             scale = torch.where(scale > 0, scale, 1)
             quantised = full.div_(scale[..., None, None]).round_().to(torch.int8)
@@ -216,7 +223,7 @@ class Upsampler:
         return {"labels": _on_host(labels.to(dtype))}, [True] * len(labels)
 
     def _pca(self, prepared, size):
-        coordinates = prepared.head(self.colours.head(prepared.channels)).full(size)
+        coordinates = prepared.head(self.colours.head(prepared.channels)).full(size).float()
         return {"picture": _on_host(self.colours.paint(coordinates))}, [True] * len(coordinates)
 
     def _lowres(self, prepared, _):

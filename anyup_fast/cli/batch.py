@@ -52,7 +52,7 @@ def run(arguments):
     names = (
         "kind", "format", "dtype", "encoder", "layer", "weights", "size", "output_size", "head", "pca", "batch_size",
         "workers", "device", "engine", "ray_address", "overwrite", "verify", "pages", "zarr_format",
-        "precision",
+        "precision", "compute_dtype",
     )  # fmt: skip
     if arguments.film:
         batch.check_film(arguments.film)

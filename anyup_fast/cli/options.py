@@ -19,6 +19,9 @@ def add_inputs(command):
         help="of the operators (default: ANYUP_FAST_BACKEND, else auto)",
     )
     add_precision(command)
+    command.add_argument(
+        "--compute-dtype", choices=DTYPES, help="what AnyUp computes in, whatever is written (default: float32)"
+    )
 
 
 def add_precision(command):

@@ -91,7 +91,8 @@ def run(arguments):
         check_writable(path)
     steps = Steps()
     device = _device(arguments.device)
-    model = AnyUp.from_pretrained(arguments.weights, device=device)
+    compute_dtype = getattr(torch, arguments.compute_dtype or "float32")
+    model = AnyUp.from_pretrained(arguments.weights, device=device).to(compute_dtype)
     steps.done(f"AnyUp weights: {arguments.weights} ({locate_checkpoint(arguments.weights).name})")
     encoder = load_encoder(arguments.encoder, device=device)
     steps.done("encoder loaded")
@@ -105,7 +106,7 @@ def run(arguments):
         size = tuple(round(n * size / min(image.shape[1:])) for n in image.shape[1:])
     if not (arguments.region or arguments.head or arguments.stream):
         _check_memory(model, image, lr_features, size or tuple(image.shape[1:]))
-    prepared, written = prepare(image, lr_features, model), []
+    prepared, written = prepare(image, lr_features, model, dtype=compute_dtype), []
     if head is not None:
         prepared = prepared.head(head, argmax=arguments.labels)
         steps.done(f"head: {prepared.channels} outputs in place of {len(lr_features)} channels")

@@ -218,6 +218,44 @@ def test_other_settings_are_refused_and_overwritten(tmp_path, parts):
     assert not (tmp_path / "out" / "head.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "kind, dtype", [("features", "float32"), ("features", "int8"), ("head", "float16"), ("pca", "")]
+)
+def test_what_is_computed_in_is_a_setting(tmp_path, parts, kind, dtype):
+    data = fill(tmp_path / "in", 2)
+    options = {"kind": kind, **({"dtype": dtype} if dtype else {}), **parts["run"]}
+    options.update({"head": parts["head"]} if kind == "head" else {})
+    run(data, tmp_path / "exact", **options)
+    assert run(data, tmp_path / "narrow", compute_dtype="bfloat16", **options).done == 2
+    exact, narrow = (contents(tmp_path / name) for name in ("exact", "narrow"))
+    assert exact.keys() == narrow.keys() and any(exact[name] != narrow[name] for name in exact)
+    if kind == "features" and dtype == "float32":
+        for name in (n for n in exact if n.endswith(".safetensors")):
+            near, far = (load_file(tmp_path / folder / name)["features"] for folder in ("exact", "narrow"))
+            assert 0 < (near - far).norm() / near.norm() < 5e-3
+        assert run(data, tmp_path / "exact", compute_dtype="float32", **options).done == 0
+    with pytest.raises(ValueError, match="made with compute_dtype 'bfloat16' .now None.; overwrite"):
+        run(data, tmp_path / "narrow", **options)
+
+
+def test_features_beyond_what_is_computed_in_are_named(tmp_path, parts, monkeypatch):
+    data, compute = fill(tmp_path / "in", 1), stages.Upsampler.features
+
+    def large(self, images):
+        images, features = compute(self, images)
+        return images, features * 1e6
+
+    monkeypatch.setattr(stages.Upsampler, "features", large)
+    summary = run(data, tmp_path / "out", dtype="float32", compute_dtype="float16", **parts["run"])
+    assert list(summary.failed.values()) == [
+        "its features leave the range of float16, in which is computed; leave compute_dtype out"
+    ]
+    with pytest.raises(ValueError, match="compute_dtype: must be one of float32, bfloat16, float16, got 'int8'"):
+        Settings(compute_dtype="int8")
+    with pytest.raises(ValueError, match="compute_dtype: lowres is asked in float32 later"):
+        Settings(kind="lowres", compute_dtype="bfloat16")
+
+
 def test_precision_is_a_setting_and_products_stay_those_of_the_run(tmp_path, parts):
     data = fill(tmp_path / "in", 2)
     products.chosen_again("convolution=direct,bfloat16=fast")

@@ -170,6 +170,17 @@ def test_a_stream_is_written_and_not_overwritten(upsample, tmp_path):
     assert code == 1 and "exists; remove it" in refusal(err)
 
 
+def test_what_is_computed_in_can_be_chosen(upsample, tmp_path):
+    written = []
+    for dtype in ("float32", "bfloat16"):
+        out, figure = tmp_path / f"{dtype}.safetensors", tmp_path / f"{dtype}.png"
+        code, _, _ = upsample("--out", out, "--figure", figure, "--dtype", "float32", "--compute-dtype", dtype)
+        assert code == 0 and figure.exists()
+        written.append(load_file(out)["hr_features"])
+    exact, narrow = written
+    assert 0 < (exact - narrow).norm() / exact.norm() < 5e-3
+
+
 def test_what_does_not_go_together_is_refused(upsample, tmp_path):
     save_file({"kernel": torch.randn(5, 32)}, tmp_path / "head.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
