@@ -50,6 +50,8 @@ class Decoders:
     def __init__(self, count):
         self.reader, self.count = None, count
         self.jobs, self.closed = queue.SimpleQueue(), threading.Event()
+        # Threads that are new take the number of threads that was given last; this one has its own once it has asked.
+        self.threads = torch.get_num_threads()
         self.processes = [_Decoder(self) for _ in range(count)]
 
     def close(self):
@@ -59,8 +61,7 @@ class Decoders:
             self.jobs.put(None)
         for process in self.processes:
             process.stop()
-        if self.processes:  # a thread that is new takes the number that was given last, which is a decoder's
-            torch.set_num_threads(torch.get_num_threads())
+        torch.set_num_threads(self.threads)
 
     def batches(self, batches, stop):
         """Yield ([Picture, ...], names) for each (sources, names), in order, until there is none or `stop` says so.

@@ -1,5 +1,6 @@
 """Pictures decoded by processes: the same as decoded here, and by processes that do without PyTorch."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -84,4 +85,30 @@ def test_processes_that_decode_do_without_pytorch(folder):
         assert reader.finish(pictures[0]).image.shape[0] == 3 and "torch" in sys.modules
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_that_speak_to_processes_leave_pytorch_its_threads(folder):
+    script = f"""if True:
+        import threading
+        import torch
+        from types import SimpleNamespace
+        from anyup_fast.batch.decoding import Decoders
+        from anyup_fast.batch.reading import Reader
+        from anyup_fast.batch.sources import find_sources
+        [source] = find_sources({str(folder / "rgb.png")!r})
+        decoders = Decoders(1)
+        decoders.reader = Reader(SimpleNamespace(size=28), 14)
+        [([picture], _)] = decoders.batches([([source], frozenset())], lambda: None)
+        assert picture.image.shape == (3, 28, 42)
+        assert torch.get_num_threads() == 2
+        decoders.close()
+        others = []
+        thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert others == [2]
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
