@@ -252,6 +252,14 @@ def decode_source(source, about=None):
         return decoded(picture), file_digest(source.path)
 
 
+def read_source(source, size=None, patch_multiple=None):
+    """Read one source at once: (image as `load_image` gives it, digest); errors as `decode_source`."""
+    from ..image import from_pixels
+
+    pixels, digest = decode_source(source)
+    return from_pixels(pixels, size, patch_multiple), digest
+
+
 def upright(about):
     """(H, W) of a picture as it is decoded, from what `header_of` tells; None where that is nothing."""
     size = about.get("size")

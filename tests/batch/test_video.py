@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 av = pytest.importorskip("av")
-from anyup_fast.batch.sources import decode_source, find_sources, picture_size  # noqa: E402
+from anyup_fast.batch.sources import find_sources, picture_size, read_source  # noqa: E402
 from anyup_fast.batch.video import check_film, frames_of, read_frame  # noqa: E402
 
 
@@ -79,7 +79,7 @@ def test_a_cut_film_tells_its_missing_frames_by_number(tmp_path):
     assert all("can't be decoded" in broken or "cut off" in broken for *_, broken in frames if broken)
     source = find_sources(path)[59]
     with pytest.raises(ValueError, match="cut off|can't be decoded"):
-        decode_source(source)
+        read_source(source)
 
 
 @pytest.mark.parametrize("name", ["cut.mkv", "cut.webm", "cut.flv"])
