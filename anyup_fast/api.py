@@ -6,10 +6,16 @@ from functools import lru_cache, wraps
 
 import torch
 
-from .checks import checked_compute_dtype, checked_device, judge_layout, layout_remedy, narrowed_features
+from .checks import (
+    checked_compute_dtype,
+    checked_device,
+    judge_layout,
+    layout_remedy,
+    narrowed_features,
+    tell_of_lost_gradients,
+)
 from .endings import step
 from .image import load_image, normalised
-from .logs import warn_caller
 from .ops.choice import use_backend
 from .plain.precision import as_asked
 from .plain.width import has_float64
@@ -35,12 +41,7 @@ def _without_gradients(instead):
         def call(*args, **options):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 given = {**dict(zip(("image", "features"), args, strict=False)), **options}
-                asking = [name for name, t in given.items() if isinstance(t, torch.Tensor) and t.requires_grad]
-                if asking:
-                    warn_caller(
-                        f"{verb.__name__}: {' and '.join(asking)} asked for gradients, which end here; to train "
-                        f"through it, write {instead}; torch.no_grad() or detach() says that it is meant"
-                    )
+                tell_of_lost_gradients(verb.__name__, given, f"to train through it, write {instead}")
             if torch.compiler.is_compiling():
                 with torch.no_grad():
                     return verb(*args, **options)

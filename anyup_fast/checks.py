@@ -235,3 +235,13 @@ def _are_tokens(count, height, width):
     """Whether `count` tokens are those of an image cut into square patches, class and register tokens apart."""
     sides = (side for side in (7, 8, 14, 16, 28, 32) if height % side == 0 == width % side)
     return any(count - height * width // side**2 in (0, 1, 2, 5) for side in sides)
+
+
+def tell_of_lost_gradients(name, given, remedy):
+    """Warn where tensors among `given`, a dict by argument, ask for gradients that `name` does not record."""
+    asking = [key for key, t in given.items() if isinstance(t, torch.Tensor) and t.requires_grad]
+    if asking and torch.is_grad_enabled():
+        warn_caller(
+            f"{name}: {' and '.join(asking)} asked for gradients, which end here; {remedy}; torch.no_grad() or "
+            "detach() says that it is meant"
+        )

@@ -4,39 +4,17 @@ Every picture becomes float32 RGB in [0, 1] first; compositing and resizing happ
 float pictures keep their precision, and 8-bit ones are rounded only when they are written again.
 """
 
-import io
-import os
-import re
-import struct
-import threading
 from numbers import Integral
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .files import expanded
 from .formats import SUFFIXES as SUFFIXES
-from .formats import add_openers, page_count, why_unknown
-from .logs import warn_caller
-from .ranges import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    NORMALISED,
-    checked_value_range,
-    judge_normalised,
-    scaled,
-    unit_range,
-    whole_numbers,
-)
-
-MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
-
-_URL = re.compile(r"(https?|ftp|file|s3|gs|hf):/|data:\w+/", re.IGNORECASE)
-_ORIENTATION = 0x0112  # EXIF
-_UNDONE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # by orientation: number of Pillow's Transpose that undoes it
-_DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_pillow_limit = threading.Lock()
+from .pixels import MAX_PIXELS as MAX_PIXELS
+from .pixels import decoded, full_scale, refuse_enormous
+from .ranges import IMAGENET_MEAN, IMAGENET_STD, NORMALISED, checked_value_range, judge_normalised, scaled, unit_range
+from .scales import whole_numbers
 
 
 def normalize(image):
@@ -156,12 +134,26 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     elif isinstance(source, np.ndarray):
         picture = _from_array(source, value_range=value_range)
     else:
-        picture = _from_file_or_pil(source, max_pixels, value_range, upright)
+        return from_pixels(
+            decoded(source, max_pixels, value_range is not None, upright), size, patch_multiple, max_pixels, value_range
+        )
+    return _finished(picture, size, patch_multiple, max_pixels)
 
+
+def from_pixels(pixels, size=None, patch_multiple=None, max_pixels=MAX_PIXELS, value_range=None):
+    """What `load_image` makes of a picture whose file is decoded, `pixels.Pixels`."""
+    picture = _from_array(pixels.array, pixels.name, value_range, pixels.full)
+    if pixels.white is not None:
+        picture = picture.masked_fill(torch.from_numpy(pixels.white), 1.0)
+    return _finished(picture, size, patch_multiple, max_pixels)
+
+
+def _finished(picture, size, patch_multiple, max_pixels):
+    """(3, H, W) with values in [0, 1] resized and normalised."""
     target = target_size(picture.shape[1:], size, patch_multiple)
     if target != picture.shape[1:]:
         name = f"size={size!r}, patch_multiple={patch_multiple!r}: the resized picture"
-        _refuse_enormous(*target, max_pixels, name)
+        refuse_enormous(*target, max_pixels, name)
         picture = resized(picture[None], target)[0]
     return normalize(picture).contiguous()
 
@@ -236,14 +228,6 @@ def target_size(shape, size, patch_multiple):
     return height, width
 
 
-def _refuse_enormous(height, width, max_pixels, name):
-    if max_pixels is not None and height * width > max_pixels:
-        raise ValueError(
-            f"{name} has {width} x {height} = {height * width} pixels, more than max_pixels={max_pixels}; "
-            "raise max_pixels (None: no limit) if that is intended"
-        )
-
-
 def _from_tensor(tensor, value_range):
     if tensor.dim() == 2:
         tensor = tensor[None]
@@ -270,8 +254,8 @@ def _from_tensor(tensor, value_range):
     return picture.expand(3, -1, -1)
 
 
-def _from_array(array, name="the array", value_range=None):
-    """(H, W[, 1 | 3 | 4]) -> (3, H, W) float32 in [0, 1], alpha over white."""
+def _from_array(array, name="the array", value_range=None, full=None):
+    """(H, W[, 1 | 3 | 4]) -> (3, H, W) float32 in [0, 1], alpha over white; `full` is the value of white, if known."""
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
@@ -289,106 +273,8 @@ def _from_array(array, name="the array", value_range=None):
     elif array.dtype.kind == "f":
         picture = unit_range(picture, f"source: {name}")
     else:
-        low, high = int(array.min()), int(array.max())
-        picture = picture.div_(whole_numbers(array.dtype.name, low, high, f"source: {name}", lambda: array))
+        picture = picture.div_(full or full_scale(array, f"source: {name}"))
     if len(picture) == 4:
         alpha = picture[3:]
         picture = picture[:3] * alpha + (1 - alpha)
     return picture.expand(3, -1, -1)
-
-
-def _from_file_or_pil(source, max_pixels, value_range, upright):
-    from PIL import Image
-
-    if isinstance(source, Image.Image):
-        return _from_pil(source, "the PIL image", max_pixels, value_range, upright)
-    if isinstance(source, (str, os.PathLike)):
-        path, name = expanded(source), repr(str(source))
-        if _URL.match(str(source)):
-            raise ValueError(f"source: {name} is a URL, not a path; download it first and pass the path")
-        if os.path.isdir(path):
-            raise ValueError(f"source: {name} is a folder; pass the path of one picture in it")
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"source: there is no file {name}; check the path")
-        with open(path, "rb") as file:
-            opened = _opened(file, name, max_pixels)
-            pages = page_count(opened)
-            if pages > 1:
-                warn_caller(f"{name} has {pages} pages or frames, of which the first is taken")
-            return _from_pil(opened, name, max_pixels, value_range, upright)
-    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
-        name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
-        return _from_pil(_opened(source, name, max_pixels), name, max_pixels, value_range, upright)
-    raise TypeError(
-        "source must be a path, a binary file object (opened with 'rb', or io.BytesIO around bytes), "
-        f"a PIL image, a numpy array or a torch tensor, got {type(source).__name__}"
-    )
-
-
-def _opened(file, name, max_pixels):
-    """The header of a binary file as a lazy PIL image; Pillow's own size limit yields to a higher one."""
-    from PIL import Image
-
-    add_openers()
-    try:
-        if max_pixels is not None and max_pixels <= MAX_PIXELS:
-            return Image.open(file)
-        with _pillow_limit:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                return Image.open(file)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"source: {name} is too large for max_pixels={max_pixels} or Pillow's own limit: {error} "
-            "Raise max_pixels (None: no limit) if that is intended"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"source: {name} {why_unknown(file, error)}") from error
-
-
-def _from_pil(image, name, max_pixels, value_range, upright):
-    from PIL import ImageOps
-
-    width, height = image.size
-    if width == 0 or height == 0:
-        raise ValueError(f"source: {name} has no pixels, its size is {width} x {height}")
-    _refuse_enormous(height, width, max_pixels, f"source: {name}")
-    from_16_bit_file = image.format in ("PNG", "PPM")
-    try:
-        turned = 1 if upright or image.format != "TIFF" else image.getexif().get(_ORIENTATION, 1)
-        image.load()
-        if turned in _UNDONE and _ORIENTATION not in image.getexif():  # Pillow turns a TIFF while it loads it
-            image = image.transpose(_UNDONE[turned])
-        try:
-            image = ImageOps.exif_transpose(image) if upright else image
-        except (SyntaxError, struct.error) as error:
-            warn_caller(f"{name}: its EXIF data is unreadable ({error}), orientation unknown")
-        if image.mode not in (*_DEEP_GREY, "F"):
-            if image.mode == "La":
-                image = image.convert("LA")
-            see_through = image.mode in ("P", "PA", "LA", "RGBA", "RGBa") or "transparency" in image.info
-            image = image.convert("RGBA" if see_through else "RGB")
-        array = np.asarray(image)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"source: {name} (mode {image.mode}) cannot be decoded, it is truncated, damaged or of an "
-            f"unsupported kind ({type(error).__name__}: {error})"
-        ) from error
-    if image.mode not in _DEEP_GREY or value_range is not None:
-        return _from_array(array, name, value_range)
-
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise ValueError(
-            f"source: {name} (mode {image.mode}) has values from {low} to {high}, not from 0 to 65535; "
-            "write value_range, the values of black and white"
-        )
-    sixteen_bit = image.mode != "I" or from_16_bit_file or high > 255
-    picture = _from_array(array.astype(np.uint16 if sixteen_bit else np.uint8), name)
-    if "transparency" in image.info:
-        picture = picture.masked_fill(torch.from_numpy(array == image.info["transparency"]), 1.0)
-    return picture

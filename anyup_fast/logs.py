@@ -5,20 +5,18 @@ import sys
 import warnings
 from functools import cache
 
-import torch
-
 _log = logging.getLogger("anyup_fast.ops")
 
 
 def log_once(message):
     """Log `message` at level INFO, the first time it comes up; while a graph is traced, not at all."""
-    if not torch.compiler.is_compiling():
+    if not _traced():
         _logged(message)
 
 
 def warn_once(message):
     """Log `message` at level WARNING, the first time it comes up; while a graph is traced, not at all."""
-    if not torch.compiler.is_compiling():
+    if not _traced():
         _warned(message)
 
 
@@ -28,6 +26,12 @@ def warn_caller(message):
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("anyup_fast", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def _traced():
+    import torch  # processes that only decode pictures never come here
+
+    return torch.compiler.is_compiling()
 
 
 @cache

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_attention_options, check_shapes, checked_inputs, checked_output_size
+from .checks import (
+    check_attention_options,
+    check_shapes,
+    checked_inputs,
+    checked_output_size,
+    tell_of_lost_gradients,
+)
 from .decoder import CrossAttention, CrossDecode, chosen_rule
 from .frugal import check_max_memory, filled_by_tiles
 from .kept import kept_of
@@ -319,6 +325,8 @@ class AnyUp(Recording, nn.Module):
         """
         from .rows import rows_of
 
+        given = {"image": image, "features": features}
+        tell_of_lost_gradients("AnyUp.prepare", given, "to train through it, call the model itself")
         read = None
         if not isinstance(image, torch.Tensor):
             shape, read = rows_of(image, self.image_encoder[0].weight)

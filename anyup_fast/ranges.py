@@ -7,16 +7,15 @@ import numpy as np
 import torch
 
 from .logs import warn_caller
+from .scales import ROUNDING, guess
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALISED = "imagenet"  # the value_range of what is ImageNet-normalised already
-ROUNDING = 1e-4  # how far float pictures may leave their range and still be clipped without complaint
 
 _BEYOND = 8.0  # ImageNet-normalised pictures lie in [-2.12, 2.64]; Gaussian noise stays below this
 _TWICE = 11.5  # what a picture that is normalised twice stays below
 _WHITE = 2.7  # more than normalised white
-_DEPTHS = (8, 10, 12, 14)  # bits of what cameras write into 16
 _SAMPLE = 4096  # values looked at one by one
 _FEWEST = 4  # different values, for 256 levels to be told from chance
 
@@ -58,7 +57,7 @@ def scaled(values, value_range, name):
     if low < high < black + width / 64 and not (values == values.round()).all():
         warn_caller(
             f"value_range: {name} has values from {low:g} to {high:g}, nearly black in {black:g} to {white:g}; "
-            f"write value_range={_guess(low, high)} if these are black and white"
+            f"write value_range={guess(low, high)} if these are black and white"
         )
     return ((values - black) / width).clamp(0, 1)
 
@@ -71,67 +70,10 @@ def unit_range(values, name):
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(
             f"{name} has values from {low:g} to {high:g}, floating point pictures hold values in [0, 1]: write "
-            f"value_range={_guess(low, high)} if these are black and white (or divide 8-bit values by 255), clamp what "
+            f"value_range={guess(low, high)} if these are black and white (or divide 8-bit values by 255), clamp what "
             "resizing overshot; already normalised images go to the tensor functions directly"
         )
     return values.clamp(0, 1)
-
-
-def whole_numbers(dtype, low, high, name, some):
-    """Full scale of an integer picture without `value_range`: 255 or 65535.
-
-    Args:
-        dtype: its name, with "torch." before it that of a tensor. low, high: its extremes.
-        some: callable that gives its values as a numpy array of integers.
-
-    Raises:
-        ValueError: the type does not say which values are black and white.
-    """
-    kind = dtype.removeprefix("torch.")
-    if kind not in ("uint8", "uint16"):
-        known = (
-            "uint8 or float in [0, 1] (or uint16)" if dtype.startswith("torch.") else "uint8, uint16 or float in [0, 1]"
-        )
-        remedy = (
-            f" with values from {low} to {high}: write value_range={_guess(low, high)} if these are black and white"
-        )
-        if kind == "bool":
-            remedy = ": a mask is no picture; write value_range=(0, 1) to have False black and True white"
-        raise ValueError(f"{name} must be {known}, got {dtype}{remedy}")
-    if kind == "uint8":
-        if (low, high) == (0, 1):
-            warn_caller(
-                "source: the values are 0 and 1, both black among 255: write value_range=(0, 1) if it is a mask, "
-                "value_range=(0, 255) if it is meant"
-            )
-        return 255
-    depth = Depth()
-    depth.see(some())
-    depth.judge()
-    return 65535
-
-
-class Depth:
-    """How many bits the values of a 16-bit picture fill, seen in parts."""
-
-    def __init__(self):
-        self.high, self.bits, self.scaled = 0, 0, True
-
-    def see(self, values):
-        """Take in an array of integers."""
-        self.high = max(self.high, int(values.max()))
-        self.bits |= int(np.bitwise_or.reduce(values, axis=None))
-        self.scaled = self.scaled and not (values % 257).any()  # as 8 bits are scaled to 16
-
-    def judge(self):
-        """Warn where they fill but the lower bits, unless the steps between them are those of a scaled picture."""
-        depth = next((bits for bits in _DEPTHS if self.high < 1 << bits), None)
-        if depth is None or self.scaled or not self.bits & 3:
-            return
-        warn_caller(
-            f"source: 16-bit values that fill {depth} bits from below, as cameras write them, are read as nearly "
-            f"black: write value_range=(0, {(1 << depth) - 1}) if that is white, value_range=(0, 65535) if it is meant"
-        )
 
 
 def judge_normalised(image, name="image"):
@@ -144,7 +86,7 @@ def judge_normalised(image, name="image"):
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name}: holds NaN or infinite values; mend them first (torch.nan_to_num)")
     if low >= -ROUNDING and high > _WHITE or max(-low, high) > _BEYOND or _counts(image, low, high):
-        remedy = f"write value_range={_guess(low, high)} if these are black and white"
+        remedy = f"write value_range={guess(low, high)} if these are black and white"
         if low < -_BEYOND and max(-low, high) <= _TWICE:
             remedy = "was it normalised twice? what load_image gives is normalised"
         raise ValueError(
@@ -205,13 +147,3 @@ def _on_levels(unit, dtype):
         return False
     levels = unit * 255
     return bool(((levels - levels.round()).abs() <= error).all()) and len(levels.round().unique()) >= _FEWEST
-
-
-def _guess(low, high):
-    """The value_range that values from `low` to `high` were most probably made for."""
-    if low >= -1 - ROUNDING and high <= 1 + ROUNDING:
-        return (0, 1) if low >= 0 else (-1, 1)
-    if low < 0:
-        return f"({low:g}, {high:g})"
-    bits = next((bits for bits in (*_DEPTHS, 16) if high < 1 << bits), None)
-    return f"(0, {high:g})" if bits is None else (0, (1 << bits) - 1)

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from .ranges import IMAGENET_MEAN, IMAGENET_STD, ROUNDING, Depth, scaled
+from .ranges import IMAGENET_MEAN, IMAGENET_STD, scaled
+from .scales import ROUNDING, Depth
 
 
 def rows_of(picture, like):

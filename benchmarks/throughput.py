@@ -28,8 +28,9 @@ from safetensors.torch import save_file  # noqa: E402
 from anyup_fast.batch import Settings, run  # noqa: E402
 from anyup_fast.batch.manifest import Manifest  # noqa: E402
 from anyup_fast.batch.preparation import describe  # noqa: E402
+from anyup_fast.batch.reading import Reader  # noqa: E402
 from anyup_fast.batch.sources import find_sources  # noqa: E402
-from anyup_fast.batch.stages import Reader, Upsampler, Writer  # noqa: E402
+from anyup_fast.batch.stages import Upsampler, Writer  # noqa: E402
 from anyup_fast.encoders import load_encoder  # noqa: E402
 
 CLASSES = 21

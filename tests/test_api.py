@@ -131,10 +131,14 @@ def test_no_graph_is_built_and_that_is_said(encoder, weights):
             assert not upsample_features_with_anyup(*given, weights=tiny.model()).requires_grad
     with pytest.warns(UserWarning, match="^prepare: features asked for gradients"):
         assert not anyup_fast.prepare(image.detach(), features=features, weights=weights).full().requires_grad
+    with pytest.warns(UserWarning, match="^AnyUp.prepare: image and features asked .* call the model itself"):
+        assert not tiny.model().prepare(image[None], features[None]).full().requires_grad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with torch.no_grad():
             upsample_features_with_anyup(image, features, weights=weights)
+            tiny.model().prepare(image[None], features[None])
+        tiny.model().prepare(image[None].detach(), features[None].detach())
         upsample_features_with_anyup(image.detach(), features.detach(), weights=tiny.model().train())
 
 

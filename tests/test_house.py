@@ -28,6 +28,8 @@ LEVELS = [
     {"checks", "ranges", "ops"},
     {"plain"},
     {"cpu", "kernels"},
+    {"pixels"},
+    {"scales"},
     {"endings", "files", "formats", "logs", "weights"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

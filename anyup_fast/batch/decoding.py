@@ -9,22 +9,19 @@ import os
 import pickle
 import queue
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import warnings
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from .pool import result_of
-from .stages import Picture, about_source
+from .reading import Picture, about_source
+from .serving import LENGTH, READY, plugins
 
 AHEAD = 2  # batches that every process prepares
 TRIES = 2  # processes that a picture may cost
@@ -35,11 +32,9 @@ _PROGRAM = """\
 import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)
 if sys.path[:1] == [""]: del sys.path[0]
 import pickle; sys.path[:], modules = pickle.load(sys.stdin.buffer)
-from anyup_fast.batch.decoding import serve
+from anyup_fast.batch.serving import serve
 serve(modules)
 """
-_READY = b"ready"
-_LENGTH = struct.Struct("<q")
 
 
 class Decoders:
@@ -55,6 +50,8 @@ class Decoders:
     def __init__(self, count):
         self.reader, self.count = None, count
         self.jobs, self.closed = queue.SimpleQueue(), threading.Event()
+        # Threads that are new take the number of threads that was given last; this one has its own once it has asked.
+        self.threads = torch.get_num_threads()
         self.processes = [_Decoder(self) for _ in range(count)]
 
     def close(self):
@@ -64,6 +61,7 @@ class Decoders:
             self.jobs.put(None)
         for process in self.processes:
             process.stop()
+        torch.set_num_threads(self.threads)
 
     def batches(self, batches, stop):
         """Yield ([Picture, ...], names) for each (sources, names), in order, until there is none or `stop` says so.
@@ -125,6 +123,7 @@ class _Decoder:
             self._send((sys.path, plugins()))
 
     def _work(self):
+        torch.set_num_threads(1)  # of this thread
         try:
             while not self.decoders.closed.is_set():
                 if len(self.sent) < 2 and self._take(wait=not self.sent):
@@ -167,7 +166,7 @@ class _Decoder:
             self._send(source)
 
     def _read_ready(self):
-        if self.process.stdout.read(len(_READY)) != _READY:
+        if self.process.stdout.read(len(READY)) != READY:
             raise EOFError
         self.ready = True
         self._send(self.decoders.reader)
@@ -175,7 +174,7 @@ class _Decoder:
     def _receive(self):
         future, sources, pictures = self.sent[0]
         if len(pictures) < len(sources):
-            pictures.append(_received(self.process.stdout))
+            pictures.append(self.decoders.reader.finish(_received(self.process.stdout)))
         if len(pictures) == len(sources):
             self.sent.popleft()
             self.deaths = 0
@@ -230,22 +229,6 @@ def _ending(code):
     return f"was ended by {name}{because}"
 
 
-def plugins():
-    """Modules that taught Pillow further formats in this process."""
-    if "PIL.Image" not in sys.modules:
-        return []
-    factories = [factory for factory, _ in sys.modules["PIL.Image"].OPEN.values()]
-    modules = {getattr(factory, "__module__", "__main__") for factory in factories} - {"__main__"}
-    return sorted(module for module in modules if not module.startswith("PIL."))
-
-
-def add_plugins(modules):
-    """Import what `plugins` has named in another process, as far as it can be found in this one."""
-    for name in modules:
-        if find_spec(name.partition(".")[0]) is not None:
-            import_module(name)
-
-
 def _widen(pipe):
     """Let a pipe hold as much as the system grants, so that a picture takes few turns."""
     try:
@@ -258,54 +241,21 @@ def _widen(pipe):
 
 
 def _received(stream):
-    header = stream.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
+    header = stream.read(LENGTH.size)
+    if len(header) < LENGTH.size:
         raise EOFError
-    content = stream.read(_LENGTH.unpack(header)[0])
-    picture, shape = pickle.loads(content)
+    content = stream.read(LENGTH.unpack(header)[0])
+    picture, shape, dtype = pickle.loads(content)
     if shape is not None:
-        image = np.empty(shape, np.float32)
-        view, done = memoryview(image).cast("B"), 0
+        array = np.empty(shape, dtype)
+        view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
         while done < len(view):
             count = stream.readinto(view[done:])
             if not count:
                 raise EOFError
             done += count
-        picture.image = torch.from_numpy(image)
+        if picture.image is None:
+            picture.image = torch.from_numpy(array)
+        else:
+            picture.image.array = array
     return picture
-
-
-def serve(modules):
-    """What a process does: read sources, write pictures, until there is nothing more to read."""
-    given, taken = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no picture
-    if hasattr(os, "nice"):
-        os.nice(10)
-    if os.path.exists("/proc/self/oom_score_adj"):
-        with open("/proc/self/oom_score_adj", "w") as file:  # where memory runs out, this process is the one to go
-            file.write("500")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    add_plugins(modules)
-    taken.write(_READY)
-    taken.flush()
-    try:
-        reader = pickle.load(given)
-        while True:
-            _answer(taken, reader, pickle.load(given))
-    except (EOFError, BrokenPipeError):
-        os._exit(0)
-
-
-def _answer(stream, reader, source):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        picture = reader(source)
-    picture.notes += [str(warning.message) for warning in caught if str(warning.message) not in picture.notes]
-    image, picture.image = picture.image, None
-    content = pickle.dumps((picture, None if image is None else tuple(image.shape)))
-    stream.write(_LENGTH.pack(len(content)))
-    stream.write(content)
-    if image is not None:
-        stream.write(memoryview(image.numpy()).cast("B"))
-    stream.flush()

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from .decoding import add_plugins, plugins
 from .outputs import PARTIAL
-from .stages import Picture, Upsampler, Writer, about_source
+from .reading import Picture, about_source
+from .serving import add_plugins, plugins
+from .stages import Upsampler, Writer
 
 BLOCKS = 2000  # blocks that Ray Data plans with, at most; a batch to each is finest
 SHARE = 0.25  # of a CPU, for reading and for writing

@@ -16,10 +16,11 @@ from ..model import AnyUp
 from ..plain.memory import forward_memory
 from .colours import Colours
 from .manifest import settings_digest
+from .reading import Reader
 from .reasons import gigabytes, memory_of_machine, shown
 from .settings import output_size_of
 from .sources import file_digest
-from .stages import HEAD, PCA, Reader, Upsampler
+from .stages import HEAD, PCA, Upsampler
 
 logger = logging.getLogger("anyup_fast")
 

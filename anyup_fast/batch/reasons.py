@@ -3,8 +3,7 @@
 import errno
 import os
 import re
-
-import torch
+import sys
 
 ROOM = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 _NAMES = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR}
@@ -40,7 +39,7 @@ def reason_of_writing(error, size=None):
 
 def is_memory(error):
     """Whether an exception says that memory is missing, on the host or on a GPU."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, *_kinds_of_torch("OutOfMemoryError"))):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -49,12 +48,17 @@ def is_memory(error):
 
 def is_device_lost(error):
     """Whether a GPU answers nothing any more after an exception, so that no other picture can be made."""
-    kinds = getattr(torch, "AcceleratorError", ())
-    lost = isinstance(error, kinds) if kinds else False
+    lost = isinstance(error, _kinds_of_torch("AcceleratorError"))
     text = str(error)
     return not is_memory(error) and (
         lost or isinstance(error, RuntimeError) and text.startswith(("CUDA error", "HIP error"))
     )
+
+
+def _kinds_of_torch(*names):
+    """Exceptions of PyTorch; none of an older one that has them not, and none where it is not imported."""
+    torch = sys.modules.get("torch")
+    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
 
 
 def gigabytes(count):

@@ -18,10 +18,10 @@ from .decoding import Decoders
 from .grouping import at_once, batches_of
 from .manifest import Manifest, settings_digest
 from .preparation import describe
+from .reading import Reader
 from .reasons import ROOM, shown
 from .settings import Settings
 from .sources import file_digest, fingerprint, survey
-from .stages import Reader
 from .stopping import Stopped, stopping
 
 logger = logging.getLogger("anyup_fast")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..formats import add_openers, page_count, picture_suffixes
-from ..image import load_image
+from ..pixels import Pixels, decoded
 from .listing import LISTS, VIDEOS, LeftOut, is_companion, located, pictures_below, read_list
 
 _WILD = re.compile(r"[*?\[]")
@@ -215,14 +215,14 @@ def header_of(path):
     return about
 
 
-def read_source(source, size, patch_multiple, about=None):
+def decode_source(source, about=None):
     """Decode one source.
 
     Args:
         about: a dict that is told the "size" of a frame of a video.
 
     Returns:
-        (image (3, H, W) as of `load_image`, SHA-256 of the file; None for a frame of a video).
+        (Pixels, SHA-256 of the file; None for a frame of a video).
 
     Raises:
         OSError, ValueError: it can't be read; the message says why. Decoders raise others, too.
@@ -235,7 +235,7 @@ def read_source(source, size, patch_multiple, about=None):
         frame = read_frame(source.path, source.time, source.frame)
         if about is not None:
             about["size"] = list(frame.shape[:2])
-        return load_image(frame, size, patch_multiple), None
+        return Pixels(frame, full=255), None
     mode = os.stat(source.path).st_mode if os.path.exists(source.path) else None
     if os.path.islink(source.path) and mode is None:
         raise FileNotFoundError(
@@ -244,12 +244,20 @@ def read_source(source, size, patch_multiple, about=None):
     if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise ValueError(f"source: {source.path!r} is no regular file but a pipe or a device")
     if source.page is None:
-        return load_image(source.path, size, patch_multiple), file_digest(source.path)
+        return decoded(source.path), file_digest(source.path)
     from PIL import Image
 
     with Image.open(source.path) as picture:
         picture.seek(source.page)
-        return load_image(picture, size, patch_multiple), file_digest(source.path)
+        return decoded(picture), file_digest(source.path)
+
+
+def read_source(source, size=None, patch_multiple=None):
+    """Read one source at once: (image as `load_image` gives it, digest); errors as `decode_source`."""
+    from ..image import from_pixels
+
+    pixels, digest = decode_source(source)
+    return from_pixels(pixels, size, patch_multiple), digest
 
 
 def upright(about):

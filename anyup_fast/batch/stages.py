@@ -1,8 +1,6 @@
 """What every engine does to a picture: read it, encode and upsample it, write the answer."""
 
 import time
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,85 +13,14 @@ from ..plain.memory import forward_memory
 from ..plain.precision import settle, use_precision
 from . import outputs
 from .colours import Colours
-from .reasons import ROOM, is_device_lost, is_memory, memory_of_machine, reason_of, reason_of_writing
+from .reasons import ROOM, is_device_lost, memory_of_machine, reason_of_writing
 from .settings import output_size_of
-from .sources import Source, fingerprint, header_of, read_source, upright
+from .sources import upright
 
 HEAD, PCA = "head.safetensors", "pca.safetensors"
 
 PINNED = 1 << 30  # bytes of one tensor that are copied into pinned memory at most
 STORED_IMAGE = {torch.uint8: 255, torch.uint16: 65535}
-
-
-@dataclass
-class Picture:
-    """One source on its way through the stages.
-
-    Attributes:
-        source: what it is made of. about: the source, for the manifest. seconds: stage -> seconds spent.
-        image: (3, H, W) once it is read. tensors: thing -> tensor once they are computed. files: path -> size and
-        digest once they are written. error: why there is nothing; then it passes the other stages untouched.
-        cause: of an error, where it matters to the rest: "memory", "range" (of the dtype), "room" (on the disk),
-        "disk" (it can't be written at all) or "device" (it answers no more). notes: what is worth a warning.
-    """
-
-    source: Source
-    about: dict
-    seconds: dict = field(default_factory=dict)
-    image: torch.Tensor | None = None
-    tensors: dict | None = None
-    shape: tuple | None = None
-    files: dict | None = None
-    error: str | None = None
-    cause: str | None = None
-    notes: list = field(default_factory=list)
-
-    def failed(self, error):
-        """Note an exception as the reason why there is nothing; returns the picture."""
-        self.error, self.image, self.tensors = reason_of(error), None, None
-        self.cause = "memory" if is_memory(error) else "device" if is_device_lost(error) else None
-        return self
-
-    def record(self, settings_digest):
-        """Its line in the manifest."""
-        status = "done" if self.error is None else "failed"
-        line = {"name": self.source.name, "status": status, "settings": settings_digest, "source": self.about}
-        if self.error is None:
-            return {**line, "shape": list(self.shape), "files": self.files}
-        return {**line, "error": self.error}
-
-
-class Reader:
-    """Reads a source: gives a `Picture` with an image, or with the reason why there is none."""
-
-    def __init__(self, settings, patch):
-        self.size, self.patch = settings.size, patch
-
-    def __call__(self, source):
-        start = time.perf_counter()
-        picture = Picture(source, about_source(source))
-        try:
-            if source.frame is None:
-                picture.about.update(header_of(source.path))
-            frames = picture.about.get("frames", 1)
-            if frames > 1 and source.page is None:
-                picture.notes.append(f"has {frames} pages or frames, of which the first is taken; --pages takes all")
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "(?s).* pages or frames, of which the first is taken")
-                picture.image, digest = read_source(source, self.size, self.patch, picture.about)
-            if digest is not None:
-                picture.about["sha256"] = digest
-        except Exception as error:  # whatever a decoder raises
-            picture.failed(error)
-        picture.seconds["read"] = time.perf_counter() - start
-        return picture
-
-
-def about_source(source):
-    """What the manifest says of a source before it is read."""
-    about = {"path": source.path, **(fingerprint(source.path) or {})}
-    places = {"frame": source.frame, "page": source.page}
-    return {**about, **{name: number for name, number in places.items() if number is not None}}
 
 
 class Upsampler:

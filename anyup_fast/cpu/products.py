@@ -64,7 +64,7 @@ def _find():
         if _found is None:
             given = parsed(os.environ.get(VARIABLE, "auto"))
             _found = (given, f"{VARIABLE} in the environment", {}) if given else kept_or_measured()
-            log_once(f"products on this CPU: {_found[0]} ({_found[1]}) {_found[2] or ''}".rstrip())
+            log_once(f"products on this CPU, {_found[1]}: {'; '.join(explained()[0])}")
         return _found
 
 

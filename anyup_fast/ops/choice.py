@@ -31,6 +31,7 @@ LEAST_TRITON = (3, 4)
 LEAST_CAPABILITY = (8, 0)
 VENDORS = {"cuda": "nvidia", "hip": "amd", "xpu": "intel"}  # Triton's names of who makes the device
 _GPUS = ("cuda", "xpu")
+_NO_GPU = "needs a GPU"
 _TRACING = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
 
 _asked = ContextVar("anyup_fast_backend", default=None)
@@ -123,7 +124,9 @@ def choose(operator, backend, why_not):
         reason = why_not(name)
         if reason is None:
             return TRITON_OR_TORCH if name == "triton" else name
-        log_once(f"{operator}: {name!r} not taken: {reason}")
+        # what is true of all operators is said once, not for each
+        of = "" if reason.startswith(_NO_GPU) else f"{operator}: "
+        log_once(f"{of}{name!r} not taken: {reason}")
     raise RuntimeError(f"{operator}: no back end can run")
 
 
@@ -142,7 +145,7 @@ def on_triton(backend):
 def why_no_triton(operator, device, *dtypes):
     """Why Triton's kernels can't run on a torch.device with tensors of these dtypes: one sentence, or None."""
     if device.type not in _GPUS:
-        return f"needs a GPU ({' or '.join(_GPUS)}), got tensors on {device.type}"
+        return f"{_NO_GPU} ({' or '.join(_GPUS)}), got tensors on {device.type}"
     for dtype in dtypes:
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"needs float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}"

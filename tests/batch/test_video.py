@@ -79,7 +79,7 @@ def test_a_cut_film_tells_its_missing_frames_by_number(tmp_path):
     assert all("can't be decoded" in broken or "cut off" in broken for *_, broken in frames if broken)
     source = find_sources(path)[59]
     with pytest.raises(ValueError, match="cut off|can't be decoded"):
-        read_source(source, None, None)
+        read_source(source)
 
 
 @pytest.mark.parametrize("name", ["cut.mkv", "cut.webm", "cut.flv"])

@@ -194,8 +194,7 @@ def test_images_of_a_batch_do_not_meet():
             assert torch.allclose(a[i : i + 1], b, rtol=0, atol=2**-22 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("dtype, ready", [(torch.float32, False), (torch.float16, True)], ids=str)
 def test_parts_of_an_image_whose_norms_are_known(dtype, ready):
     _, weights = network()
     if ready:
@@ -294,7 +293,7 @@ def test_tiles_of_other_devices(capability, monkeypatch):
     check((9, 11), (4, 5), (3, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_programs_that_work_on_several_tiles(dtype, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: cls("cuda", (9, 0), 232448)))
