@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from elsewhere import NAME, Elsewhere
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -69,6 +70,7 @@ def no_tables():
 def test_operations_of_a_forward(side, grid, channels, most):
     model = AnyUp().to("meta").eval()
     given = torch.empty(1, 3, side, side, device="meta"), torch.empty(1, channels, grid, grid, device="meta")
+    get_torch_obj_rule_map()  # as in `Elsewhere`
     without = patch("torch.autocast", lambda *_, **__: contextlib.nullcontext())  # "meta" has none
     with without, patch("torch.is_autocast_enabled", lambda *_: False):
         for _ in range(2):  # the first one makes the tables of its size

@@ -10,6 +10,7 @@ from collections import Counter
 from unittest.mock import patch
 
 import torch
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +65,7 @@ class Elsewhere(TorchDispatchMode):
     def __enter__(self):
         stack = contextlib.ExitStack()
         if not self._entered:  # "meta" has no autocast to ask for
+            get_torch_obj_rule_map()  # torch.compile lists torch's functions once: not while some are exchanged
             stack.enter_context(patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()))
             stack.enter_context(patch("torch.is_autocast_enabled", lambda *_: False))
         stack.enter_context(_Entry())
