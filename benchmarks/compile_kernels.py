@@ -257,6 +257,8 @@ def queries(target, dtype):
 
     constants = q.plan(device_of(target), getattr(torch, dtype), 128)
     pointers = dict(norm_ptr="float32", bias_ptr="float32")
+    if constants["HALVES"]:
+        pointers.update(conv_ptr="float16", proj_ptr="float16")
     yield Launch.of("queries", "query_projection", dtype, q._query_projection_kernel, constants, pointers)
 
 
