@@ -322,7 +322,8 @@ def stages(shape, dtype, target):
     model = AnyUp().eval().requires_grad_(False)
     dim = model.config["qk_dim"] if "qk_dim" in getattr(model, "config", {}) else 128
     image, features = blank(1, 3, side, side, dtype=dtype), blank(1, channels, cells, cells)
-    weights = guidance.prepared(model.guidance_weights(), dtype)
+    halves = queries.in_halves(device_of(target), dtype)
+    weights = guidance.prepared(model.guidance_weights(), dtype, halves)
     yield "guidance", lambda: guidance.guidance_fwd(image, weights, (side, side), (cells, cells), dtype=dtype)
     basis = model.key_features_encoder[0].basis
     yield "unit channels", lambda: keys.unit_channels_fwd(features)
@@ -330,7 +331,7 @@ def stages(shape, dtype, target):
     low = blank(1, cells, cells, dim), blank(1, dim, cells, cells)
     of_keys = keys.prepared(model.key_weights())
     yield "keys", lambda: keys.project_keys_fwd(*low, of_keys, eps=RMS_EPS, dtype=dtype, ready=True)
-    query, halves = blank(1, side, side, dim, dtype=dtype), queries.in_halves(device_of(target), dtype)
+    query = blank(1, side, side, dim, dtype=dtype)
     projection = queries.prepared(*model.query_projection(), dtype, halves)
     yield "queries", lambda: queries.project_queries_fwd(query, *projection, eps=RMS_EPS, ready=True)
     heads = query.unflatten(-1, (4, -1)), blank(1, cells, cells, 4, dim // 4, dtype=dtype)

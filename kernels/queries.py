@@ -192,19 +192,25 @@ def prepared(conv_weight, norm_weight, proj_weight, proj_bias, dtype, halves=Fal
     conv, proj, bias = conv_weight.permute(2, 3, 1, 0), proj_weight.T, side_by_side(proj_bias.float())
     if not halves:
         return side_by_side(conv.to(dtype)), side_by_side(norm_weight.float()), side_by_side(proj.to(dtype)), bias
-    conv, conv_unit = _parts(conv.float())
-    proj, proj_unit = _parts(norm_weight.float()[:, None] * proj.float())
-    return conv, torch.stack((conv_unit, proj_unit)), proj, bias
+    dim = len(proj_bias)
+    conv, conv_unit = in_parts(conv.reshape(1, -1, dim).mT.float())
+    proj, proj_unit = in_parts(norm_weight.float() * proj_weight[None].float())
+    conv = side_by_side(conv.mT.reshape(2, 3, 3, dim, dim))
+    return conv, torch.cat((conv_unit, proj_unit)), side_by_side(proj[0].mT), bias
 
 
-def _parts(matrix):
-    """Float32 (..., out) as (2, ..., out) of float16, and (out,), the powers of two that their sum is multiplied by."""
-    most = torch.where(matrix.isfinite(), matrix.abs(), 0.0).flatten(0, -2).amax(0)
-    # As in the kernel: the largest of a column lies below 2 ** 15.
+def in_parts(matrices):
+    """Float32 matrices (n, rows, cols) as sums of two in float16.
+
+    Returns:
+        (n, 2, rows, cols) float16 and (n, rows) float32, the powers of two that the rows of the sum are multiplied by.
+    """
+    most = torch.where(matrices.isfinite(), matrices.abs(), 0.0).amax(-1)
+    # As in the kernel: the largest of a row lies below 2 ** 15.
     exponent = (most.view(torch.int32) >> 23).clamp(min=15)
-    scaled = matrix * ((268 - exponent) << 23).view(torch.float32)
+    scaled = matrices * ((268 - exponent) << 23).view(torch.float32)[..., None]
     high = scaled.half()
-    return torch.stack((high, (scaled - high.float()).half())), ((exponent - 14) << 23).view(torch.float32)
+    return torch.stack((high, (scaled - high.float()).half()), 1), ((exponent - 14) << 23).view(torch.float32)
 
 
 def project_queries_fwd(
