@@ -191,12 +191,16 @@ def guidance(target, dtype, dim=128):
     """Launches of a whole forward of the guidance network, `dim` channels wide."""
     from anyup_fast.kernels import guidance as g
 
-    layer, guide = g.tile_sizes(getattr(torch, dtype), dim, device_of(target))
+    halves = g.in_halves(device_of(target), getattr(torch, dtype))
+    layer, guide = g.tile_sizes(getattr(torch, dtype), dim, device_of(target), halves)
     wide = "tf32x3" if TARGETS[target][0] == "cuda" else "ieee"
     for sizes in (layer, guide):
         sizes.update(PRECISION=wide if dtype == "float32" else "ieee", STAGES=sizes["num_stages"])
     stored = dict.fromkeys(("x_ptr", "skip_ptr", "out_ptr", "weight_ptr"), dtype)
     both = {f"{name}{kind}_ptr": dtype for name in ("query", "key") for kind in ("", "_weight")}
+    if halves:
+        both.update(dict.fromkeys(("query_weight_ptr", "key_weight_ptr"), "float16"))
+        stored["weight_ptr"] = "float16"
     pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], num_warps=4)
     last = dict(BLOCK_P=g.LAST_ROWS, BLOCK_N=min(dim, 64), BLOCK_K=32, PRECISION=wide, num_warps=4)
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
@@ -257,6 +261,8 @@ def queries(target, dtype):
 
     constants = q.plan(device_of(target), getattr(torch, dtype), 128)
     pointers = dict(norm_ptr="float32", bias_ptr="float32")
+    if constants["HALVES"]:
+        pointers.update(conv_ptr="float16", proj_ptr="float16")
     yield Launch.of("queries", "query_projection", dtype, q._query_projection_kernel, constants, pointers)
 
 

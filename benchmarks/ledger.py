@@ -48,6 +48,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from anyup_fast.kernels import attention, guidance, keys, queries, tiling, unification  # noqa: E402
 from ptx import launch, memory  # noqa: E402
+from ptx.project import device_of  # noqa: E402
 from roofline import DESIGN_MS, DEVICES, parse  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -314,14 +315,15 @@ def blank(*shape, dtype=torch.float32):
     return torch.from_numpy(memory.blank(size, np.uint8, True)).view(dtype).view(shape)
 
 
-def stages(shape, dtype):
+def stages(shape, dtype, target):
     """Yield the stages of a forward as (name, function without arguments)."""
     side, cells, channels = parse(shape)
     torch.manual_seed(0)
     model = AnyUp().eval().requires_grad_(False)
     dim = model.config["qk_dim"] if "qk_dim" in getattr(model, "config", {}) else 128
     image, features = blank(1, 3, side, side, dtype=dtype), blank(1, channels, cells, cells)
-    weights = guidance.prepared(model.guidance_weights(), dtype)
+    halves = queries.in_halves(device_of(target), dtype)
+    weights = guidance.prepared(model.guidance_weights(), dtype, halves)
     yield "guidance", lambda: guidance.guidance_fwd(image, weights, (side, side), (cells, cells), dtype=dtype)
     basis = model.key_features_encoder[0].basis
     yield "unit channels", lambda: keys.unit_channels_fwd(features)
@@ -329,7 +331,8 @@ def stages(shape, dtype):
     low = blank(1, cells, cells, dim), blank(1, dim, cells, cells)
     of_keys = keys.prepared(model.key_weights())
     yield "keys", lambda: keys.project_keys_fwd(*low, of_keys, eps=RMS_EPS, dtype=dtype, ready=True)
-    query, projection = blank(1, side, side, dim, dtype=dtype), queries.prepared(*model.query_projection(), dtype)
+    query = blank(1, side, side, dim, dtype=dtype)
+    projection = queries.prepared(*model.query_projection(), dtype, halves)
     yield "queries", lambda: queries.project_queries_fwd(query, *projection, eps=RMS_EPS, ready=True)
     heads = query.unflatten(-1, (4, -1)), blank(1, cells, cells, 4, dim // 4, dtype=dtype)
     value, bounds = blank(1, cells, cells, channels, dtype=dtype), window_bounds(side, cells, 0.1)
@@ -417,7 +420,7 @@ def ledger(shapes, dtypes, targets, only=None, launches=False, show=print):
     books = {target: Ledger(target) for target in targets}
     for shape, dtype, target in itertools.product(shapes, dtypes, targets):
         total = Cost("sum")
-        for name, call in stages(shape, getattr(torch, dtype)):
+        for name, call in stages(shape, getattr(torch, dtype), target):
             if only and name not in only:
                 continue
             cost, each = counted(books[target], name, call)

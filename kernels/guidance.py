@@ -9,6 +9,10 @@ images of D channels are alive at most.
 The image's own statistics follow from its mean and covariance; what its first convolution gives is computed anew
 where it is needed, in float32. The last layer of the image encoder rotates its result and multiplies it at once for
 both branches. Where a branch ends in fewer pixels, its last product comes after the pooling, with which it commutes.
+
+Of float32 the factors of these products are sums of two float16 (HALVES, see `queries.py`). What a norm gives has a
+bound: no number of n is further from their mean than sqrt(n) times the standard deviation. Divided by that, rounded to
+a power of two, activations are in the range of float16, and what is rounded off stays below 2 ** -40 of the bound.
 """
 
 from typing import NamedTuple
@@ -19,6 +23,7 @@ import triton.language as tl
 
 from .attention import INTERPRETED, _dot, _on
 from .launches import Launches, cdiv, layout, side_by_side
+from .queries import _dot_halves, in_halves, in_parts
 from .tiling import RDNA, Device
 
 NORM_EPS = tl.constexpr(1e-5)
@@ -38,7 +43,7 @@ LAST_ROWS = 32  # of a program of the last product
 TABLES = 16  # of rotation, for as many sizes, that stay with weights that are kept
 # Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
 COUNTS = ["image_b", "image_c", "image_h", "n_pixels", "width", "height", "n_tiles", "n_rows", "n_cols", "n_cells",
-          "n_blocks", "n_images", "n_splits", "n_programs", "n_turns", "each"]  # fmt: skip
+          "n_blocks", "n_images", "n_splits", "n_programs", "n_turns", "each", "n_all"]  # fmt: skip
 
 
 @triton.jit
@@ -93,9 +98,9 @@ def _expanded(
 
 
 @triton.jit
-def _silu(x, CUDA: tl.constexpr):
-    """x / (1 + exp(-x)), by the device's own 2 ** y and 1 / y, which are off by a unit in the last place."""
-    denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
+def _silu(x, CUDA: tl.constexpr, unit=1.0):
+    """x / (1 + exp(-x * unit)), by the device's own 2 ** y and 1 / y, which are off by a unit in the last place."""
+    denominator = 1.0 + tl.exp2(x * (unit * -1.4426950408889634))
     if CUDA and not INTERPRETED:
         # Triton's division checks ranges: here infinity has the reciprocal zero, and nothing is smaller than one.
         return x * tl.inline_asm_elementwise(
@@ -111,6 +116,31 @@ def _active(x, affine_ptr, image, offs_d, D: tl.constexpr, CUDA: tl.constexpr):
     scale = tl.load(affine_ptr + image * (2 * D) + offs_d)
     shift = tl.load(affine_ptr + image * (2 * D) + D + offs_d)
     return _silu(x.to(tl.float32) * scale[None, :] + shift[None, :], CUDA)
+
+
+@triton.jit
+def _unit_below(limit):
+    """A power of two and its reciprocal, by which what is no larger than `limit` comes into the range of float16."""
+    exponent = tl.minimum(tl.maximum(limit.to(tl.int32, bitcast=True) >> 23, 15), 254)
+    return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unit_of_norm(units_ptr, n_all, D: tl.constexpr, GROUPS: tl.constexpr):
+    """`_unit_below` what a norm gives over `n_all` pixels; its bounds lie behind the units of the matrix."""
+    n = tl.cast(n_all, tl.float32) * (D // GROUPS)
+    return _unit_below(tl.load(units_ptr + D) * tl.sqrt(n) + tl.load(units_ptr + D + 1))
+
+
+@triton.jit
+def _active_product(
+    x, affine_ptr, image, offs_k, w_ptrs, acc, unit, factor,
+    D: tl.constexpr, CUDA: tl.constexpr,
+):  # fmt: skip
+    """`acc` plus the product of silu(norm(x)) / unit and a matrix in two halves, from channels `offs_k`."""
+    scale = tl.load(affine_ptr + image * (2 * D) + offs_k) * factor
+    shift = tl.load(affine_ptr + image * (2 * D) + D + offs_k) * factor
+    return _dot_halves(_silu(x * scale[None, :] + shift[None, :], CUDA, unit), w_ptrs, D * D, acc)
 
 
 @triton.jit
@@ -277,24 +307,27 @@ def _merged(n, mean, spread, more, more_mean, more_spread):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _layer_kernel(
-    x_ptr, affine_ptr, weight_ptr, skip_ptr, out_ptr, stats_ptr, image_ptr, conv_ptr,
-    image_b, image_c, image_h, image_w, n_pixels, width, n_programs, n_turns,
+    x_ptr, affine_ptr, weight_ptr, units_ptr, skip_ptr, out_ptr, stats_ptr, image_ptr, conv_ptr,
+    image_b, image_c, image_h, image_w, n_pixels, width, n_programs, n_turns, n_all,
     D: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, FROM_IMAGE: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    IMAGE_PRECISION: tl.constexpr, STAGES: tl.constexpr, CUDA: tl.constexpr, LOOP: tl.constexpr,
+    IMAGE_PRECISION: tl.constexpr, STAGES: tl.constexpr, CUDA: tl.constexpr, LOOP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """skip + weight @ silu(norm(x)); x is stored or made from the image, SKIP is "none", "stored" or "image".
 
-    A program works on `n_turns` tiles one after the other, on one tile without LOOP.
+    A program works on `n_turns` tiles one after the other, on one tile without LOOP. Of matrices in halves `units_ptr`
+    has the units and two bounds of the norm, which was made over `n_all` pixels of an image.
     """
     image = (tl.program_id(0) // n_programs).to(tl.int64)
     program = tl.program_id(0) % n_programs
     offs_d = tl.arange(0, D)
-    WHOLE: tl.constexpr = BLOCK_K == D
+    WHOLE: tl.constexpr = BLOCK_K == D and not HALVES
     if WHOLE:  # stays in shared memory
         w = tl.load(weight_ptr + offs_d[None, :] * D + offs_d[:, None])
     if (FROM_IMAGE and WHOLE) or (SKIP == "image" and LOOP):
         conv = _conv(conv_ptr, offs_d, D, CHANNELS)
+    if HALVES:
+        unit, factor = _unit_of_norm(units_ptr, n_all, D, GROUPS)
     done = 0.0
     mean = tl.zeros((GROUPS,), tl.float32)
     spread = tl.zeros((GROUPS,), tl.float32)
@@ -321,8 +354,14 @@ def _layer_kernel(
                                   None, CHANNELS, IMAGE_PRECISION)  # fmt: skip
                 else:
                     x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
-                w = tl.load(weight_ptr + offs_d[None, :] * D + offs_k[:, None])
-                acc = _dot(_narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype), w, acc, PRECISION)
+                w_ptrs = weight_ptr + offs_d[None, :] * D + offs_k[:, None]
+                if HALVES:
+                    acc = _active_product(x, affine_ptr, image, offs_k, w_ptrs, acc, unit, factor, D, CUDA)
+                else:
+                    w = tl.load(w_ptrs)
+                    acc = _dot(_narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype), w, acc, PRECISION)
+        if HALVES:
+            acc *= (tl.load(units_ptr + offs_d) * unit)[None, :]
         if SKIP == "image":
             if not LOOP:
                 conv = _conv(conv_ptr, offs_d, D, CHANNELS)
@@ -375,18 +414,25 @@ def _rotation(table_ptr, row, col, mask_p, offs_d, D: tl.constexpr):
 
 @triton.jit
 def _branch(
-    lower, upper, weight_ptr, out_ptr, stats_ptr, image, tile, n_tiles, offs_row, mask_p, count,
-    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    lower, upper, weight_ptr, units_ptr, unit, out_ptr, stats_ptr, image, tile, n_tiles, offs_row, mask_p, count,
+    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """First product of a branch on the guide, which comes as its lower and upper half of the channels."""
+    """First product of a branch on the guide, which comes as its lower and upper half of the channels.
+
+    With HALVES they come divided by `unit`.
+    """
     HALF: tl.constexpr = D // 2
     PER_GROUP: tl.constexpr = D // GROUPS
     offs_h = tl.arange(0, HALF)
     for first in tl.range(0, D, BLOCK_N, num_stages=1):
         offs_n = first + tl.arange(0, BLOCK_N)
         w_ptrs = weight_ptr + offs_n[None, :] * D + offs_h[:, None]
-        acc = _dot(lower, tl.load(w_ptrs), None, PRECISION)
-        acc = _dot(upper, tl.load(w_ptrs + HALF), acc, PRECISION)
+        if HALVES:
+            acc = _dot_halves(lower, w_ptrs, D * D, tl.zeros((lower.shape[0], BLOCK_N), tl.float32))
+            acc = _dot_halves(upper, w_ptrs + HALF, D * D, acc) * (tl.load(units_ptr + offs_n) * unit)[None, :]
+        else:
+            acc = _dot(lower, tl.load(w_ptrs), None, PRECISION)
+            acc = _dot(upper, tl.load(w_ptrs + HALF), acc, PRECISION)
         out = _narrow(acc, out_ptr.dtype.element_ty)
         tl.store(out_ptr + offs_row[:, None] + offs_n[None, :], out, mask=mask_p[:, None])
         mean, spread = _stats(acc, out, mask_p, count, BLOCK_N, PER_GROUP, PRECISION)
@@ -395,10 +441,10 @@ def _branch(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _guide_kernel(
-    x_ptr, affine_ptr, weight_ptr, skip_ptr, table_ptr, query_weight_ptr, key_weight_ptr, query_ptr, key_ptr,
-    query_stats_ptr, key_stats_ptr, n_pixels, height, width, n_tiles,
+    x_ptr, affine_ptr, weight_ptr, units_ptr, skip_ptr, table_ptr, query_weight_ptr, query_units_ptr, key_weight_ptr,
+    key_units_ptr, query_ptr, key_ptr, query_stats_ptr, key_stats_ptr, n_pixels, height, width, n_tiles, n_all,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, CUDA: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, CUDA: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Last layer of the image encoder, rotated, and the first product of either branch."""
     image, tile, offs_p, mask_p, count = _pixels(tl.program_id(0), n_tiles, n_pixels, BLOCK_P)
@@ -407,14 +453,24 @@ def _guide_kernel(
     offs_row = (image * n_pixels + offs_p) * D
     lower = tl.zeros((BLOCK_P, HALF), tl.float32)
     upper = tl.zeros((BLOCK_P, HALF), tl.float32)
+    unit = 1.0
+    if HALVES:
+        unit, factor = _unit_of_norm(units_ptr, n_all, D, GROUPS)
     for first in tl.range(0, D, BLOCK_K, num_stages=STAGES):
         offs_k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + offs_row[:, None] + offs_k[None, :], mask=mask_p[:, None], other=0.0)
         w_ptrs = weight_ptr + offs_h[None, :] * D + offs_k[:, None]
-        w = tl.load(w_ptrs)
-        a = _narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype)
-        lower = _dot(a, w, lower, PRECISION)
-        upper = _dot(a, tl.load(w_ptrs + HALF * D), upper, PRECISION)
+        if HALVES:
+            lower = _active_product(x, affine_ptr, image, offs_k, w_ptrs, lower, unit, factor, D, CUDA)
+            upper = _active_product(x, affine_ptr, image, offs_k, w_ptrs + HALF * D, upper, unit, factor, D, CUDA)
+        else:
+            w = tl.load(w_ptrs)
+            a = _narrow(_active(x, affine_ptr, image, offs_k, D, CUDA), w.dtype)
+            lower = _dot(a, w, lower, PRECISION)
+            upper = _dot(a, tl.load(w_ptrs + HALF * D), upper, PRECISION)
+    if HALVES:
+        lower *= (tl.load(units_ptr + offs_h) * unit)[None, :]
+        upper *= (tl.load(units_ptr + HALF + offs_h) * unit)[None, :]
     skip_ptrs = skip_ptr + offs_row[:, None] + offs_h[None, :]
     lower += tl.load(skip_ptrs, mask=mask_p[:, None], other=0.0).to(tl.float32)
     upper += tl.load(skip_ptrs + HALF, mask=mask_p[:, None], other=0.0).to(tl.float32)
@@ -424,11 +480,16 @@ def _guide_kernel(
     first_half = _narrow(lower * cos - upper * sin, x_ptr.dtype.element_ty)
     cos, sin = _rotation(table_ptr, row, col, mask_p, HALF + offs_h, D)
     second_half = _narrow(upper * cos + lower * sin, x_ptr.dtype.element_ty)
+    if HALVES:  # in the unit of the largest finite number, for this has no bound
+        most = tl.maximum(tl.abs(first_half), tl.abs(second_half))
+        unit, factor = _unit_below(tl.max(tl.max(tl.where(most < float("inf"), most, 0.0), 1), 0))
+        first_half *= factor
+        second_half *= factor
     tl.debug_barrier()  # the branches write over x and the skip
-    _branch(first_half, second_half, query_weight_ptr, query_ptr, query_stats_ptr, image, tile, n_tiles, offs_row,
-            mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
-    _branch(first_half, second_half, key_weight_ptr, key_ptr, key_stats_ptr, image, tile, n_tiles, offs_row,
-            mask_p, count, D, GROUPS, BLOCK_N, PRECISION)  # fmt: skip
+    _branch(first_half, second_half, query_weight_ptr, query_units_ptr, unit, query_ptr, query_stats_ptr, image, tile,
+            n_tiles, offs_row, mask_p, count, D, GROUPS, BLOCK_N, PRECISION, HALVES)  # fmt: skip
+    _branch(first_half, second_half, key_weight_ptr, key_units_ptr, unit, key_ptr, key_stats_ptr, image, tile,
+            n_tiles, offs_row, mask_p, count, D, GROUPS, BLOCK_N, PRECISION, HALVES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -509,18 +570,18 @@ def _last_kernel(
     tl.store(out_ptr + offs_row + offs_n[None, :], _narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-def tile_sizes(dtype, dim, device):
+def tile_sizes(dtype, dim, device, halves=False):
     """Constants and options of the launches for what is stored in `dtype`, `dim` channels wide, on a `tiling.Device`.
 
     Returns:
         two dicts, of the layers and of the last layer of the image encoder: BLOCK_P pixels, BLOCK_K channels in at a
         time, BLOCK_N channels out at a time (the latter only), LOOP, whether programs work on several tiles (the former
-        only), CUDA, num_warps, num_stages, and maxnreg where registers are to be saved.
+        only), CUDA, HALVES, num_warps, num_stages, and maxnreg where registers are to be saved.
     """
     # Without the matrix units of sm_90 and sm_100 operands lie in registers.
     old = device.kind == "cuda" and device.capability[0] not in (9, 10)
     large = dim > 128
-    common = dict(CUDA=device.kind == "cuda")
+    common = dict(CUDA=device.kind == "cuda", HALVES=halves)
     if dtype == torch.float32:
         layer = dict(common, BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
         guide = dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
@@ -562,7 +623,9 @@ def why_not_guidance(image_channels, qk_dim, dtype, num_groups=8):
 class Ready(NamedTuple):
     """`GuidanceWeights` as the kernels read them; `prepared` makes it."""
 
-    matrices: tuple  # (D, D) in the dtype that is stored: of the blocks in order, of the queries, of the keys
+    # (D, D) in the dtype that is stored or (2, D, D) in halves: of the blocks in order, of the queries, of the keys
+    matrices: tuple
+    units: tuple  # (D + 4,) for each of these in halves: see `prepared`; else None
     norms: tuple  # (weight, bias) of the twelve normalisations
     image_conv: torch.Tensor  # (channels, D) float32
     freqs: torch.Tensor
@@ -572,12 +635,24 @@ class Ready(NamedTuple):
     tables: dict  # (H, W) -> table of rotation, where they are kept
 
 
-def prepared(weights, dtype):
-    """`Ready` from GuidanceWeights for what is stored in `dtype`; what needs no change is taken as it is."""
+def prepared(weights, dtype, halves=False):
+    """`Ready` from GuidanceWeights for what is stored in `dtype`; what needs no change is taken as it is.
+
+    With `halves` a matrix is split in two, see `queries.in_parts`. Its units are those of its rows, the largest weight
+    and the largest bias of the norm before it, and two numbers that nobody reads.
+    """
     blocks = (*weights.image, *weights.query, *weights.key)
     matrices = [matrix for block in blocks for matrix in (block.conv_in, block.conv_out)]
     matrices += [weights.query_conv, weights.key_conv]
-    if any(matrix.dtype != dtype for matrix in matrices):  # one cast in place of one for each
+    units = (None,) * len(matrices)
+    if halves:
+        matrices, units = in_parts(torch.stack(matrices).float())
+        norms = [torch.stack((block.norm_in_weight, block.norm_in_bias, block.norm_out_weight, block.norm_out_bias))
+                 for block in blocks]  # fmt: skip
+        most = torch.zeros(len(matrices), 4, device=units.device)
+        most[:NORMS, :2] = torch.stack(norms).float().abs().amax(-1).view(NORMS, 2)
+        matrices, units = matrices.unbind(), torch.cat((units, most), 1).unbind()
+    elif any(matrix.dtype != dtype for matrix in matrices):  # one cast in place of one for each
         matrices = torch.stack(matrices).to(dtype).unbind()
     norms = [(block.norm_in_weight, block.norm_in_bias, block.norm_out_weight, block.norm_out_bias) for block in blocks]
     norms = [side_by_side(part) for parts in norms for part in parts]
@@ -585,7 +660,7 @@ def prepared(weights, dtype):
     rest = list(map(side_by_side, (weights.image_conv.t().float(), weights.freqs, *last)))
     dtypes = tuple(tensor.dtype for tensor in (*norms, *rest))
     pairs = tuple(zip(norms[::2], norms[1::2], strict=True))
-    return Ready(tuple(map(side_by_side, matrices)), pairs, *rest, dtypes, {})
+    return Ready(tuple(map(side_by_side, matrices)), units, pairs, *rest, dtypes, {})
 
 
 def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, precision=None):
@@ -594,11 +669,13 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
     Args:
         image: (B, channels, H, W), any float dtype and strides.
         weights: the network's tensors as `anyup_fast.plain.weights.GuidanceWeights`, any float dtype; or what
-            `prepared` made of them for `dtype`, which then keeps tables of rotation for the sizes that it has met.
+            `prepared` made of them for `dtype` (in halves: `in_halves`), which then keeps tables of rotation for the
+            sizes that it has met.
         output_size: (H', W') of the queries; (0, 0) leaves them out. key_size: (h, w) of the keys.
         dtype: in which full-resolution tensors are stored and multiplied: float32, bfloat16 or float16.
         num_groups: of the normalisations.
-        precision: of float32 products: "tf32x3", "tf32" or "ieee"; None means the most exact that is fast.
+        precision: of float32 products: "tf32x3", "tf32" or "ieee"; None means the most exact that is fast, which on
+            CUDA are those of two halves each.
 
     Returns:
         query (B, H', W', D) in `dtype`, before its 3x3 convolution; key (B, h, w, D) and norms (B, 12, 2, D), scale and
@@ -613,7 +690,7 @@ def guidance_fwd(image, weights, output_size, key_size, *, dtype, num_groups=8, 
     if reason is not None:
         raise ValueError(f"weights: {reason}")
     with torch.no_grad(), _on(image.device):
-        ready = weights if keep else prepared(weights, dtype)
+        ready = weights if keep else prepared(weights, dtype, in_halves(Device.of(image.device), dtype, precision))
         network = _Network(image, ready, dtype, num_groups, precision, (tuple(output_size), tuple(key_size)), keep)
         start, key_start, hidden = network.encode()
         key = network.branch(key_start, hidden, 8, key_size, torch.float32, True, ready.key_last)
@@ -641,7 +718,7 @@ def guided_queries_fwd(image, weights, norms, output_size, *, dtype, whole, plac
     """
     with torch.no_grad(), _on(image.device):
         keep = isinstance(weights, Ready)
-        ready = weights if keep else prepared(weights, dtype)
+        ready = weights if keep else prepared(weights, dtype, in_halves(Device.of(image.device), dtype, precision))
         given = norms.transpose(0, 1).contiguous()
         options = dtype, num_groups, precision, (tuple(output_size),), keep
         network = _Network(image, ready, *options, given, tuple(whole), tuple(place))
@@ -667,16 +744,18 @@ class _Network:
         self.dim, self.n_pixels = ready.freqs.shape[1], self.height * self.width
         device = Device.of(image.device)
         self.precision = precision or ("tf32x3" if device.kind == "cuda" else "ieee")
-        self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device)
+        halves = ready.units[0] is not None
+        self.layer_sizes, self.guide_sizes = tile_sizes(dtype, self.dim, device, halves)
         self.sizes = dict(D=self.dim, GROUPS=num_groups)
         self.programs = max(1, PER_PROCESSOR * device.processors)
         self.given = given is not None
         self.norms = given if self.given else self.empty(NORMS, self.batch, 2, self.dim)
         self.whole, self.place = whole or (self.height, self.width), place
+        self.n_all = self.whole[0] * self.whole[1]
         self.keep, self.table = keep, ready.tables.get(self.whole)
         # All tensors but the image begin at a multiple of 16 bytes.
-        about = layout(image), ready.dtypes, dtype, num_groups, self.precision, self.given, self.whole
-        self.launch = Launches(("guidance", device, *about, *sizes, self.table is None))
+        about = layout(image), self.dim, ready.dtypes, dtype, halves, num_groups, self.precision, self.given
+        self.launch = Launches(("guidance", device, *about, self.whole, *sizes, self.table is None))
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -730,12 +809,18 @@ class _Network:
         turns = cdiv(cdiv(self.n_pixels, block_p) * self.batch, self.programs) if constants["LOOP"] else 1
         stats, n_programs = self.stats(turns * block_p)
         self.launch(
-            _layer_kernel, self.batch * n_programs, out if x is None else x, affine, self.ready.matrices[matrix],
+            _layer_kernel, self.batch * n_programs, out if x is None else x, affine, *self.matrix(matrix),
             out if stored is None else stored, out, stats, self.image, self.ready.image_conv, *self.image.stride(),
-            self.n_pixels, self.width, n_programs, turns, **self.sizes, CHANNELS=self.channels, FROM_IMAGE=x is None,
-            SKIP=skip, PRECISION=self.product(), IMAGE_PRECISION=self.precision, **constants, enable_fp_fusion=True,
+            self.n_pixels, self.width, n_programs, turns, self.n_all, **self.sizes, CHANNELS=self.channels,
+            FROM_IMAGE=x is None, SKIP=skip, PRECISION=self.product(), IMAGE_PRECISION=self.precision, **constants,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return stats, turns * block_p
+
+    def matrix(self, number):
+        """A matrix and its units."""
+        units = self.ready.units[number]
+        return self.ready.matrices[number], self.ready.image_conv if units is None else units
 
     def product(self):
         """Precision of the products of what is stored."""
@@ -774,11 +859,11 @@ class _Network:
         table = self.rotation()
         block_p = self.guide_sizes["BLOCK_P"]
         (query_stats, n_tiles), (key_stats, _) = self.stats(block_p), self.stats(block_p)
-        matrices = self.ready.matrices
         self.launch(
-            _guide_kernel, self.batch * n_tiles, y, affine, matrices[3], x, table, matrices[12], matrices[13], x, y,
-            query_stats, key_stats, self.n_pixels, self.height, self.width, n_tiles, **self.sizes,
-            PRECISION=self.product(), STAGES=self.guide_sizes["num_stages"], **self.guide_sizes, enable_fp_fusion=True,
+            _guide_kernel, self.batch * n_tiles, y, affine, *self.matrix(3), x, table, *self.matrix(12),
+            *self.matrix(13), x, y, query_stats, key_stats, self.n_pixels, self.height, self.width, n_tiles,
+            self.n_all, **self.sizes, PRECISION=self.product(), STAGES=self.guide_sizes["num_stages"],
+            **self.guide_sizes, enable_fp_fusion=True,
         )  # fmt: skip
         return (x, (query_stats, block_p)), (y, (key_stats, block_p)), self.picture()
 

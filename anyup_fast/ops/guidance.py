@@ -80,9 +80,13 @@ def guided_queries(image, weights, norms, output_size, *, dtype, whole, place=(0
 
 def _ready(weights, dtype, kept):
     """What kernels make of the weights, where it is kept; else the weights."""
-    from ..kernels.guidance import prepared
+    from ..kernels.guidance import in_halves, prepared
+    from ..kernels.tiling import Device
 
-    return weights if kept is None else kept.of(("guidance, ready", dtype), lambda: prepared(weights, dtype))
+    if kept is None:
+        return weights
+    halves = in_halves(Device.of(weights.freqs.device), dtype, triton_precision())
+    return kept.of(("guidance, ready", dtype, halves), lambda: prepared(weights, dtype, halves))
 
 
 def _why_not_guidance(name, image, weights, dtype):

@@ -75,12 +75,14 @@ def _computed(given, eps, backend, kept=None):
     query, *weights = given
 
     def kernel():
-        from ..kernels.queries import prepared, project_queries_fwd
+        from ..kernels.queries import in_halves, prepared, project_queries_fwd
+        from ..kernels.tiling import Device
 
-        made = weights
+        made, precision = weights, triton_precision()
         if kept is not None:
-            made = kept.of(("queries, ready", query.dtype), lambda: prepared(*weights, query.dtype))
-        return project_queries_fwd(query, *made, eps=eps, precision=triton_precision(), ready=kept is not None)
+            halves = in_halves(Device.of(query.device), query.dtype, precision)
+            made = kept.of(("queries, ready", query.dtype, halves), lambda: prepared(*weights, query.dtype, halves))
+        return project_queries_fwd(query, *made, eps=eps, precision=precision, ready=kept is not None)
 
     def in_plain_pytorch():
         out = plain.project_queries(*given, eps=eps)

@@ -76,6 +76,34 @@ def check(size, output_size, key_size, *, batch=1, dim=32, dtype=torch.float32, 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
+@pytest.mark.parametrize(("dim", "output_size"), [(32, (11, 13)), (32, (5, 4)), (128, (6, 9))])
+def test_products_in_halves(dim, output_size, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Device, "of", lambda _: Device("cuda", (9, 0), 232448, "H100"))
+    check((11, 13), output_size, (5, 7), dim=dim, batch=2)
+    _, weights = network(dim)
+    assert guidance.prepared(weights, torch.float32, True).matrices[0].dtype == torch.float16
+
+
+def test_products_in_halves_of_large_norms(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Device, "of", lambda _: Device("cuda", (9, 0), 232448, "H100"))
+    model, weights = network(32)
+    with torch.no_grad():  # activations beyond the range of float16, weights that bring them back
+        for blocks, given in ((model.image_encoder, weights.image), (model.query_encoder, weights.query)):
+            for block, tensors in zip([b for b in blocks if hasattr(b, "block")], given, strict=True):
+                norm, conv = block.block[3], block.block[5]
+                norm.weight *= 2.0**24
+                norm.bias *= 2.0**24
+                conv.weight *= 2.0**-24
+                tensors.norm_out_weight.copy_(norm.weight)
+                tensors.norm_out_bias.copy_(norm.bias)
+                tensors.conv_out.copy_(conv.weight.flatten(1))
+    image = picture(1, (9, 10), torch.float32)
+    out = guidance.guidance_fwd(image, weights, (9, 10), (2, 3), dtype=torch.float32)[:2]
+    assert max(errors(out, expected(model, image, (9, 10), (2, 3)))) <= TOLERANCE[torch.float32]
+
+
 SIZES = {
     "equal, divisible": ((12, 8), (12, 8), (3, 2)),
     "several tiles, not divisible": ((11, 13), (11, 13), (5, 7)),

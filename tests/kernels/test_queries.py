@@ -121,6 +121,47 @@ def test_a_convolution_beyond_the_range_of_float16():
     check((query / 2000 / 1000, conv / 100, *weights))
 
 
+@pytest.fixture
+def halves(monkeypatch):
+    """Plans as for a GPU that multiplies float32 in halves."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Device, "of", lambda _: H100)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-3, 1e4, 1e18])
+def test_halves_of_any_size(halves, size):
+    query, conv, *weights = make(12, torch.float32, (1, 6, 7), 32)
+    check((query * size, conv, *weights))
+    if size < 1e18:
+        check((query, conv * size, *weights))
+    check((query, conv, weights[0] * size, weights[1], weights[2] * size))
+    columns = torch.full((32,), 1.0)
+    columns[::2] = size
+    check((query, conv * columns[:, None, None, None], *weights))
+
+
+def test_halves_beside_a_large_pixel(halves):
+    query, *weights = make(13, torch.float32, (1, 8, 20), 32)
+    query[:, 2, 3] *= 1e5
+    out, right = solve((query, *weights)).double().cpu(), plain(*(x.double().cpu() for x in (query, *weights)))
+    away = torch.ones(8, 20, dtype=torch.bool)
+    away[1:4, 2:5] = False
+    gap = (out - right).abs()[0, away].max() / right.abs().max()
+    assert gap <= TOLERANCE[torch.float32], f"error {gap:.2e}"
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_halves_beside_what_is_not_finite(halves, value):
+    query, *weights = make(14, torch.float32, (1, 8, 20), 32)
+    right = solve((query, *weights))
+    query[0, 2, 3, 5] = value
+    out = solve((query, *weights))
+    away = torch.ones(8, 20, dtype=torch.bool)
+    away[1:4, 2:5] = False
+    assert not torch.isfinite(out[0, ~away]).any()
+    assert (out - right)[0, away].abs().max() <= TOLERANCE[torch.float32] * right.abs().max()
+
+
 def test_the_epsilon_counts():
     query, *weights = make(8, torch.float32, (1, 4, 4), 32)
     query *= 1e-3
@@ -140,8 +181,10 @@ def test_precision():
         check(arguments, precision=precision)
     with pytest.raises(ValueError, match="precision: need one of tf32x3, tf32, ieee, got 'fp8'"):
         solve(arguments, precision="fp8")
-    asked = [plan(H100, torch.float32, 128, p)["PRECISION"] for p in (None, "tf32", "ieee")]
-    assert asked == ["tf32x3", "tf32", "ieee"]
+    asked = [plan(H100, torch.float32, 128, p) for p in (None, "tf32x3", "tf32", "ieee")]
+    assert [constants["PRECISION"] for constants in asked[1:]] == ["tf32x3", "tf32", "ieee"]
+    assert [constants["HALVES"] for constants in asked] == [True, False, False, False]
+    assert not plan(H100, torch.bfloat16, 128)["HALVES"] and not plan(DEVICES[-1], torch.float32, 128)["HALVES"]
     assert (
         plan(H100, torch.bfloat16, 128, "tf32")["PRECISION"]
         == "ieee"
