@@ -6,11 +6,12 @@ from functools import lru_cache, wraps
 
 import torch
 
-from .checks import checked_device, judge_layout, layout_remedy
+from .checks import checked_device, checked_output_size, judge_layout, layout_remedy
 from .endings import step
 from .image import load_image, normalised
 from .logs import warn_caller
 from .ops.choice import use_backend
+from .padded import Padded, whole_size
 from .plain.precision import as_asked
 from .plain.width import has_float64
 from .ranges import NORMALISED, checked_value_range
@@ -61,7 +62,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, v
 
     Args:
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised (see `load_image`); H and W multiples of
-            the encoder's patch size.
+            the encoder's patch size. Of a `Padded` image, features of the cells that touch the picture.
         encoder: a name (see `anyup_fast.encoders.list_encoders`; or "owner/model" on the hub), or a loaded encoder.
         layer: which layer's output; -1 is the last.
         weights: see `anyup_fast.encoders.load_encoder`; which ones were used is logged, and told by the encoder's
@@ -78,6 +79,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, v
     """
     from .encoders import Encoder, load_encoder
 
+    padded, image = _unpadded(image)
     image, single = _guide(image, value_range)
     image = _narrowed(normalised(image, value_range), checked_device(device, image))
     if isinstance(encoder, str):
@@ -87,6 +89,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, v
     elif weights != "auto":
         raise ValueError(f"weights: a loaded encoder has its own, got {weights!r}; give its name, or leave weights out")
     features = encoder(image, layer=layer)
+    features = features if padded is None else padded.cut(features)
     return features[0] if single else features
 
 
@@ -131,7 +134,8 @@ def upsample_features_with_anyup(
     No gradients are recorded, with a warning where the inputs ask for some: to train through it, call `AnyUp` itself.
 
     Args:
-        image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; the guide, at any resolution.
+        image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; the guide, at any resolution. Or a
+            `Padded` image, whose picture is what is answered for: its size stands for (H, W).
         features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s).
         output_size: (H', W'); None means (H, W).
         weights: "embedded", "anyup_multi_backbone", "anyup_paper", a path or URL (see `AnyUp.from_pretrained`), or an
@@ -155,11 +159,17 @@ def upsample_features_with_anyup(
             RuntimeError: a back end that can't run.
     """
     wanted = features
+    padded, image = _unpadded(image, features)
     image, features, model, single = _upsampler(image, features, weights, device, value_range)
     if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
+    part = None if padded is None else checked_output_size(output_size, padded.size)
+    if part is not None:
+        output_size = whole_size(part, padded.size, image.shape[-2:])
     with _asking(backend, precision):
         upsampled = model(image, features, output_size)
+    if part is not None:
+        upsampled = upsampled[..., : part[0], : part[1]]
     if wanted.dtype == torch.float64 and not has_float64(upsampled.device):
         upsampled = upsampled.cpu()
     upsampled = upsampled.to(wanted.dtype)
@@ -173,7 +183,7 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
     Args:
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; or a picture that need not fit in memory,
             anything (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
-            [0, 1], normalised as it is read.
+            [0, 1], normalised as it is read; or a `Padded` image, within whose picture sizes and coordinates are.
         features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s); float64 becomes float32 on
             its way to a device that has none.
         weights, device, backend, precision: see `upsample_features_with_anyup`; back end and precision are those of
@@ -187,6 +197,7 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as `upsample_features_with_anyup`.
     """
+    padded, image = _unpadded(image, features)
     if isinstance(image, torch.Tensor):
         image, features, model, _ = _upsampler(image, features, weights, device, value_range)
     else:
@@ -197,7 +208,8 @@ def prepare(image, features, weights="embedded", *, device=None, backend=None, p
         features = _narrowed(_finite("features", features), device)
         model = weights if isinstance(weights, torch.nn.Module) else _model(weights, device)
     with _asking(None, precision):
-        return model.prepare(image, features, backend=backend)
+        prepared = model.prepare(image, features, backend=backend)
+    return prepared if padded is None else prepared.within(*padded.size)
 
 
 @contextmanager
@@ -242,6 +254,17 @@ def _loaded_model(path, version, device):
     from .model import AnyUp
 
     return AnyUp.from_pretrained(path, device=device)
+
+
+def _unpadded(image, features=None):
+    """(`image` where it is `Padded`, else None; its tensor, as far as `features` cover it)."""
+    if not isinstance(image, Padded):
+        return None, image
+    if features is None:
+        return image, image.image
+    if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
+        _batched("features", features)
+    return image, image.covered(features)[0]
 
 
 def _guide(image, value_range):

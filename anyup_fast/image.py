@@ -19,6 +19,7 @@ from .files import expanded
 from .formats import SUFFIXES as SUFFIXES
 from .formats import add_openers, page_count, why_unknown
 from .logs import warn_caller
+from .padded import padded
 from .ranges import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -95,7 +96,9 @@ def normalised(image, value_range, name="image"):
     return unit.to(image.dtype) if image.is_floating_point() else unit
 
 
-def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS, value_range=None, upright=True):
+def load_image(
+    source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS, value_range=None, upright=True, fit="stretch"
+):
     """Read a picture of any common kind as an ImageNet-normalised tensor.
 
     EXIF orientation is applied (unreadable EXIF data: a warning, and the picture as it is stored). Palette,
@@ -118,17 +121,21 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
         size: None keeps the size; an int is the length of the shorter side in pixels, aspect ratio kept;
             (height, width) is taken exactly.
         patch_multiple: when given, both sides are afterwards brought to the nearest multiple of this int
-            (upwards from half way, never below one multiple) by resizing, not by cropping.
+            (upwards from half way, never below one multiple) by resizing, not by cropping; with `fit="pad"` to the
+            next one, by padding.
         max_pixels: files and PIL images with more pixels are refused before they are decoded, and so is
             resizing to more; None lifts both limits.
         value_range: (black, white), the values that stand for them, such as (0, 4095) of a camera with 12 bits; what
             lies beyond is clipped. None means the full scale of the type, and a warning where 16-bit values fill but
             the lower 8, 10, 12 or 14 bits.
         upright: apply the EXIF orientation; False leaves the picture as it is stored.
+        fit: how the sides become multiples: "stretch" resizes, which changes the proportions a little; "pad" repeats
+            the last row and the last column below and on the right.
 
     Returns:
         Contiguous (3, H, W) float32 tensor, ImageNet-normalised; on the CPU, or on the device of a tensor
-        `source`.
+        `source`. With `fit="pad"` an `anyup_fast.padded.Padded` around it, which the verbs take as an image, and
+        answer for the picture in it.
 
     Raises:
         FileNotFoundError: there is no file at the path.
@@ -136,7 +143,7 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
         ValueError: a URL, a folder, not a picture, a truncated or damaged one, one that is empty or has more
             than `max_pixels`; an array or tensor of another shape or dtype, not finite or outside [0, 1]; a
             `size`, `patch_multiple` or `max_pixels` that is no positive int; a `value_range` that is none, or not
-            that of the values.
+            that of the values; an unknown `fit`, or "pad" without `patch_multiple`.
 
     Note:
         A program that sets Pillow's process-wide `ImageFile.LOAD_TRUNCATED_IMAGES` gets truncated pictures
@@ -148,6 +155,12 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     for name, value in (("patch_multiple", patch_multiple), ("max_pixels", max_pixels)):
         if value is not None and not _is_positive_int(value):
             raise ValueError(f"{name} must be None or a positive int, got {value!r}")
+    if fit not in ("stretch", "pad"):
+        raise ValueError(f"fit must be 'stretch' or 'pad', got {fit!r}")
+    if fit == "pad" and patch_multiple is None:
+        raise ValueError(
+            "fit='pad' needs patch_multiple, such as the encoder's patch_size; without it nothing is padded"
+        )
 
     value_range = checked_value_range(value_range)
 
@@ -158,12 +171,13 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     else:
         picture = _from_file_or_pil(source, max_pixels, value_range, upright)
 
-    target = target_size(picture.shape[1:], size, patch_multiple)
+    target = target_size(picture.shape[1:], size, patch_multiple if fit == "stretch" else None)
     if target != picture.shape[1:]:
         name = f"size={size!r}, patch_multiple={patch_multiple!r}: the resized picture"
         _refuse_enormous(*target, max_pixels, name)
         picture = resized(picture[None], target)[0]
-    return normalize(picture).contiguous()
+    picture = normalize(picture).contiguous()
+    return padded(picture, int(patch_multiple)) if fit == "pad" else picture
 
 
 def resized(images, size):

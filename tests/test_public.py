@@ -30,6 +30,8 @@ NAMES = {
     "anyup_fast.training": "TrainConfig TargetCache train",
     "anyup_fast.export": "export_onnx",
     "anyup_fast.plain.reference": "windowed_attention feature_unification",
+    "anyup_fast.encoders.text": "TextEncoder",
+    "anyup_fast.padded": "Padded",
     "anyup_fast.prepared": "Prepared",
     # former places, kept
     "anyup_fast.upsampling": "Prepared linear_head load_head",
@@ -51,7 +53,7 @@ ENTRY_POINTS = {"anyup", "anyup_multi_backbone", "anyup_embedded"}
 OPTIONS = {
     "demo": "--device --dtype --encoder --mode --out --precision --size --weights photo",
     "upsample": (
-        "--as-stored --device --dtype --encoder --figure --head --labels --layer --mode --out --output-size "
+        "--as-stored --device --dtype --encoder --figure --fit --head --labels --layer --mode --out --output-size "
         "--precision --region --resume --size --stream --tile --value-range --weights photo"
     ),
     "train": (
@@ -70,7 +72,7 @@ OPTIONS = {
     "info": "",
 }
 ARGUMENTS = {
-    "load_image": "source size patch_multiple max_pixels value_range upright",
+    "load_image": "source size patch_multiple max_pixels value_range upright fit",
     "extract_features": "image encoder layer weights device value_range",
     "extract_dinov2_features": "image model layer weights device value_range",
     "upsample_features_with_anyup": "image features output_size weights device backend precision value_range",

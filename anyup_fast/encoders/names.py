@@ -73,7 +73,8 @@ def check_alone(name):
 
 def unknown(name, known):
     """The sentence about a name that is none of `known`."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    beginning = [one for one in known if name and one.startswith(name)]
+    close = difflib.get_close_matches(name, beginning or known, n=1, cutoff=0 if beginning else 0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return (
         f"unknown encoder name {name!r}; {hint}Known: {', '.join(sorted(known))}; or a Hugging Face vision "

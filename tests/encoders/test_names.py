@@ -176,7 +176,9 @@ def test_names_tell_where_their_models_come_from():
     assert len(set(names.ALIASES.values())) == len(names.ALIASES)
 
 
-@pytest.mark.parametrize("typed, meant", [("dinov3_vits", "dinov3_vits16"), ("siglip2base", "siglip2_base")])
+@pytest.mark.parametrize(
+    "typed, meant", [("dinov3_vits", "dinov3_vits16"), ("siglip2base", "siglip2_base"), ("sam2", "sam2_hiera_tiny")]
+)
 def test_the_closest_name_may_be_a_short_one(typed, meant):
     with pytest.raises(ValueError, match=f"unknown encoder name '{typed}'; did you mean '{meant}'"):
         load_encoder(typed)
