@@ -77,7 +77,7 @@ def _class_of(transformers, config):
 
 def _out_of_whole(kind, place, ways, config):
     whole, report = read_pretrained(kind, place, ways, config=config, output_loading_info=True)
-    part = _vision_part(whole)
+    part = whole if _sees(whole) and "For" not in kind.__name__ else _vision_part(whole)
     prefix = next(name for name, module in whole.named_modules() if module is part)
     return part, _missing(report, f"{prefix}." if prefix else "")
 

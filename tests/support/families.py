@@ -1,4 +1,7 @@
-"""Vision models of transformers, tiny and with random weights, one for each family; and an oracle of where features lie."""
+"""Vision models of transformers, tiny and with random weights, one for each family or variant; and an oracle of place."""
+
+import torch
+from torch.nn import functional as F
 
 TEXT = {
     "hidden_size": 32,
@@ -71,7 +74,6 @@ FAMILIES = {
     "swin2sr": made("Swin2SR", embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=16),
     "maskformer-swin": made("MaskFormerSwin", **SWIN),
     "donut-swin": made("DonutSwin", **SWIN),
-    "dinat": made("Dinat", embed_dim=8, depths=[1]*4, num_heads=[1,1,2,2], kernel_size=3),
     "convnext": made("ConvNext", **STAGES),
     "convnextv2": made("ConvNextV2", **STAGES),
     "upernet": lambda t: t.UperNetForSemanticSegmentation(t.UperNetConfig(backbone_config=t.ConvNextConfig(**STAGES, out_features=["stage1","stage2","stage3","stage4"]), hidden_size=16, auxiliary_channels=8, pool_scales=[1,2], num_labels=2, auxiliary_in_channels=16)),
@@ -85,17 +87,16 @@ FAMILIES = {
     "mobilevit": made("MobileViT", hidden_sizes=[16,24,32], neck_hidden_sizes=[4,8,16,24,24,32,48], num_attention_heads=2, image_size=64),
     "mobilevit-segmentation": task("MobileViTForSemanticSegmentation", "MobileViTConfig", hidden_sizes=[16,24,32], neck_hidden_sizes=[4,8,16,24,24,32,48], num_attention_heads=2, image_size=64, aspp_out_channels=8),
     "mobilevitv2": made("MobileViTV2", width_multiplier=0.25, base_attn_unit_dims=[32,48,64], n_attn_blocks=[1,1,1], image_size=64),
-    "pvt": made("Pvt", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], image_size=64, mlp_ratios=[2]*4),
+    "pvt": made("Pvt", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], image_size=128, mlp_ratios=[2]*4),
     "pvt-v2": made("PvtV2", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], image_size=64, mlp_ratios=[2]*4),
     "segformer": made("Segformer", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], decoder_hidden_size=16),
     "segformer-segmentation": task("SegformerForSemanticSegmentation", "SegformerConfig", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], decoder_hidden_size=16),
     "glpn": made("GLPN", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], decoder_hidden_size=16),
     "glpn-depth": task("GLPNForDepthEstimation", "GLPNConfig", hidden_sizes=[8,12,16,24], depths=[1]*4, num_attention_heads=[1,1,2,2], decoder_hidden_size=16),
     "poolformer": made("PoolFormer", **STAGES),
-    "levit": made("Levit", image_size=64, hidden_sizes=[16,24,32], num_attention_heads=[1,1,2], depths=[1,1,1], key_dim=[8,8,8], down_ops=[["Subsample",8,2,2,2,2],["Subsample",8,2,2,2,2]], attention_ratio=[2,2,2], mlp_ratio=[2,2,2]),
-    "cvt": made("Cvt", embed_dim=[8,12,24], num_heads=[1,1,2], depth=[1,1,2]),
+    "levit": made("Levit", image_size=192, hidden_sizes=[16,24,32], num_attention_heads=[1,1,2], depths=[1,1,1], key_dim=[8,8,8], down_ops=[["Subsample",8,2,2,2,2],["Subsample",8,2,2,2,2]], attention_ratio=[2,2,2], mlp_ratio=[2,2,2]),
+    "cvt": made("Cvt", embed_dim=[8,12,24], num_heads=[1,1,2], depth=[1,1,2], num_stages=3),
     "focalnet": made("FocalNet", embed_dim=8, depths=[1,1,1,1], image_size=64),
-    "focalnet-backbone": task("FocalNetBackbone", "FocalNetConfig", embed_dim=8, depths=[1,1,1,1], image_size=64),
     "swiftformer": made("SwiftFormer", embed_dims=[8,12,16,24], depths=[1,1,1,1], image_size=64),
     "aimv2": made("Aimv2Vision", **{k: v for k, v in VIT.items()}),
     "aimv2-native": made("Aimv2Vision", **VIT, is_native=True),
@@ -115,8 +116,6 @@ FAMILIES = {
     "owlvit": towers("OwlViT"),
     "owlv2": towers("Owlv2"),
     "owlv2-detection": lambda t: t.Owlv2ForObjectDetection(t.Owlv2Config(vision_config=VIT, text_config=TEXT, projection_dim=16)),
-    "groupvit": towers("GroupViT", depths=[1,1,1], num_group_tokens=[4,2,0], num_output_groups=[4,2,0]),
-    "x-clip": towers("XCLIP", mit_hidden_size=16, mit_intermediate_size=16, mit_num_hidden_layers=1, mit_num_attention_heads=2),
     "blip": towers("Blip", {"max_position_embeddings": 20}),
     "align": lambda t: t.AlignModel(t.AlignConfig(vision_config=dict(width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320), text_config=TEXT, projection_dim=16)),
     "flava": lambda t: t.FlavaModel(t.FlavaConfig(image_config=VIT, text_config=TEXT, multimodal_config={k: v for k, v in TEXT.items() if "id" not in k and "vocab" not in k}, image_codebook_config=dict(hidden_size=4, num_groups=1))),
@@ -136,7 +135,6 @@ FAMILIES = {
     "prompt-depth-anything": lambda t: t.PromptDepthAnythingForDepthEstimation(t.PromptDepthAnythingConfig(backbone_config=t.Dinov2Config(**VIT, out_features=["stage1","stage2","stage3"], reshape_hidden_states=False), reassemble_hidden_size=24, patch_size=16, neck_hidden_sizes=[8,8,8], reassemble_factors=[2,1,0.5], fusion_hidden_size=8, head_hidden_size=8)),
     "dpt": made("DPT", **VIT, backbone_out_indices=[0,1,2], neck_hidden_sizes=[8,8,8,8], fusion_hidden_size=8),
     "dpt-depth": task("DPTForDepthEstimation", "DPTConfig", **{**VIT,"num_hidden_layers":4}, backbone_out_indices=[0,1,2,3], neck_hidden_sizes=[8,8,8,8], fusion_hidden_size=8),
-    "dpt-hybrid": made("DPT", **{**VIT,"num_hidden_layers":4}, is_hybrid=True, backbone_out_indices=[0,1,2,3], neck_hidden_sizes=[8,8,8,8], fusion_hidden_size=8, backbone_featmap_shape=[1,64,3,3], backbone_config=dict(model_type="bit", layer_type="bottleneck", embedding_size=8, num_groups=4, hidden_sizes=[16,32,64], depths=[1,1,1], out_features=["stage1","stage2","stage3"], embedding_dynamic_padding=True)),
     "dpt-dinov2": lambda t: t.DPTForDepthEstimation(t.DPTConfig(backbone_config=t.Dinov2Config(**VIT, out_features=["stage1","stage2","stage3"], reshape_hidden_states=False), neck_hidden_sizes=[8,8,8], reassemble_factors=[2,1,0.5], fusion_hidden_size=8)),
     "zoedepth": lambda t: t.ZoeDepthForDepthEstimation(t.ZoeDepthConfig(backbone_config=t.BeitConfig(**{**VIT,"num_hidden_layers":4}, out_features=["stage1","stage2","stage3","stage4"], reshape_hidden_states=False, use_relative_position_bias=True), neck_hidden_sizes=[8,8,8,8], fusion_hidden_size=8, bottleneck_features=8, num_relative_features=8, bin_embedding_dim=8, num_attractors=[2,2,2,2], num_patch_transformer_layers=1, patch_transformer_hidden_size=8, patch_transformer_intermediate_size=8, patch_transformer_num_attention_heads=2)),
     "vitdet": made("VitDet", hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=64, pretrain_image_size=48, patch_size=16, window_block_indices=[0,1], window_size=2, use_relative_position_embeddings=True),
@@ -155,12 +153,16 @@ FAMILIES = {
     "lw-detr-vit": task("LwDetrViTBackbone", "LwDetrViTConfig", hidden_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=64, pretrain_image_size=48, patch_size=16, window_block_indices=[0,1], cae_init_values=0.1, out_indices=[1,3], num_windows=4),
     "rf-detr-dinov2": task("RfDetrDinov2Backbone", "RfDetrDinov2Config", **VIT, num_windows=2, out_indices=[1,3]),
     "pixtral": made("PixtralVision", hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16),
-    "dinov2-segmentation-mask2former-swin": lambda t: t.Mask2FormerModel(t.Mask2FormerConfig(backbone_config=t.SwinConfig(**SWIN, out_features=["stage1","stage2","stage3","stage4"]), feature_size=8, mask_feature_size=8, hidden_dim=8, encoder_feedforward_dim=8, encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=8, num_queries=4)),
     "detr": lambda t: t.DetrModel(t.DetrConfig(backbone_config=t.ResNetConfig(embedding_size=8, layer_type="basic", **STAGES, out_features=["stage4"]), use_timm_backbone=False, backbone=None, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, num_queries=3)),
     "git-vision": made("GitVision", **VIT),
     "kosmos2-vision": lambda t: t.models.kosmos2.modeling_kosmos2.Kosmos2VisionModel(t.models.kosmos2.configuration_kosmos2.Kosmos2VisionConfig(**VIT)),
     "blip2": lambda t: t.Blip2VisionModel(t.Blip2VisionConfig(**VIT)),
-    "ast-yolos": made("Yolos", **{**VIT, "image_size": [48, 48]}),
+}
+# models that no grid of features can be had from
+REFUSED = {
+    "groupvit": towers("GroupViT", depths=[1,1,1], num_group_tokens=[4,2,0], num_output_groups=[4,2,0]),
+    "x-clip": towers("XCLIP", mit_hidden_size=16, mit_intermediate_size=16, mit_num_hidden_layers=1, mit_num_attention_heads=2),
+    "yolos": made("Yolos", **{**VIT, "image_size": [48, 48]}),
     "seggpt": made("SegGpt", **{**VIT, "image_size": [96,48], "pretrain_image_size": 48}),
     "siglip2-naflex": lambda t: t.Siglip2VisionModel(t.Siglip2VisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_patches=9, patch_size=16)),
     "videomae": made("VideoMAE", **VIT, num_frames=2, tubelet_size=2),
@@ -169,3 +171,51 @@ FAMILIES = {
     "vjepa2": made("VJEPA2", hidden_size=24, num_hidden_layers=2, num_attention_heads=2, crop_size=32, patch_size=16, frames_per_clip=2, tubelet_size=2, pred_hidden_size=12, pred_num_attention_heads=2, pred_num_hidden_layers=1),
     "imagegpt": made("ImageGPT", n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16),
 }
+
+
+def alive(model):
+    """Weights that let pictures through many layers: products keep the size of what goes in."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "embed" not in name.rpartition(".")[0].rpartition(".")[2]:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+    return model.eval()
+
+
+def changed(image, cell):
+    """The pictures that `image` (1, bands, H, W) becomes when one cell of `cell` pixels is changed, for every cell."""
+    height, width = (n // cell for n in image.shape[2:])
+    pictures = image.repeat(height * width, 1, 1, 1)
+    for k, picture in enumerate(pictures):
+        row, column = k // width * cell, k % width * cell
+        picture[:, row : row + cell, column : column + cell] *= -3
+    return pictures
+
+
+def where_it_changes(features, plain, grid):
+    """How much of the change lies where the pixels change, and how much at the displacement where most of the rest lies.
+
+    Averaged over all cells, so that the answer is about where features lie and not about one cell's neighbours.
+
+    Args:
+        features: (h * w, C, k * h, k * w), those of `changed` pictures.
+        plain: (1, C, k * h, k * w), those of the picture itself.
+        grid: (h, w), cells.
+
+    Returns:
+        (own, other): shares of the change, own + all others = 1.
+    """
+    height, width = grid
+    change = (features.double() - plain.double()).square().sum(1).sqrt()
+    assert change.shape[1] * width == change.shape[2] * height, "the grid does not follow the picture"
+    change = F.adaptive_avg_pool2d(change, grid)
+    change = change / change.sum((1, 2), keepdim=True)
+    at = torch.zeros(2 * height - 1, 2 * width - 1, dtype=torch.float64)
+    for k, one in enumerate(change):
+        row, column = k // width, k % width
+        at[height - 1 - row : 2 * height - 1 - row, width - 1 - column : 2 * width - 1 - column] += one / len(change)
+    own = float(at[height - 1, width - 1])
+    at[height - 1, width - 1] = 0
+    return own, float(at.max())
