@@ -1,4 +1,4 @@
-"""Vision models of transformers as functions of pictures of any size: what some families need, and which outputs are layers."""
+"""Vision models of transformers as functions of pictures: what some families need, which outputs are layers."""
 
 import inspect
 from types import MethodType
@@ -82,7 +82,7 @@ class Vision(nn.Module):
 
     def _stages(self):
         config = self.model.config
-        for name in ("num_hidden_layers", "depths", "hidden_sizes"):
+        for name in ("num_hidden_layers", "depths", "depth", "hidden_sizes"):
             value = getattr(config, name, None)
             if isinstance(value, (list, tuple)):
                 return len(value)

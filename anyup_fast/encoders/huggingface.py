@@ -1,4 +1,4 @@
-"""Vision models of Hugging Face transformers: ViTs, hierarchical or convolutional networks, vision towers, backbones."""
+"""Vision models of Hugging Face transformers: ViTs, hierarchical and convolutional networks, towers, backbones."""
 
 import logging
 import math
@@ -85,8 +85,8 @@ class HuggingFaceEncoder(Encoder):
         super()._check_image(image)
         if self.native is not None and any(n > most for n, most in zip(image.shape[2:], self.native, strict=True)):
             raise ValueError(
-                f"image must have at most {self.native[0]} x {self.native[1]} pixels for {self.name}, whose model takes "
-                f"no other size, got H = {image.shape[2]}, W = {image.shape[3]}: use load_image(..., "
+                f"image must have at most {self.native[0]} x {self.native[1]} pixels for {self.name}, whose model "
+                f"takes no other size, got H = {image.shape[2]}, W = {image.shape[3]}: use load_image(..., "
                 f"max_side={min(self.native)})"
             )
 
@@ -95,8 +95,8 @@ def load(name, weights="auto"):
     """Load a vision model of the Hugging Face hub or of a local folder.
 
     The model runs on small pictures of two sizes, or on one of its own size if it takes no other, so that strides,
-    channels, layers and class tokens are what it really gives. Of a model with other parts (text, heads, masks) only the
-    part that sees pictures is kept.
+    channels, layers and class tokens are what it really gives. Of a model with other parts (text, heads, masks) only
+    the part that sees pictures is kept.
 
     Args:
         name: "owner/model", a folder with a "/" in its name, or either after "hf:".

@@ -31,7 +31,8 @@ def open_model(place, ways):
     if model is None or why:
         kind = _class_of(transformers, whole)
         if kind is not None and kind is not type(model):
-            model, why = _out_of_whole(kind, place, ways, whole)
+            alone = config is whole and not _has_backbone(config) and "For" not in kind.__name__
+            model, why = _out_of_whole(kind, place, ways, whole, alone)
     if model is None:
         raise RuntimeError(
             f"{place}: transformers {transformers.__version__} has no vision model of a {type(config).__name__}"
@@ -48,8 +49,8 @@ def _refuse_by_kind(place, config):
     kind = str(config.model_type)
     if kind.startswith("siglip2"):
         raise RuntimeError(
-            f"{place}: this SigLIP2 takes more than pixel_values (patches cut beforehand, NaFlex); take its variant for a "
-            "fixed size, such as google/siglip2-base-patch16-224"
+            f"{place}: this SigLIP2 takes more than pixel_values (patches cut beforehand, NaFlex); take its variant for "
+            "a fixed size, such as google/siglip2-base-patch16-224"
         )
     if any(getattr(config, name, None) is not None for name in ("tubelet_size", "num_frames", "frames_per_clip")):
         raise RuntimeError(
@@ -75,9 +76,9 @@ def _class_of(transformers, config):
     return None
 
 
-def _out_of_whole(kind, place, ways, config):
+def _out_of_whole(kind, place, ways, config, alone):
     whole, report = read_pretrained(kind, place, ways, config=config, output_loading_info=True)
-    part = whole if _sees(whole) and "For" not in kind.__name__ else _vision_part(whole)
+    part = whole if alone and _sees(whole) else _vision_part(whole)
     prefix = next(name for name, module in whole.named_modules() if module is part)
     return part, _missing(report, f"{prefix}." if prefix else "")
 
@@ -105,7 +106,9 @@ def _sees(model):
 def _missing(report, prefix):
     """What the weights of the part under `prefix` lack; "" if they are whole."""
     missing = sorted(
-        key for key in report["missing_keys"] if key.startswith(prefix) and not any(spare in f".{key}" for spare in SPARE)
+        key
+        for key in report["missing_keys"]
+        if key.startswith(prefix) and not any(spare in f".{key}" for spare in SPARE)
     )
     other = [key for key in report["mismatched_keys"] if str(key[0]).startswith(prefix)]
     return f"missing {missing}, other shapes {other}" if missing or other else ""
