@@ -1,54 +1,102 @@
-"""Vision models of Hugging Face transformers: ViTs, hierarchical or convolutional networks, vision towers."""
+"""Vision models of Hugging Face transformers: ViTs, hierarchical and convolutional networks, towers, backbones."""
 
-import inspect
 import logging
 import math
 
 import torch
+from torch.nn import functional as F
 
 from ..files import expanded
-from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder, newer, optional_import, read_pretrained, tokens_to_grid
+from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from .families import Vision
+from .layout import CHANNELS_FIRST, CHANNELS_LAST, PROBE_BATCH, TOKENS, Layout, as_map, find_layout, probe_sizes
+from .opening import open_model
 
 _log = logging.getLogger("anyup_fast")
+# what models raise at pictures of a size that they can't take
+REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError)
+MOST_PREFIX = 16  # tokens of no cell in a model of one size, where counts of one size must tell them from cells
 
 
 class HuggingFaceEncoder(Encoder):
     """A vision model of transformers.
 
-    `layer=-1` is the model's `last_hidden_state`, with the final norm if the model applies one to it; the
-    layers before are `hidden_states[1:]` as they are. Class and register tokens are dropped. In hierarchical
-    and convolutional models layers differ in stride and channels; `patch_size` and `dim` are the last one's.
+    `layer=-1` is the model's output: `last_hidden_state`, with the final norm if the model applies one to it, or the
+    map of its neck. The layers before are its hidden states as they are. Class and register tokens are dropped. In
+    hierarchical and convolutional models layers differ in stride and channels; `patch_size` and `dim` are the last
+    one's. A model of one size only gets smaller pictures padded with zeros, at the bottom and to the right, and what
+    belongs to the padding is cut off.
     """
 
-    def __init__(self, name, model, *, prefix_tokens, **attributes):
-        super().__init__(name, **attributes)
-        self.model = model
-        self.prefix_tokens = prefix_tokens
+    def __init__(self, name, vision, *, numbers, layouts, native, multiple, source, mean, std):
+        last = layouts[-1]
+        super().__init__(
+            name,
+            source=source,
+            patch_size=last.stride,
+            dim=last.channels,
+            num_layers=len(layouts),
+            mean=mean,
+            std=std,
+        )
+        self.vision = vision
+        self.numbers = numbers
+        self.layouts = layouts
+        self.native = native
+        self.multiple = multiple
+
+    @property
+    def model(self):
+        """The module of transformers."""
+        return self.vision.model
+
+    @property
+    def prefix_tokens(self):
+        """Class, register and other tokens in front of the last layer's."""
+        return self.layouts[-1].prefix
 
     def features(self, image, layer):
-        last = layer == self.num_layers
-        output = _run(self.model, image, hidden_states=not last)
-        maps = output.last_hidden_state if last else output.hidden_states[layer]
-        if maps.ndim == 4:
-            return maps
-        height, width = image.shape[2:]
-        tokens = maps[:, self.prefix_tokens :]
-        count = tokens.shape[1]
-        stride = math.isqrt(height * width // count)
-        grid = height // stride, width // stride
-        if grid[0] * grid[1] != count or (last and stride != self.patch_size):
-            raise RuntimeError(
-                f"{self.name} gave {maps.shape[1]} tokens for H = {height}, W = {width}: no grid of patches "
-                f"after {self.prefix_tokens} class and register tokens"
+        return self.features_of_layers(image, (layer,))[0]
+
+    def features_of_layers(self, image, layers):
+        size = tuple(image.shape[2:])
+        if self.native is not None:
+            full = self.native
+        else:
+            full = tuple(-(-n // self.multiple) * self.multiple for n in size)
+        if full != size:
+            image = F.pad(image, (0, full[1] - size[1], 0, full[0] - size[0]))
+        try:
+            states, last = self.vision(image, hidden=any(layer != self.num_layers for layer in layers))
+        except REFUSALS as error:
+            raise ValueError(f"image of size {size} is refused by {self.vision.kind}: {error}") from error
+        found = []
+        for layer in layers:
+            layout = self.layouts[layer - 1]
+            if isinstance(layout, str):
+                raise RuntimeError(f"layer {layer} of {self.name} is no grid of features: {layout}")
+            output = last if layer == self.num_layers else states[self.numbers[layer - 1]]
+            maps = as_map(output, layout, full, batch=len(image), name=self.name)
+            height, width = (-(-n // layout.stride) for n in size)
+            found.append(maps[..., :height, :width].contiguous())
+        return found
+
+    def _check_image(self, image):
+        super()._check_image(image)
+        if self.native is not None and any(n > most for n, most in zip(image.shape[2:], self.native, strict=True)):
+            raise ValueError(
+                f"image must have at most {self.native[0]} x {self.native[1]} pixels for {self.name}, whose model "
+                f"takes no other size, got H = {image.shape[2]}, W = {image.shape[3]}: use load_image(..., "
+                f"max_side={min(self.native)})"
             )
-        return tokens_to_grid(tokens, grid)
 
 
 def load(name, weights="auto"):
     """Load a vision model of the Hugging Face hub or of a local folder.
 
-    The model runs once, on an empty picture of its native size, so that stride, channels, layers and class
-    tokens are what it really gives.
+    The model runs on small pictures of two sizes, or on one of its own size if it takes no other, so that strides,
+    channels, layers and class tokens are what it really gives. Of a model with other parts (text, heads, masks) only
+    the part that sees pictures is kept.
 
     Args:
         name: "owner/model", a folder with a "/" in its name, or either after "hf:".
@@ -59,80 +107,210 @@ def load(name, weights="auto"):
 
     Raises:
         ValueError: `weights` is not "auto".
-        RuntimeError: the model cannot be had, is no vision model, or its tokens form no grid.
+        RuntimeError: the model cannot be had, is no vision model, or its output follows no grid.
     """
     if str(weights) != "auto":
         raise ValueError(f"weights must be 'auto' for {name}, got {str(weights)!r}; the name says where they are")
     place = name.removeprefix("hf:")
     place = str(expanded(place)) if place.startswith("~") else place
     ways = f"network access or a filled local cache if {place!r} is a model of the hub, else a folder with one"
-    transformers = optional_import("transformers")
-    config = read_pretrained(transformers.AutoConfig, place, ways, trust_remote_code=False)
-    if hasattr(config, "vision_config"):
-        config = config.vision_config
-    model, report = read_pretrained(transformers.AutoModel, place, ways, config=config, output_loading_info=True)
-    kind = type(model).__name__
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key and "mask_token" not in key)
-    if missing or report["mismatched_keys"]:
-        raise RuntimeError(
-            f"{place} does not hold all the weights of its {kind}: missing {missing}, other shapes "
-            f"{list(report['mismatched_keys'])}{newer(place)}"
-        )
-    if model.main_input_name != "pixel_values":
-        raise RuntimeError(f"{place}: {kind} takes {model.main_input_name}, it is no vision model")
+    vision = Vision(open_model(place, ways)).eval()
     mean, std, note = _normalisation(place)
-    source = f"{kind} weights from Hugging Face: {place} ({note})"
-    model = model.float().eval()
-    return HuggingFaceEncoder(name, model, source=source, mean=mean, std=std, **_measure(model, place))
+    measured = _measure(vision, place)
+    source = f"{vision.kind} weights from Hugging Face: {place} ({note})"
+    return HuggingFaceEncoder(name, vision, source=source, mean=mean, std=std, **measured)
 
 
-def _run(model, image, hidden_states):
-    arguments = {"output_hidden_states": hidden_states}
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-        arguments["interpolate_pos_encoding"] = True
+@torch.no_grad()
+def _measure(vision, place):
+    """Run `vision` and return what HuggingFaceEncoder wants to know of it."""
+    name = f"{place}: {vision.kind}"
+    unfit = refused = None
+    for unit in _units(vision.model.config):
+        sizes = probe_sizes(unit)[:2]
+        try:
+            tried = [_outputs(vision, size, unit) for size in sizes]
+        except REFUSALS as error:
+            refused = error
+            continue
+        try:
+            measured = _fitted(vision, tried, sizes, unit, name)
+        except RuntimeError as error:
+            unfit = unfit or error
+            continue
+        return {**measured, "native": None, "multiple": _multiple(vision, measured, unit)}
+    if unfit is not None:
+        raise unfit
+    native = _native(vision.model.config)
+    if native is None:
+        raise RuntimeError(f"{name} can't be run on a plain picture: {_line(refused)}") from refused
     try:
-        return model(pixel_values=image, **arguments)
-    except ValueError as error:
-        size = tuple(image.shape[2:])
-        raise ValueError(f"image of size {size} is refused by {type(model).__name__}: {error}") from error
+        tried = [_outputs(vision, native, _patch(vision.model.config) or 16)]
+    except REFUSALS as error:
+        raise RuntimeError(f"{name} can't be run on a plain picture of its own size: {_line(error)}") from error
+    measured = _fitted(vision, tried, [native], _patch(vision.model.config) or 16, name)
+    return {**measured, "native": native, "multiple": measured["layouts"][-1].stride}
+
+
+def _outputs(vision, size, unit):
+    """What `vision` gives for a picture and the same with one cell changed: hidden states and output."""
+    picture = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).repeat(PROBE_BATCH, 1, 1, 1)
+    row, column = _changed(size, unit)
+    picture[1, :, row : row + unit, column : column + unit] *= -3
+    try:
+        states, last = vision(picture)
+        if last is not None and last.ndim and len(last) == 1 and not vision.singly:
+            vision.singly = True  # it packs all pictures in one row
+            states, last = vision(picture)
     except TypeError as error:
         if "missing" not in str(error):
             raise
-        raise RuntimeError(
-            f"{type(model).__name__} takes more than pixel_values ({error}), as models do that want patches cut "
-            "beforehand (NaFlex); take its variant for a fixed size"
-        ) from error
+        raise RuntimeError(f"{vision.kind} takes more than pixel_values: {error}") from error
+    return states, last
 
 
-def _measure(model, place):
-    """Run `model` once and return its patch_size, dim, num_layers and prefix_tokens."""
-    kind, config = type(model).__name__, model.config
-    side = _side(getattr(config, "image_size", None)) or 224
-    with torch.no_grad():
-        output = _run(model, torch.zeros(1, 3, side, side), hidden_states=True)
-    last, hidden = getattr(output, "last_hidden_state", None), getattr(output, "hidden_states", None)
-    if last is None or last.ndim not in (3, 4):
-        raise RuntimeError(f"{place}: {kind} gives no last_hidden_state of tokens or maps")
-    layers = len(hidden) - 1 if hidden else 1
-    if last.ndim == 4:
-        # a side that the stride does not divide leaves a partial last cell
-        stride = -(-side // last.shape[2])
-        return {"patch_size": stride, "dim": last.shape[1], "num_layers": layers, "prefix_tokens": 0}
-    patch = _side(getattr(config, "patch_size", None))
-    if patch is None:
-        raise RuntimeError(f"{place}: the config of {kind} names no square patch_size")
-    # hierarchical models halve the grid between stages
-    stride = patch * 2 ** (len(config.depths) - 1) if hasattr(config, "depths") else patch
-    grid = side // stride
-    prefix = last.shape[1] - grid**2
-    # a class token, a distillation token, registers
-    most = 2 + (getattr(config, "num_register_tokens", 0) or 0)
-    if not 0 <= prefix <= most:
+def _changed(size, unit):
+    """(y, x) of the corner of the cell that is changed: its row is not its column, from whatever side one counts."""
+    rows, columns = (n // unit for n in size)
+    return (rows - 1) // 3 * unit, (columns - 1 - (columns - 1) // 4) * unit
+
+
+def _fitted(vision, tried, sizes, unit, name):
+    """Layouts of the layers and the indices of their states, from what was given for each of `sizes`."""
+    lasts = [last for _, last in tried]
+    if any(last is None or last.ndim < 3 for last in lasts):
+        raise RuntimeError(f"{name} gives no last_hidden_state of tokens or maps")
+    if not all(last.isfinite().all() for last in lasts):
+        raise RuntimeError(f"{name} gives NaN or infinite features for a plain picture")
+    states = tried[0][0]
+    numbers = vision.layers(states)[:-1] if states else []
+    parts = [[given[number] for given, _ in tried] for number in numbers] + [lasts]
+    first = [given[0] for given, _ in tried] if states else lasts
+    layouts = []
+    reference = None
+    for outputs in (first, *parts):
+        try:
+            layout = _layout(outputs, sizes, unit, name)
+            if reference is None or (layout.kind, layout.prefix, layout.stride) != reference:
+                _held(outputs[0], layout, sizes[0], unit, name, exactly=reference is None)
+                reference = reference or (layout.kind, layout.prefix, layout.stride)
+        except RuntimeError as error:
+            if outputs is lasts:
+                raise
+            layout = str(error)
+        layouts.append(layout)
+    return {"numbers": tuple(numbers), "layouts": tuple(layouts[1:])}
+
+
+def _layout(outputs, sizes, unit, name):
+    if len(sizes) > 1:
+        return find_layout(outputs, sizes, name=name)
+    return _layout_of_one_size(tuple(outputs[0].shape), sizes[0], unit, name)
+
+
+def _layout_of_one_size(shape, size, patch, name):
+    """The layout of a model that takes one size only: shapes must leave one way to read them."""
+    readings = []
+    if len(shape) == 4:
+        for kind, grid, channels in ((CHANNELS_FIRST, shape[2:], shape[1]), (CHANNELS_LAST, shape[1:3], shape[3])):
+            stride = size[0] // grid[0] if grid[0] else 0
+            if stride and tuple(n // stride for n in size) == tuple(grid):
+                readings.append(Layout(kind, stride, channels))
+    elif len(shape) == 3:
+        for stride in sorted({patch * 2**k // 8 for k in range(12)} - {0}):
+            prefix = shape[1] - math.prod(n // stride for n in size)
+            if 0 <= prefix <= MOST_PREFIX:
+                readings.append(Layout(TOKENS, stride, shape[2], prefix))
+                break
+    if len(readings) != 1:
         raise RuntimeError(
-            f"{place}: {kind} gives {last.shape[1]} tokens for {side}x{side} pixels, not {grid}x{grid} "
-            f"patches after at most {most} class and register tokens"
+            f"{name} gave {shape} for {size[0]} x {size[1]} pixels, the only size that it takes: "
+            f"{'more than one way fits' if readings else 'no grid fits'} to read it as a grid"
         )
-    return {"patch_size": stride, "dim": last.shape[2], "num_layers": layers, "prefix_tokens": prefix}
+    return readings[0]
+
+
+def _held(output, layout, size, unit, name, exactly):
+    """Hold a layout against which place changed with the pixels of one cell.
+
+    Args:
+        exactly: whether the place that changed most must be that cell, as in a first layer; else only the number of
+            tokens in front is held.
+
+    Raises:
+        RuntimeError: another place changed.
+    """
+    change = (output[1].double() - output[0].double()).square()
+    row, column = (n // layout.stride for n in _changed(size, unit))
+    cells = max(1, unit // layout.stride)
+    height, width = layout.grid(size)
+    if layout.kind != TOKENS:
+        change = change.sum(0 if layout.kind == CHANNELS_FIRST else 2)
+    else:
+        change = change.sum(1)
+        grids = [change[k : k + height * width].view(height, width) for k in range(layout.prefix + 1)]
+        there = [grid[row : row + cells, column : column + cells].sum() for grid in grids]
+        best = max(range(len(there)), key=there.__getitem__)
+        if best != layout.prefix:
+            raise RuntimeError(
+                f"{name} gives {layout.prefix} tokens beside those of the {height} x {width} patches, of which only "
+                f"{best} lie in front: no class or register tokens, so which tokens are patches is not known"
+            )
+        change = grids[-1]
+    if exactly:
+        most = int(change.flatten().argmax())
+        y, x = most // width, most % width
+        if not (row - 1 <= y <= row + cells and column - 1 <= x <= column + cells) or (
+            cells == 1 and layout.stride == unit and layout.kind == TOKENS and (y, x) != (row, column)
+        ):
+            raise RuntimeError(
+                f"{name} changes most at row {y}, column {x} of its first layer where the pixels at row {row}, column "
+                f"{column} change: its features do not lie as the picture does"
+            )
+
+
+def _multiple(vision, measured, unit):
+    """Pixels that sides must be multiples of for `vision`: the coarsest stride, or `unit` where that is not enough."""
+    layouts = [layout for layout in measured["layouts"] if isinstance(layout, Layout)]
+    least = math.lcm(*(layout.stride for layout in layouts))
+    if least >= unit:
+        return least
+    size = (3 * least, 5 * least) if 3 * least % unit else (5 * least, 7 * least)
+    try:
+        states, last = vision(torch.zeros(PROBE_BATCH, 3, *size))
+        outputs = [*(states[number] for number in measured["numbers"]), last]
+        for output, layout in zip(outputs, measured["layouts"], strict=True):
+            if isinstance(layout, Layout):
+                as_map(output, layout, size)
+    except REFUSALS:
+        return unit
+    return least
+
+
+def _units(config):
+    """Sides of a cell to try pictures with: the patch of a plain ViT, else what hierarchical networks end with."""
+    patch = _patch(config)
+    plain = patch is not None and patch >= 8 and not isinstance(getattr(config, "depths", None), (list, tuple))
+    return list(dict.fromkeys([*([patch] if plain else []), 32, 64]))
+
+
+def _patch(config):
+    for part in (config, getattr(config, "backbone_config", None)):
+        patch = _side(getattr(part, "patch_size", None))
+        if patch is not None:
+            return patch
+    return None
+
+
+def _native(config):
+    """(H, W) that the model was made for, or None."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        size = getattr(part, "image_size", None)
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return tuple(size)
+    return None
 
 
 def _side(value):
@@ -140,6 +318,10 @@ def _side(value):
     if isinstance(value, (list, tuple)) and len(set(value)) == 1:
         value = value[0]
     return value if isinstance(value, int) else None
+
+
+def _line(error):
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _normalisation(place):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import os
@@ -625,7 +626,7 @@ def test_models_that_cannot_serve_are_refused(tmp_path, fresh, transformers):
     with pytest.raises(RuntimeError, match="BertModel takes input_ids, it is no vision model"):
         load_encoder(bert)
     yolos = {**TINY_VIT, "image_size": [48, 48], "num_detection_tokens": 10}
-    with pytest.raises(RuntimeError, match="YolosModel gives 20 tokens for 48x48 pixels, not 3x3 patches"):
+    with pytest.raises(RuntimeError, match="YolosModel gives 11 tokens beside .*, of which only 1 lie in front"):
         load_encoder(saved(tmp_path / "yolos", made(transformers, "Yolos", **yolos)))
     vit = made(transformers, "ViT", **TINY_VIT)
     state = {key: value for key, value in vit.state_dict().items() if key != "layernorm.weight"}
@@ -638,8 +639,10 @@ def test_models_that_cannot_serve_are_refused(tmp_path, fresh, transformers):
 
 def test_tokens_that_form_no_grid_are_refused(tmp_path, fresh, transformers):
     encoder = load_encoder(saved(tmp_path, made(transformers, "ViT", **TINY_VIT)))
-    encoder.prefix_tokens = 0
-    with pytest.raises(RuntimeError, match="gave 10 tokens for H = 48, W = 48: no grid of patches after 0"):
+    encoder.layouts = (*encoder.layouts[:-1], dataclasses.replace(encoder.layouts[-1], prefix=0))
+    with pytest.raises(
+        RuntimeError, match=r"gave \(1, 10, 32\) for H = 48, W = 48, not \(1, 9, 32\): .*follow the grid"
+    ):
         encoder(noise(1, 3, 48, 48))
 
 
