@@ -10,6 +10,15 @@ from torch import nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRANSFORMERS = "4.48"  # the oldest that encoders can use
+# kinds of models that came later, and with which
+SINCE = {
+    "siglip2": "4.49",
+    "aimv2": "4.54",
+    "dinov3_vit": "4.56",
+    "dinov3_convnext": "4.56",
+    "sam2": "4.56",
+    "metaclip_2": "4.56",
+}
 
 
 class Encoder(nn.Module):
@@ -190,6 +199,16 @@ def _why_not_read(place, error, ways):
         return f"{place} is gated: accept its licence at {page} (access may have to be granted), then log in: {login}"
     if "RepositoryNotFoundError" in kinds:
         return f"{place} could not be loaded: the hub has no model of that name, or it is private; check it, or {login}"
+    if "SafetensorError" in kinds:
+        return (
+            f"{place} could not be loaded: {_damaged(place)} is cut off or damaged ({reason}); remove it and copy or "
+            "download it again"
+        )
+    if "LocalEntryNotFoundError" in kinds or "couldn't connect to" in said:
+        return (
+            f"{place} could not be loaded: it is not in the local cache, and the hub can't be reached; run "
+            f"`hf download {place}` once with a network, or give a folder that holds the model"
+        )
     if isinstance(error, ImportError):
         return f"{place} could not be loaded: {' '.join(said.split())[:300]}; install what is missing"
     unknown = isinstance(error, KeyError) and error.args[0] == _settings(place).get("model_type")
@@ -198,12 +217,30 @@ def _why_not_read(place, error, ways):
     return f"{place} could not be loaded ({reason}); it needs {ways}{newer(place)}"
 
 
+def _damaged(place):
+    """The .safetensors file of a folder that can't be opened; in words where it lies in the cache."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(place).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file.name
+    return "its .safetensors file" if Path(place).is_dir() else "its .safetensors file in the cache"
+
+
 def _unknown_kind(place):
     config = _settings(place)
     kind, installed = config.get("model_type"), import_module("transformers").__version__
     if "auto_map" in config:
         return f"{place} could not be loaded: its kind {kind!r} comes with code of its own, which is not run"
     saved = config.get("transformers_version")
+    if kind in SINCE and _version(installed) < _version(SINCE[kind]):
+        return (
+            f"{place} could not be loaded: its kind {kind!r} needs transformers {SINCE[kind]} or newer, {installed} is "
+            "installed: pip install --upgrade transformers"
+        )
     since = f"it was saved with transformers {saved}" if saved else "its config does not say which version has it"
     return (
         f"{place} could not be loaded: its kind {kind!r} is unknown to transformers {installed}, which is installed; "

@@ -87,9 +87,8 @@ def load(name, weights):
     satellite = name.endswith("_sat")
     mean, std = (SATELLITE_MEAN, SATELLITE_STD) if satellite else (IMAGENET_MEAN, IMAGENET_STD)
     kind = "a checkout" if path.is_dir() else "a file of its authors"
-    attributes = huggingface._measure(model, str(path))
     source = f"{name} weights from {kind}: {path}"
-    return huggingface.HuggingFaceEncoder(name, model, source=source, mean=mean, std=std, **attributes)
+    return huggingface.encoder_of(model, name, str(path), source=source, mean=mean, std=std)
 
 
 def converted(name, state, path):

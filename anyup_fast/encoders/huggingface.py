@@ -114,11 +114,24 @@ def load(name, weights="auto"):
     place = name.removeprefix("hf:")
     place = str(expanded(place)) if place.startswith("~") else place
     ways = f"network access or a filled local cache if {place!r} is a model of the hub, else a folder with one"
-    vision = Vision(open_model(place, ways)).eval()
-    mean, std, note = _normalisation(place)
-    measured = _measure(vision, place)
-    source = f"{vision.kind} weights from Hugging Face: {place} ({note})"
-    return HuggingFaceEncoder(name, vision, source=source, mean=mean, std=std, **measured)
+    model = open_model(place, ways)
+    mean, std, note = normalisation(place)
+    source = f"{type(model).__name__} weights from Hugging Face: {place} ({note})"
+    return encoder_of(model, name, place, source=source, mean=mean, std=std)
+
+
+def encoder_of(model, name, place, *, source, mean, std):
+    """The encoder of a vision model of transformers, in float32 and eval mode, that has been loaded already.
+
+    Args:
+        name, source, mean, std: of the encoder, see `Encoder`.
+        place: where the model comes from, for messages.
+
+    Raises:
+        RuntimeError: its output follows no grid.
+    """
+    vision = Vision(model).eval()
+    return HuggingFaceEncoder(name, vision, source=source, mean=mean, std=std, **_measure(vision, place))
 
 
 @torch.no_grad()
@@ -324,7 +337,7 @@ def _line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _normalisation(place):
+def normalisation(place):
     """Return mean and standard deviation for values in [0, 1], and a note on where they come from."""
     from transformers.image_processing_base import ImageProcessingMixin
 

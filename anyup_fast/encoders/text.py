@@ -153,7 +153,7 @@ def load(name, weights="auto"):
     fits = hasattr(tower, "post_layernorm") and hasattr(model, "get_text_features")
     if not fits or not (hasattr(model, "visual_projection") or hasattr(tower, "head")):
         raise RuntimeError(f"project: {place} ({kind}) is neither of CLIP's kind nor of SigLIP's")
-    mean, std, note = huggingface._normalisation(place)
+    mean, std, note = huggingface.normalisation(place)
     pooled = not hasattr(model, "visual_projection")
     dim = vision.hidden_size if pooled else model.visual_projection.out_features
     return TextEncoder(

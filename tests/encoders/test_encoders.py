@@ -705,7 +705,11 @@ def test_a_name_that_the_hub_has_not_is_told_apart_from_no_network(monkeypatch, 
     missing = OSError("owner/model is not a local folder and is not a valid model identifier")
     for error, words in (
         ((missing, hub_error("RepositoryNotFoundError")), "the hub has no model of that name, or it is private"),
-        ((OSError("We couldn't connect to 'https://huggingface.co'"), None), "it needs network access"),
+        (
+            (OSError("We couldn't connect to 'https://huggingface.co'"), None),
+            "the hub can't be reached; run `hf download",
+        ),
+        ((OSError("not there"), hub_error("LocalEntryNotFoundError")), "it is not in the local cache"),
         ((ImportError("TimmWrapperModel requires the timm library"), None), "requires the timm library"),
     ):
         monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refused(*error))
@@ -727,6 +731,30 @@ def test_a_model_of_a_newer_transformers_names_both_versions(tmp_path, fresh, tr
         RuntimeError, match=f"kind '{kind}' is unknown to transformers {transformers.__version__}, .*{words}"
     ):
         load_encoder(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind, version", [("dinov3_vit", "4.56"), ("sam2", "4.56"), ("siglip2", "4.49")])
+def test_a_kind_that_came_later_names_the_version_it_came_with(
+    tmp_path, monkeypatch, fresh, transformers, kind, version
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    unknown = ValueError(f"model type `{kind}` but Transformers does not recognize this architecture")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refused(unknown))
+    monkeypatch.setattr(transformers, "__version__", "4.48.2")
+    with pytest.raises(RuntimeError, match=f"its kind '{kind}' needs transformers {version} or newer, 4.48.2 is inst"):
+        load_encoder(f"hf:{tmp_path}")
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path, fresh, transformers):
+    saved(tmp_path, made(transformers, "ViT", **TINY_VIT))
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for kept in (whole[:1000], whole[:-5], b""):
+        file.write_bytes(kept)
+        with pytest.raises(
+            RuntimeError, match=r"could not be loaded: model.safetensors is cut off or damaged \(.*remove"
+        ):
+            load_encoder(f"hf:{tmp_path}")
 
 
 def test_code_of_a_model_is_not_run_and_that_is_said(tmp_path, fresh, transformers):

@@ -111,6 +111,29 @@ def test_a_file_of_the_authors_as_weights(tmp_path, transformers):
     torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_of_a_convolutional_network(tmp_path, transformers):
+    theirs = of_authors("dinov3_convnext_tiny")
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    encoder = load_encoder("dinov3_convnext_tiny", weights=tmp_path / "x.pth")
+    assert (encoder.patch_size, encoder.dim, encoder.num_layers) == (32, 24, 4)
+    image = picture(64, 160)
+    with torch.no_grad():
+        expected = theirs(image).mT.reshape(2, 24, 2, 5)
+        stage = theirs.stages[0](theirs.downsample_layers[0](image))
+    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder(image, 1), stage, rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_from_space_have_a_mean_of_their_own(tmp_path, transformers, monkeypatch):
+    monkeypatch.setitem(dinov3.VITS, "dinov3_vitl16", VITS["dinov3_vits16"])
+    torch.save(of_authors("dinov3_vits16").state_dict(), tmp_path / "x.pth")
+    encoder = load_encoder("dinov3_vitl16_sat", weights=tmp_path / "x.pth")
+    assert encoder.mean == dinov3.SATELLITE_MEAN and encoder.std == dinov3.SATELLITE_STD
+    (tmp_path / "hubconf.py").write_text("")
+    with pytest.raises(RuntimeError, match="dinov3_vitl16_sat is not loaded by a checkout: download its .pth"):
+        load_encoder("dinov3_vitl16_sat", weights=tmp_path)
+
+
 def test_files_that_are_of_something_else(tmp_path, transformers):
     state = of_authors("dinov3_vits16").state_dict()
     file = tmp_path / "x.pth"
