@@ -28,7 +28,7 @@ class HuggingFaceEncoder(Encoder):
     belongs to the padding is cut off.
     """
 
-    def __init__(self, name, vision, *, numbers, layouts, native, multiple, source, mean, std):
+    def __init__(self, name, vision, *, numbers, layouts, sizes, native, multiple, source, mean, std):
         last = layouts[-1]
         super().__init__(
             name,
@@ -42,6 +42,7 @@ class HuggingFaceEncoder(Encoder):
         self.vision = vision
         self.numbers = numbers
         self.layouts = layouts
+        self.sizes = sizes  # of a model of one size: what each layer's grid covers
         self.native = native
         self.multiple = multiple
 
@@ -76,18 +77,21 @@ class HuggingFaceEncoder(Encoder):
             if isinstance(layout, str):
                 raise RuntimeError(f"layer {layer} of {self.name} is no grid of features: {layout}")
             output = last if layer == self.num_layers else states[self.numbers[layer - 1]]
-            maps = as_map(output, layout, full, batch=len(image), name=self.name)
+            covered = full if self.native is None else self.sizes[layer - 1]
+            maps = as_map(output, layout, covered, batch=len(image), name=self.name)
             height, width = (-(-n // layout.stride) for n in size)
             found.append(maps[..., :height, :width].contiguous())
         return found
 
     def _check_image(self, image):
         super()._check_image(image)
-        if self.native is not None and any(n > most for n, most in zip(image.shape[2:], self.native, strict=True)):
+        size, native, patch = tuple(image.shape[2:]), self.native, self.patch_size
+        if native is not None and any(n > most for n, most in zip(size, native, strict=True)):
+            scale = min(most / n for n, most in zip(size, native, strict=True))
+            fitting = tuple(max(patch, int(n * scale) // patch * patch) for n in size)
             raise ValueError(
-                f"image must have at most {self.native[0]} x {self.native[1]} pixels for {self.name}, whose model "
-                f"takes no other size, got H = {image.shape[2]}, W = {image.shape[3]}: use load_image(..., "
-                f"max_side={min(self.native)})"
+                f"image must have at most {native[0]} x {native[1]} pixels for {self.name}, whose model takes no other "
+                f"size, got H = {size[0]}, W = {size[1]}: use load_image(..., size={fitting})"
             )
 
 
@@ -157,11 +161,14 @@ def _measure(vision, place):
     native = _native(vision.model.config)
     if native is None:
         raise RuntimeError(f"{name} can't be run on a plain picture: {_line(refused)}") from refused
+    unit = _patch(vision.model.config) or 16
+    vision.singly = True  # such pictures are large, and two at once take twice the memory
     try:
-        tried = [_outputs(vision, native, _patch(vision.model.config) or 16)]
+        tried = [_outputs(vision, native, unit)]
     except REFUSALS as error:
         raise RuntimeError(f"{name} can't be run on a plain picture of its own size: {_line(error)}") from error
-    measured = _fitted(vision, tried, [native], _patch(vision.model.config) or 16, name)
+    vision.singly = False
+    measured = _fitted(vision, tried, [native], unit, name)
     return {**measured, "native": native, "multiple": measured["layouts"][-1].stride}
 
 
@@ -199,54 +206,66 @@ def _fitted(vision, tried, sizes, unit, name):
     numbers = vision.layers(states)[:-1] if states else []
     parts = [[given[number] for given, _ in tried] for number in numbers] + [lasts]
     first = [given[0] for given, _ in tried] if states else lasts
-    layouts = []
+    layouts, covered = [], []
     reference = None
     for outputs in (first, *parts):
+        size = sizes[0]
         try:
-            layout = _layout(outputs, sizes, unit, name)
+            if len(sizes) > 1:
+                layout = find_layout(outputs, sizes, name=name)
+            else:
+                layout, size = _layout_of_one_size(tuple(outputs[0].shape), size, unit, name)
             if reference is None or (layout.kind, layout.prefix, layout.stride) != reference:
-                _held(outputs[0], layout, sizes[0], unit, name, exactly=reference is None)
+                _held(outputs[0], layout, layout.grid(size), _changed(sizes[0], unit), unit, name, reference is None)
                 reference = reference or (layout.kind, layout.prefix, layout.stride)
         except RuntimeError as error:
             if outputs is lasts:
                 raise
             layout = str(error)
         layouts.append(layout)
-    return {"numbers": tuple(numbers), "layouts": tuple(layouts[1:])}
-
-
-def _layout(outputs, sizes, unit, name):
-    if len(sizes) > 1:
-        return find_layout(outputs, sizes, name=name)
-    return _layout_of_one_size(tuple(outputs[0].shape), sizes[0], unit, name)
+        covered.append(size)
+    return {"numbers": tuple(numbers), "layouts": tuple(layouts[1:]), "sizes": tuple(covered[1:])}
 
 
 def _layout_of_one_size(shape, size, patch, name):
-    """The layout of a model that takes one size only: shapes must leave one way to read them."""
+    """The layout of a model that takes one size only, and what its grid covers: a last cell may be a partial one.
+
+    Shapes must leave one way to read them; of tokens, that with the finest grid and the fewest tokens in front.
+    """
     readings = []
     if len(shape) == 4:
         for kind, grid, channels in ((CHANNELS_FIRST, shape[2:], shape[1]), (CHANNELS_LAST, shape[1:3], shape[3])):
-            stride = size[0] // grid[0] if grid[0] else 0
-            if stride and tuple(n // stride for n in size) == tuple(grid):
-                readings.append(Layout(kind, stride, channels))
+            for stride in {-(-size[0] // grid[0]), size[0] // grid[0]} - {0} if grid[0] else ():
+                if grid in _grids(size, stride):
+                    readings.append((Layout(kind, stride, channels), grid))
+                    break
     elif len(shape) == 3:
-        for stride in sorted({patch * 2**k // 8 for k in range(12)} - {0}):
-            prefix = shape[1] - math.prod(n // stride for n in size)
-            if 0 <= prefix <= MOST_PREFIX:
-                readings.append(Layout(TOKENS, stride, shape[2], prefix))
-                break
+        fits = [
+            (stride, shape[1] - math.prod(grid), grid)
+            for stride in sorted({patch * 2**k // 8 for k in range(12)} - {0})
+            for grid in _grids(size, stride)
+            if stride <= min(size) // 2 and 0 <= shape[1] - math.prod(grid) <= MOST_PREFIX
+        ]
+        readings += [(Layout(TOKENS, s, shape[2], prefix), grid) for s, prefix, grid in sorted(fits)[:1]]
     if len(readings) != 1:
         raise RuntimeError(
             f"{name} gave {shape} for {size[0]} x {size[1]} pixels, the only size that it takes: "
             f"{'more than one way fits' if readings else 'no grid fits'} to read it as a grid"
         )
-    return readings[0]
+    layout, grid = readings[0]
+    return layout, tuple(n * layout.stride for n in grid)
 
 
-def _held(output, layout, size, unit, name, exactly):
+def _grids(size, stride):
+    """Grids (h, w) that a size may have been divided into, without and with partial last cells."""
+    return dict.fromkeys([tuple(n // stride for n in size), tuple(-(-n // stride) for n in size)])
+
+
+def _held(output, layout, grid, place, unit, name, exactly):
     """Hold a layout against which place changed with the pixels of one cell.
 
     Args:
+        place: (y, x) of the cell of `unit` pixels whose pixels change.
         exactly: whether the place that changed most must be that cell, as in a first layer; else only the number of
             tokens in front is held.
 
@@ -254,9 +273,9 @@ def _held(output, layout, size, unit, name, exactly):
         RuntimeError: another place changed.
     """
     change = (output[1].double() - output[0].double()).square()
-    row, column = (n // layout.stride for n in _changed(size, unit))
+    row, column = (n // layout.stride for n in place)
     cells = max(1, unit // layout.stride)
-    height, width = layout.grid(size)
+    height, width = grid
     if layout.kind != TOKENS:
         change = change.sum(0 if layout.kind == CHANNELS_FIRST else 2)
     else:
@@ -270,6 +289,8 @@ def _held(output, layout, size, unit, name, exactly):
                 f"{best} lie in front: no class or register tokens, so which tokens are patches is not known"
             )
         change = grids[-1]
+    if exactly and not change.any():
+        raise RuntimeError(f"{name} changes nothing in its first layer where pixels change: it does not see them")
     if exactly:
         most = int(change.flatten().argmax())
         y, x = most // width, most % width

@@ -40,8 +40,11 @@ def open_model(place, ways):
     if why:
         raise RuntimeError(f"{place} does not hold all the weights of its {type(model).__name__}: {why}{newer(place)}")
     if not _sees(model):
-        taken = getattr(model, "main_input_name", "no pixel_values")
-        raise RuntimeError(f"{place}: {type(model).__name__} takes {taken}, it is no vision model")
+        taken = [*inspect.signature(model.forward).parameters]
+        why = (
+            "patches cut beforehand; take a model of whole pictures" if "grid_thw" in taken else "it is no vision model"
+        )
+        raise RuntimeError(f"{place}: {type(model).__name__} takes {taken[0]}, {why}")
     return model.float().eval()
 
 
@@ -49,8 +52,8 @@ def _refuse_by_kind(place, config):
     kind = str(config.model_type)
     if kind.startswith("siglip2"):
         raise RuntimeError(
-            f"{place}: this SigLIP2 takes more than pixel_values (patches cut beforehand, NaFlex); take its variant for "
-            "a fixed size, such as google/siglip2-base-patch16-224"
+            f"{place}: this SigLIP2 takes more than pixel_values (patches cut beforehand, NaFlex); take its variant "
+            "for a fixed size, such as google/siglip2-base-patch16-224"
         )
     if any(getattr(config, name, None) is not None for name in ("tubelet_size", "num_frames", "frames_per_clip")):
         raise RuntimeError(

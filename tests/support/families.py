@@ -20,6 +20,8 @@ VIT = {
     "image_size": 48,
     "patch_size": 16,
 }
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+LANGUAGE = {**SMALL, "num_key_value_heads": 1, "vocab_size": 50}
 STAGES = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
 SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 3, "image_size": 96}
 
@@ -575,6 +577,105 @@ FAMILIES = {
         t.models.kosmos2.configuration_kosmos2.Kosmos2VisionConfig(**VIT)
     ),
     "blip2": lambda t: t.Blip2VisionModel(t.Blip2VisionConfig(**VIT)),
+    "llava": lambda t: t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(**VIT), text_config=t.LlamaConfig(**LANGUAGE), image_token_index=3
+        )
+    ),
+    "internvl": lambda t: t.InternVLForConditionalGeneration(
+        t.InternVLConfig(
+            vision_config={**VIT, "image_size": [48, 48], "patch_size": [16, 16]},
+            text_config=t.Qwen2Config(**LANGUAGE),
+            image_token_id=3,
+        )
+    ),
+    "paligemma": lambda t: t.PaliGemmaForConditionalGeneration(
+        t.PaliGemmaConfig(
+            vision_config={**VIT, "model_type": "siglip_vision_model", "projection_dim": 16},
+            text_config=dict(model_type="gemma", head_dim=8, **LANGUAGE),
+            image_token_index=3,
+            projection_dim=16,
+        )
+    ),
+    "idefics3": lambda t: t.Idefics3ForConditionalGeneration(
+        t.Idefics3Config(vision_config=VIT, text_config=dict(model_type="llama", **LANGUAGE), scale_factor=1)
+    ),
+    "blip2-whole": lambda t: t.Blip2Model(
+        t.Blip2Config(
+            vision_config=VIT,
+            qformer_config=dict(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                vocab_size=50,
+                encoder_hidden_size=24,
+            ),
+            text_config=dict(
+                model_type="opt",
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                ffn_dim=16,
+                vocab_size=50,
+                word_embed_proj_dim=16,
+            ),
+        )
+    ),
+    "sam3": lambda t: t.Sam3Model(
+        t.Sam3Config(
+            vision_config=dict(
+                backbone_config=dict(
+                    **{**VIT, "image_size": 64},
+                    window_size=2,
+                    global_attn_indexes=[2],
+                    pretrain_image_size=48,
+                    model_type="sam3_vit_model",
+                ),
+                fpn_hidden_size=16,
+            ),
+            text_config=dict(vocab_size=50, projection_dim=16, **SMALL),
+            geometry_encoder_config=dict(num_layers=1, **SMALL),
+            detr_encoder_config=dict(num_layers=1, **SMALL),
+            detr_decoder_config=dict(num_layers=1, num_queries=4, **SMALL),
+            mask_decoder_config=dict(hidden_size=16, num_attention_heads=2),
+        )
+    ),
+    "rt-detr": lambda t: t.RTDetrForObjectDetection(
+        t.RTDetrConfig(
+            backbone_config=t.RTDetrResNetConfig(
+                embedding_size=8, layer_type="basic", **STAGES, out_features=["stage2", "stage3", "stage4"]
+            ),
+            encoder_hidden_dim=16,
+            encoder_in_channels=[12, 16, 24],
+            d_model=16,
+            num_queries=3,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            decoder_in_channels=[16, 16, 16],
+            num_denoising=0,
+        )
+    ),
+    "maskformer": lambda t: t.MaskFormerForInstanceSegmentation(
+        t.MaskFormerConfig(
+            backbone_config=t.SwinConfig(**SWIN, out_features=["stage1", "stage2", "stage3", "stage4"]),
+            decoder_config=t.DetrConfig(
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=8,
+                decoder_ffn_dim=8,
+                num_queries=3,
+            ),
+            fpn_feature_size=32,
+            mask_feature_size=32,
+        )
+    ),
 }
 # models that no grid of features can be had from
 REFUSED = {
@@ -611,6 +712,28 @@ REFUSED = {
         pred_num_hidden_layers=1,
     ),
     "imagegpt": made("ImageGPT", n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16),
+    "qwen2-vl": lambda t: t.Qwen2VLModel(
+        t.Qwen2VLConfig(
+            vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=2),
+            text_config=dict(**LANGUAGE, rope_scaling=dict(type="mrope", mrope_section=[1, 1, 2])),
+        )
+    ),
+    "depth-pro": lambda t: t.DepthProModel(
+        t.DepthProConfig(
+            fusion_hidden_size=8,
+            patch_size=16,
+            intermediate_hook_ids=[1, 0],
+            intermediate_feature_dims=[8, 8],
+            scaled_images_ratios=[0.5, 1.0],
+            scaled_images_overlap_ratios=[0.0, 0.2],
+            scaled_images_feature_dims=[8, 8],
+            use_fov_model=False,
+            **{
+                f"{part}_model_config": {"model_type": "dinov2", **VIT, "image_size": 32}
+                for part in ("image", "patch", "fov")
+            },
+        )
+    ),
 }
 
 
