@@ -10,10 +10,11 @@ import threading
 
 import torch
 
-from . import dinov2, efficientnet, huggingface
+from . import dinov2, efficientnet, huggingface, timm_models, wrapped
 from .base import Encoder
+from .wrapped import wrap_encoder
 
-__all__ = ["Encoder", "list_encoders", "load_encoder"]
+__all__ = ["Encoder", "list_encoders", "load_encoder", "wrap_encoder"]
 
 _log = logging.getLogger("anyup_fast")
 _REGISTERED = {name: family for family in (dinov2, efficientnet) for name in family.NAMES}
@@ -65,6 +66,10 @@ def load_encoder(name, *, weights="auto", device=None):
 def _family_of(name):
     if name in _REGISTERED:
         return _REGISTERED[name]
+    if name.startswith(timm_models.PREFIXES):
+        return timm_models
+    if wrapped.OBJECT.fullmatch(name) and not name.startswith("hf:"):
+        return wrapped
     if name.startswith("hf:") or "/" in name:
         return huggingface
     close = difflib.get_close_matches(name, _REGISTERED, n=1, cutoff=0.4)
