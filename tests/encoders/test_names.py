@@ -1,5 +1,9 @@
 """Short names, where they come from, and DINOv3 from the files of its authors."""
 
+import importlib.machinery
+import sys
+import types
+
 import dinov3_authors
 import pytest
 import torch
@@ -205,6 +209,17 @@ def test_names_tell_where_their_models_come_from():
 def test_the_closest_name_may_be_a_short_one(typed, meant):
     with pytest.raises(ValueError, match=f"unknown encoder name '{typed}'; did you mean '{meant}'"):
         load_encoder(typed)
+
+
+def test_a_name_that_timm_has_is_told(monkeypatch):
+    timm = types.ModuleType("timm")
+    timm.list_models = lambda pattern: [pattern] if pattern == "vit_small_patch16_224" else []
+    timm.__spec__ = importlib.machinery.ModuleSpec("timm", None)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    with pytest.raises(ValueError, match="timm has a model of that name: write 'timm:vit_small_patch16_224'. Known"):
+        load_encoder("vit_small_patch16_224")
+    with pytest.raises(ValueError, match="unknown encoder name 'zzz'; Known"):
+        load_encoder("zzz")
 
 
 def test_a_short_name_is_asked_of_the_hub(monkeypatch, transformers):
