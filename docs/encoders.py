@@ -69,9 +69,18 @@ ROWS = (
     Row("Swin", (), HUB, "swin", "", OWN, PAGES, STAGES),
     Row("ConvNeXt, ResNet", (), HUB, "convnext", "", OWN, PAGES, STAGES),
     Row("SegFormer", (), HUB, "segformer", "", OWN, PAGES, STAGES),
+    Row("timm", (), "`timm:NAME`, `timm/NAME`", "", "", "of its pretrained_cfg", PAGES,
+        "blocks, or stages, of `forward_intermediates`"),
+    Row("your own", (), "`wrap_encoder(NETWORK)`, `package.module:function`", "", "", "`mean=`, `std=`", "yours",
+        "of `layer=[NAMES]`, submodules"),
 )  # fmt: skip
 # of families of our own, which are not measured: strides, tokens left out
-WRITTEN = {"DINOv2": ("its patch", "1, with `_reg` 5"), "EfficientNet-Lite0": ("8, 16 or 32, as named", "0")}
+WRITTEN = {
+    "DINOv2": ("its patch", "1, with `_reg` 5"),
+    "EfficientNet-Lite0": ("8, 16 or 32, as named", "0"),
+    "timm": ("found out", "found out"),
+    "your own": ("found out", "found out"),
+}
 LEFT_OUT = {"dinov3-convnext": "1, the mean"}
 
 
