@@ -93,7 +93,7 @@ def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, v
     image = (normalised if encoder.bands == 3 else banded)(image, value_range)
     features = encoder(_narrowed(image, checked_device(device, image)), layer=layer)
     if not features.isfinite().all():
-        raise RuntimeError(f"{encoder.not_finite(features)} for a finite image")
+        raise RuntimeError(f"{encoder.not_finite()} for a finite image")
     features = features if padded is None else padded.cut(features)
     return features[0] if single else features
 

@@ -107,9 +107,9 @@ class Encoder(nn.Module):
         """Features of `image`, checked and in the encoder's normalisation; `layer` is 1 to `num_layers`."""
         raise NotImplementedError
 
-    def not_finite(self, features):
+    def not_finite(self):
         """The beginning of a sentence that says so of features of this encoder."""
-        if features.dtype == torch.float16:
+        if any(parameter.dtype == torch.float16 for parameter in self.parameters()):
             return (
                 f"{self.name} gave NaN or infinite values in float16, whose range ends at 65504; compute it in "
                 "bfloat16 or float32"
