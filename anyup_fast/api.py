@@ -8,7 +8,7 @@ import torch
 
 from .checks import checked_device, judge_layout, layout_remedy
 from .endings import step
-from .image import load_image, normalised
+from .image import banded, load_image, normalised
 from .logs import warn_caller
 from .ops.choice import use_backend
 from .plain.precision import as_asked
@@ -57,36 +57,41 @@ _THE_MODEL = "AnyUp.from_pretrained()(images, features), both (B, C, H, W)"
 
 @_without_gradients("load_encoder(name)(images), images (B, 3, H, W)")
 def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, value_range=None):
-    """Features of one image or of a batch, by any encoder of the registry or of the Hugging Face hub.
+    """Features of one image or of a batch, by any encoder: by name, or your own (`wrap_encoder`).
 
     Args:
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised (see `load_image`); H and W multiples of
-            the encoder's patch size.
-        encoder: a name (see `anyup_fast.encoders.list_encoders`; or "owner/model" on the hub), or a loaded encoder.
+            the encoder's patch size. An encoder of another number of bands takes that many, as they are; the guide of
+            the upsampling stays red, green and blue.
+        encoder: a name (see `anyup_fast.encoders.load_encoder`), or a loaded or wrapped encoder.
         layer: which layer's output; -1 is the last.
         weights: see `anyup_fast.encoders.load_encoder`; which ones were used is logged, and told by the encoder's
             `source`.
         device: where to compute, a loaded encoder has to be there; None means where `image` lies.
-        value_range: what the values of `image` mean, see `upsample_features_with_anyup`.
+        value_range: what the values of `image` mean, see `upsample_features_with_anyup`. Of other bands than three:
+            None as they are, (black, white) for values that become [0, 1].
 
     Returns:
         (C, h, w) or (B, C, h, w) on the device of the computation, C and h, w as the encoder gives them.
 
     Raises:
         ValueError: image, name or device that does not fit, non-finite values. TypeError: an encoder or a layer that
-            is none. RuntimeError: weights or a package are missing.
+            is none. RuntimeError: weights or a package are missing, or the features are not finite.
     """
     from .encoders import Encoder, load_encoder
 
-    image, single = _guide(image, value_range)
-    image = _narrowed(normalised(image, value_range), checked_device(device, image))
     if isinstance(encoder, str):
-        encoder = load_encoder(encoder, weights=weights, device=image.device)
+        where = image.device if isinstance(image, torch.Tensor) else torch.device("cpu")
+        encoder = load_encoder(encoder, weights=weights, device=where if device is None else checked_device(device))
     elif not isinstance(encoder, Encoder):
         raise TypeError(f"encoder: need a name or what load_encoder returns, got {type(encoder).__name__}")
     elif weights != "auto":
         raise ValueError(f"weights: a loaded encoder has its own, got {weights!r}; give its name, or leave weights out")
-    features = encoder(image, layer=layer)
+    image, single = _guide(image, value_range, encoder.bands)
+    image = (normalised if encoder.bands == 3 else banded)(image, value_range)
+    features = encoder(_narrowed(image, checked_device(device, image)), layer=layer)
+    if not features.isfinite().all():
+        raise RuntimeError(f"{encoder.not_finite()} for a finite image")
     return features[0] if single else features
 
 
@@ -244,10 +249,10 @@ def _loaded_model(path, version, device):
     return AnyUp.from_pretrained(path, device=device)
 
 
-def _guide(image, value_range):
+def _guide(image, value_range, bands=3):
     """`image` with a batch axis, whole numbers where `value_range` says what they mean; whether that was added."""
     counts = checked_value_range(value_range, normalised=True) not in (None, NORMALISED)
-    return _batched("image", image, channels=3, counts=counts)
+    return _batched("image", image, channels=bands, counts=counts)
 
 
 def _narrowed(tensor, device):

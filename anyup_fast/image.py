@@ -95,6 +95,21 @@ def normalised(image, value_range, name="image"):
     return unit.to(image.dtype) if image.is_floating_point() else unit
 
 
+def banded(image, value_range, name="image"):
+    """An image tensor (..., bands, H, W) of other than three bands: as it is, or from black and white to [0, 1].
+
+    Raises:
+        ValueError: values that are not finite or not those of `value_range`, an unknown `value_range`.
+    """
+    value_range = checked_value_range(value_range, normalised=True)
+    if value_range not in (None, NORMALISED):
+        wide = torch.promote_types(image.dtype, torch.float32) if image.is_floating_point() else torch.float32
+        return scaled(image.to(wide), value_range, name)
+    if not image.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinite values; mend them first (torch.nan_to_num)")
+    return image
+
+
 def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS, value_range=None, upright=True):
     """Read a picture of any common kind as an ImageNet-normalised tensor.
 

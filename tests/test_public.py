@@ -17,7 +17,7 @@ from anyup_fast import cli, ops
 
 NAMES = {
     "anyup_fast": (
-        "AnyUp accelerate install_as_anyup extract_dinov2_features extract_features load_image prepare "
+        "AnyUp accelerate install_as_anyup extract_dinov2_features extract_features load_image prepare wrap_encoder "
         "upsample_features_with_anyup visualize_feature_comparison open batch"
     ),
     "anyup_fast.ops": (
@@ -25,7 +25,7 @@ NAMES = {
         "neighborhood_bounds pooled pooled_block project_keys project_pixels project_queries reference "
         "res_block use_backend use_precision why_not window_bounds windowed_attention"
     ),
-    "anyup_fast.encoders": "Encoder list_encoders load_encoder",
+    "anyup_fast.encoders": "Encoder list_encoders load_encoder wrap_encoder",
     "anyup_fast.batch": "Archive Settings Summary check_film make_film open_archive run",
     "anyup_fast.training": "TrainConfig TargetCache train",
     "anyup_fast.export": "export_onnx",

@@ -136,7 +136,7 @@ class Upsampler:
             else:
                 if features.isfinite().all():
                     return features
-                picture.error = f"the encoder {self.settings.encoder} gives values that are not finite for it"
+                picture.error = f"the encoder {self.encoder.not_finite()} for it"
         return None
 
     def features(self, images):
@@ -169,7 +169,7 @@ class Upsampler:
         answers, finite = getattr(self, f"_{self.settings.kind}")(prepared, output_size)
         for index, picture in enumerate(pictures):
             if not features[index].isfinite().all():
-                picture.error = f"the encoder {self.settings.encoder} gives values that are not finite for it"
+                picture.error = f"the encoder {self.encoder.not_finite()} for it"
             elif not finite[index]:
                 picture.error = f"its values leave the range of {self.settings.dtype}; use bfloat16 or float32"
                 picture.cause = "range"

