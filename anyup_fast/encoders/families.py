@@ -78,6 +78,8 @@ class Vision(nn.Module):
         numbers = list(range(len(states)))
         if len(states) > 1 and states[-1].shape == states[-2].shape and torch.equal(states[-1], states[-2]):
             numbers.pop()
+        if self.kind in ("TimmWrapperModel", "TimmBackbone"):
+            return numbers
         return numbers if len(numbers) == self._stages() else numbers[1:] or numbers
 
     def _stages(self):

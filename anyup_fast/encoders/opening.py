@@ -26,7 +26,11 @@ def open_model(place, ways):
     _refuse_by_kind(place, config)
     model, why = None, None
     if type(config) in transformers.AutoModel._model_mapping.keys() and not _has_backbone(config):
-        model, report = read_pretrained(transformers.AutoModel, place, ways, config=config, output_loading_info=True)
+        loader = transformers.AutoModel
+        if config.model_type == "timm_backbone":
+            config.use_pretrained_backbone = False  # its weights are in the file, and not at timm
+            loader = _Plain(transformers.TimmBackbone)
+        model, report = read_pretrained(loader, place, ways, config=config, output_loading_info=True)
         why = _missing(report, "")
     if model is None or why:
         kind = _class_of(transformers, whole)
@@ -46,6 +50,17 @@ def open_model(place, ways):
         )
         raise RuntimeError(f"{place}: {type(model).__name__} takes {taken[0]}, {why}")
     return model.float().eval()
+
+
+class _Plain:
+    """A class of transformers whose own `from_pretrained` takes other names than places: read as all others are."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def from_pretrained(self, place, **arguments):
+        transformers = import_module("transformers")
+        return transformers.PreTrainedModel.from_pretrained.__func__(self.kind, place, **arguments)
 
 
 def _refuse_by_kind(place, config):

@@ -45,6 +45,10 @@ def towers(kind, text=None, **vision):
     return make
 
 
+def timm_wrapper(architecture):
+    return task("TimmWrapperModel", "TimmWrapperConfig", architecture=architecture, do_pooling=False)
+
+
 FAMILIES = {
     "vit": made("ViT", **VIT),
     "vit-classifier": task("ViTForImageClassification", "ViTConfig", **VIT),
@@ -675,6 +679,17 @@ FAMILIES = {
             fpn_feature_size=32,
             mask_feature_size=32,
         )
+    ),
+    # with timm only
+    "timm-wrapper-vit": timm_wrapper("test_vit"),
+    "timm-wrapper-convnext": timm_wrapper("test_convnext"),
+    "timm-wrapper-resnet": timm_wrapper("test_resnet"),
+    "timm-backbone": task(
+        "TimmBackbone",
+        "TimmBackboneConfig",
+        backbone="test_resnet",
+        use_pretrained_backbone=False,
+        out_indices=[0, 1, 2, 3],
     ),
 }
 # models that no grid of features can be had from
