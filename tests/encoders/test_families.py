@@ -1,6 +1,7 @@
 """Every family of vision models of transformers that takes pictures, tiny, at random weights, from a folder."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import families
 import pytest
@@ -404,3 +405,14 @@ def test_trained_weights_are_read_as_those_who_trained_them_read_them():
     assert (found.patch_size, found.prefix_tokens, found.num_layers, found.dim) == (14, 1, 12, 384)
     image = noise(1, 3, 42, 70)
     torch.testing.assert_close(found(image), known(image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hiera", "swin", "aimv2"])
+def test_two_threads_may_ask_for_two_sizes(tmp_path, name):
+    encoder = load_encoder(saved(tmp_path, build(name)))
+    images = [noise(1, 3, 64, 96), noise(1, 3, 160, 128)]
+    expected = [encoder(image) for image in images]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(encoder, images * 20))
+    for index, features in enumerate(found):
+        torch.testing.assert_close(features, expected[index % 2], rtol=0, atol=1e-5)
