@@ -1,11 +1,15 @@
 """Vision models of transformers as functions of pictures: what some families need, which outputs are layers."""
 
 import inspect
+import threading
+from contextlib import nullcontext
 from types import MethodType
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+_alone = threading.Lock()  # of models that note the size of a picture in their own modules
 
 
 class Vision(nn.Module):
@@ -21,6 +25,8 @@ class Vision(nn.Module):
         self.takes = frozenset(inspect.signature(model.forward).parameters)
         self.singly = False  # whether pictures go in one by one
         self.positions = _free_sizes(model)
+        shifting = any(hasattr(module, "native_shift") for module in model.modules())
+        self.notes_sizes = shifting or self.positions is not None or self.kind == "HieraModel"
 
     @property
     def kind(self):
@@ -32,7 +38,8 @@ class Vision(nn.Module):
             found = [self(one[None], hidden) for one in image]
             states = [torch.cat(parts) for parts in zip(*(states for states, _ in found), strict=True)]
             return states, torch.cat([last for _, last in found])
-        output = self.model(pixel_values=image, **self._arguments(image, hidden))
+        with _alone if self.notes_sizes else nullcontext():
+            output = self.model(pixel_values=image, **self._arguments(image, hidden))
         return (_states(output) if hidden else []), self._last(output)
 
     def _arguments(self, image, hidden):

