@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import logging
 from pathlib import Path
 
 import torch
@@ -15,8 +14,7 @@ PREFIXES = ("timm:", "timm/")
 REMEDY = "pip install 'anyup-fast[timm]'"
 # What makes a model take pictures of any size, where its class knows it.
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
-
-_log = logging.getLogger("anyup_fast")
+NO_NORM = ("Hiera", "HieraDet")  # classes whose inner maps timm refuses to normalise
 
 
 class TimmEncoder(Encoder):
@@ -129,7 +127,8 @@ def _origin(config):
 def _run(model, image, layers, last):
     """Layer -> its output; `last` is the number of layers."""
     inner, found = [layer for layer in layers if layer != last], {}
-    for some, norm in ((inner, False), ([last] if last in layers else [], True)):
+    final = type(model).__name__ not in NO_NORM
+    for some, norm in ((inner, False), ([last] if last in layers else [], final)):
         if some:
             indices = [layer - 1 for layer in some]
             maps = model.forward_intermediates(
