@@ -203,6 +203,14 @@ def test_what_is_refused(name, weights, kind, message, tmp_path, monkeypatch):
         load_encoder(name, weights=weights)
 
 
+def test_an_old_timm_is_told(monkeypatch):
+    import timm
+
+    monkeypatch.setattr(timm, "__version__", "1.0.9")
+    with pytest.raises(RuntimeError, match="needs timm 1.0.22 or newer, 1.0.9 is installed: pip install --upgrade"):
+        load_encoder("timm:resnet18", weights="random")
+
+
 def test_a_folder_of_the_same_name(tmp_path, monkeypatch):
     (tmp_path / "timm" / "resnet18").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
