@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-import logging
+import re
 from pathlib import Path
 
 import torch
@@ -11,12 +11,12 @@ from ..files import expanded
 from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder, optional_import
 from .layout import PROBE_BATCH, as_map, find_layout, probe_sizes
 
+TIMM = "1.0.22"  # the oldest whose networks can be described without being made
 PREFIXES = ("timm:", "timm/")
 REMEDY = "pip install 'anyup-fast[timm]'"
 # What makes a model take pictures of any size, where its class knows it.
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
-
-_log = logging.getLogger("anyup_fast")
+NO_NORM = ("Hiera", "HieraDet")  # classes whose inner maps timm refuses to normalise
 
 
 class TimmEncoder(Encoder):
@@ -63,6 +63,10 @@ def load(name, weights="auto"):
         RuntimeError: timm or the weights are not there, or the model takes pictures of one size alone.
     """
     timm = optional_import("timm", REMEDY)
+    if _numbers(timm.__version__) < _numbers(TIMM):
+        raise RuntimeError(
+            f"{name} needs timm {TIMM} or newer, {timm.__version__} is installed: pip install --upgrade timm"
+        )
     wanted = name[len(PREFIXES[0]) :]
     if name.startswith("timm/") and Path(name).is_dir():
         raise ValueError(f"{name!r} is a folder here, and names a model of timm: say 'hf:./{name}' or 'timm:{wanted}'")
@@ -104,9 +108,16 @@ def _made(timm, name, wanted, weights):
     """The model in eval mode, for pictures of any size, without its classifier."""
     arguments = {"pretrained": weights != "random", "num_classes": 0}
     if weights not in ("auto", "random"):
-        arguments["pretrained_cfg_overlay"] = {"file": weights}
-    with torch.device("meta"):
-        kind = type(timm.create_model(wanted, num_classes=0))
+        own = {} if weights.endswith(".npz") else {"custom_load": False}  # older timm reads all files of some as .npz
+        arguments["pretrained_cfg_overlay"] = {"file": weights, **own}
+    try:
+        with torch.device("meta"):
+            kind = type(timm.create_model(wanted, num_classes=0))
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"{name} can't be described by timm {timm.__version__} without being made ({_first(error)}): "
+            "pip install --upgrade timm"
+        ) from error
     known = {key for base in kind.__mro__ for key in inspect.signature(base.__init__).parameters}
     arguments |= {key: value for key, value in ANY_SIZE.items() if key in known}
     if not hasattr(kind, "forward_intermediates"):
@@ -129,7 +140,8 @@ def _origin(config):
 def _run(model, image, layers, last):
     """Layer -> its output; `last` is the number of layers."""
     inner, found = [layer for layer in layers if layer != last], {}
-    for some, norm in ((inner, False), ([last] if last in layers else [], True)):
+    final = type(model).__name__ not in NO_NORM
+    for some, norm in ((inner, False), ([last] if last in layers else [], final)):
         if some:
             indices = [layer - 1 for layer in some]
             maps = model.forward_intermediates(
@@ -162,6 +174,10 @@ def _measured(model, name):
         for layer in range(1, count + 1)
     ]
     return unit, layouts
+
+
+def _numbers(version):
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def _first(error):

@@ -43,12 +43,11 @@ SLOW = {
     "deit3_small_patch16_224": (12, 16, 384),
     "vit_base_patch16_siglip_224": (12, 16, 768),
     "vit_base_patch16_clip_224": (12, 16, 768),
-    "samvit_base_patch16": (12, 16, 768),
+    "samvit_base_patch16": (12, 16, 256),
     "naflexvit_base_patch16_gap": (12, 16, 768),
     "vitamin_small_224": (14, 16, 384),
     "sam2_hiera_tiny": (4, 32, 768),
     "swinv2_tiny_window8_256": (4, 32, 768),
-    "tiny_vit_5m_224": (4, 32, 320),
     "davit_tiny": (4, 32, 768),
     "focalnet_tiny_srf": (4, 32, 768),
     "nextvit_small": (4, 32, 1024),
@@ -64,7 +63,14 @@ SLOW = {
     "vgg11": (6, 32, 512),
 }
 # Networks of pixels that see more than a small picture: theirs is twice as large.
-BROAD = {"efficientnet_b0", "mobilenetv3_small_100", "mobilenetv4_conv_small", "repvit_m0_9", "mobilevit_xxs"}
+BROAD = {
+    "efficientnet_b0",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "repvit_m0_9",
+    "mobilevit_xxs",
+    "tiny_vit_5m_224",
+}
 NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
@@ -195,6 +201,14 @@ def test_what_is_refused(name, weights, kind, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=message):
         load_encoder(name, weights=weights)
+
+
+def test_an_old_timm_is_told(monkeypatch):
+    import timm
+
+    monkeypatch.setattr(timm, "__version__", "1.0.9")
+    with pytest.raises(RuntimeError, match="needs timm 1.0.22 or newer, 1.0.9 is installed: pip install --upgrade"):
+        load_encoder("timm:resnet18", weights="random")
 
 
 def test_a_folder_of_the_same_name(tmp_path, monkeypatch):
