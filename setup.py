@@ -15,6 +15,7 @@ PACKAGES = find_packages(include=["anyup_fast", "anyup_fast.*"])
 PACKAGES += ["anyup_fast.kernels"] + [f"anyup_fast.kernels.{name}" for name in find_packages("kernels")]
 
 ENCODERS = ["transformers>=4.48", "onnx>=1.16"]
+TIMM = ["timm>=1.0.22"]
 VIZ = ["matplotlib>=3.7"]
 DEMO = ["scikit-image>=0.22"]
 TRAIN = ["tqdm>=4.60"]
@@ -47,6 +48,7 @@ setup(
     ],
     extras_require={
         "encoders": ENCODERS,
+        "timm": TIMM,
         "viz": VIZ,
         "demo": ENCODERS + VIZ + DEMO,
         "train": TRAIN,

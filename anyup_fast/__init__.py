@@ -15,6 +15,7 @@ _HOME_OF = {
     "extract_features": "api",
     "upsample_features_with_anyup": "api",
     "visualize_feature_comparison": "api",
+    "wrap_encoder": "encoders",
     "AnyUp": "model",
     "accelerate": "acceleration",
     "install_as_anyup": "published",

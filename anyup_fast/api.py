@@ -9,14 +9,16 @@ import torch
 from .checks import (
     checked_compute_dtype,
     checked_device,
+    checked_output_size,
     judge_layout,
     layout_remedy,
     narrowed_features,
     tell_of_lost_gradients,
 )
 from .endings import step
-from .image import load_image, normalised
+from .image import banded, load_image, normalised
 from .ops.choice import use_backend
+from .padded import Padded, whole_size
 from .plain.precision import as_asked
 from .plain.width import has_float64
 from .ranges import NORMALISED, checked_value_range
@@ -58,36 +60,43 @@ _THE_MODEL = "AnyUp.from_pretrained()(images, features), both (B, C, H, W)"
 
 @_without_gradients("load_encoder(name)(images), images (B, 3, H, W)")
 def extract_features(image, encoder, *, layer=-1, weights="auto", device=None, value_range=None):
-    """Features of one image or of a batch, by any encoder of the registry or of the Hugging Face hub.
+    """Features of one image or of a batch, by any encoder: by name, or your own (`wrap_encoder`).
 
     Args:
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised (see `load_image`); H and W multiples of
-            the encoder's patch size.
-        encoder: a name (see `anyup_fast.encoders.list_encoders`; or "owner/model" on the hub), or a loaded encoder.
+            the encoder's patch size. An encoder of another number of bands takes that many, as they are; the guide of
+            the upsampling stays red, green and blue. Of a `Padded` image, features of the cells that touch the picture.
+        encoder: a name (see `anyup_fast.encoders.load_encoder`), or a loaded or wrapped encoder.
         layer: which layer's output; -1 is the last.
         weights: see `anyup_fast.encoders.load_encoder`; which ones were used is logged, and told by the encoder's
             `source`.
         device: where to compute, a loaded encoder has to be there; None means where `image` lies.
-        value_range: what the values of `image` mean, see `upsample_features_with_anyup`.
+        value_range: what the values of `image` mean, see `upsample_features_with_anyup`. Of other bands than three:
+            None as they are, (black, white) for values that become [0, 1].
 
     Returns:
         (C, h, w) or (B, C, h, w) on the device of the computation, C and h, w as the encoder gives them.
 
     Raises:
         ValueError: image, name or device that does not fit, non-finite values. TypeError: an encoder or a layer that
-            is none. RuntimeError: weights or a package are missing.
+            is none. RuntimeError: weights or a package are missing, or the features are not finite.
     """
     from .encoders import Encoder, load_encoder
 
-    image, single = _guide(image, value_range)
-    image = _narrowed(normalised(image, value_range), checked_device(device, image))
+    padded, image = _unpadded(image)
     if isinstance(encoder, str):
-        encoder = load_encoder(encoder, weights=weights, device=image.device)
+        where = image.device if isinstance(image, torch.Tensor) else torch.device("cpu")
+        encoder = load_encoder(encoder, weights=weights, device=where if device is None else checked_device(device))
     elif not isinstance(encoder, Encoder):
         raise TypeError(f"encoder: need a name or what load_encoder returns, got {type(encoder).__name__}")
     elif weights != "auto":
         raise ValueError(f"weights: a loaded encoder has its own, got {weights!r}; give its name, or leave weights out")
-    features = encoder(image, layer=layer)
+    image, single = _guide(image, value_range, encoder.bands)
+    image = (normalised if encoder.bands == 3 else banded)(image, value_range)
+    features = encoder(_narrowed(image, checked_device(device, image)), layer=layer)
+    if not features.isfinite().all():
+        raise RuntimeError(f"{encoder.not_finite()} for a finite image")
+    features = features if padded is None else padded.cut(features)
     return features[0] if single else features
 
 
@@ -133,7 +142,8 @@ def upsample_features_with_anyup(
     No gradients are recorded, with a warning where the inputs ask for some: to train through it, call `AnyUp` itself.
 
     Args:
-        image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; the guide, at any resolution.
+        image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; the guide, at any resolution. Or a
+            `Padded` image, whose picture is what is answered for: its size stands for (H, W).
         features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s).
         output_size: (H', W'); None means (H, W).
         weights: "embedded", "anyup_multi_backbone", "anyup_paper", a path or URL (see `AnyUp.from_pretrained`), or an
@@ -160,11 +170,17 @@ def upsample_features_with_anyup(
             RuntimeError: a back end that can't run.
     """
     wanted = features
+    padded, image = _unpadded(image, features)
     image, features, model, single = _upsampler(image, features, weights, device, value_range, dtype)
     if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
+    part = None if padded is None else checked_output_size(output_size, padded.size)
+    if part is not None:
+        output_size = whole_size(part, padded.size, image.shape[-2:])
     with _asking(backend, precision):
         upsampled = model(image, features, output_size)
+    if part is not None:
+        upsampled = upsampled[..., : part[0], : part[1]]
     if wanted.dtype == torch.float64 and not has_float64(upsampled.device):
         upsampled = upsampled.cpu()
     upsampled = upsampled.to(wanted.dtype)
@@ -188,7 +204,7 @@ def prepare(
     Args:
         image: (3, H, W) or (B, 3, H, W) floating point, ImageNet-normalised; or a picture that need not fit in memory,
             anything (H, W, 3) that gives rows when sliced (a numpy memmap, a zarr array): uint8, uint16 or floats in
-            [0, 1], normalised as it is read.
+            [0, 1], normalised as it is read; or a `Padded` image, within whose picture sizes and coordinates are.
         features: (C, h, w) or (B, C, h, w) floating point, any C, of the same picture(s); float64 becomes float32 on
             its way to a device that has none.
         weights, device, backend, precision: see `upsample_features_with_anyup`; back end and precision are those of
@@ -203,6 +219,7 @@ def prepare(
     Raises:
         ValueError, FileNotFoundError, RuntimeError: as `upsample_features_with_anyup`.
     """
+    padded, image = _unpadded(image, features)
     if isinstance(image, torch.Tensor):
         image, features, model, _ = _upsampler(image, features, weights, device, value_range, dtype)
     else:
@@ -212,7 +229,8 @@ def prepare(
         device = checked_device(device, features)
         model, features = _computing(weights, features, device, dtype)
     with _asking(None, precision):
-        return model.prepare(image, features, backend=backend)
+        prepared = model.prepare(image, features, backend=backend)
+    return prepared if padded is None else prepared.within(*padded.size)
 
 
 @contextmanager
@@ -271,10 +289,21 @@ def _loaded_model(path, version, device, dtype):
     return AnyUp.from_pretrained(path, device=device).to(dtype)
 
 
-def _guide(image, value_range):
+def _unpadded(image, features=None):
+    """(`image` where it is `Padded`, else None; its tensor, as far as `features` cover it)."""
+    if not isinstance(image, Padded):
+        return None, image
+    if features is None:
+        return image, image.image
+    if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
+        _batched("features", features)
+    return image, image.covered(features)[0]
+
+
+def _guide(image, value_range, bands=3):
     """`image` with a batch axis, whole numbers where `value_range` says what they mean; whether that was added."""
     counts = checked_value_range(value_range, normalised=True) not in (None, NORMALISED)
-    return _batched("image", image, channels=3, counts=counts)
+    return _batched("image", image, channels=bands, counts=counts)
 
 
 def _narrowed(tensor, device):

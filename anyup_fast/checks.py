@@ -204,26 +204,39 @@ def layout_remedy(name, shape, channels):
 
 
 def judge_layout(image, features, single):
-    """Warn where features (B, C, h, w) seem to have another order of axes: channels last, or tokens.
+    """Refuse features (B, C, h, w) whose shape shows another order of axes; warn of one that is likely.
 
     Args:
         image: (B, 3, H, W). single: whether the features came as three axes.
+
+    Raises:
+        ValueError: read as they are their cells would be stretched more than twofold, and read in the other order they
+            are the square cells of the image.
     """
     (height, width), (channels, h, w) = image.shape[-2:], features.shape[1:]
     shape = tuple(features.shape[1:] if single else features.shape)
     stretched = _stretch(h, w, height, width) > 2
-    tokens = single and channels in (1, len(image)) and _are_tokens(h, height, width)
-    if tokens and (stretched or h > min(height, width) // 2):
-        advice = "tokens (B, N, C)? without class and register tokens, write "
-        advice += f"features.transpose(1, 2).reshape({channels}, {w}, h, w)"
+    grids = _token_grids(h, height, width) if single and channels in (1, len(image)) else ()
+    if grids and (stretched or h > min(height, width) // 2):
+        sure = stretched
+        (extra, rows, cols), *others = grids
+        behind = "" if extra == 0 or others else f"[:, {extra}:]"
+        grid = "h, w" if others else f"{rows}, {cols}"
+        told = "without class and register tokens, " if others else f"{extra} class and register tokens left out, "
+        advice = f"tokens (B, N, C)? {told if extra or others else ''}write "
+        advice += f"features{behind}.transpose(1, 2).reshape({channels}, {w}, {grid})"
     elif stretched and _stretch(channels, h, height, width) < 1.25 and w > max(channels, h):
+        sure = height * h == width * channels and height % channels == 0
         advice = f"channels last? write features.permute({'2, 0, 1' if single else '0, 3, 1, 2'})"
     else:
         return
-    warn_caller(
+    said = (
         f"features: {shape} are read as {channels} channels on a grid of {h}x{w} cells, for an image of "
         f"{height}x{width} pixels; {advice}"
     )
+    if sure:
+        raise ValueError(said)
+    warn_caller(said)
 
 
 def _stretch(h, w, height, width):
@@ -231,10 +244,11 @@ def _stretch(h, w, height, width):
     return max(ratio, 1 / ratio)
 
 
-def _are_tokens(count, height, width):
-    """Whether `count` tokens are those of an image cut into square patches, class and register tokens apart."""
+def _token_grids(count, height, width):
+    """(class and register tokens, h, w) for each way in which `count` tokens are an image's square patches."""
     sides = (side for side in (7, 8, 14, 16, 28, 32) if height % side == 0 == width % side)
-    return any(count - height * width // side**2 in (0, 1, 2, 5) for side in sides)
+    grids = ((count - height * width // side**2, height // side, width // side) for side in sides)
+    return [grid for grid in grids if grid[0] in (0, 1, 2, 5)]
 
 
 def tell_of_lost_gradients(name, given, remedy):

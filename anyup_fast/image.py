@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .formats import SUFFIXES as SUFFIXES
+from .padded import padded
 from .pixels import MAX_PIXELS as MAX_PIXELS
 from .pixels import decoded, full_scale, refuse_enormous
 from .ranges import IMAGENET_MEAN, IMAGENET_STD, NORMALISED, checked_value_range, judge_normalised, scaled, unit_range
@@ -73,7 +74,24 @@ def normalised(image, value_range, name="image"):
     return unit.to(image.dtype) if image.is_floating_point() else unit
 
 
-def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS, value_range=None, upright=True):
+def banded(image, value_range, name="image"):
+    """An image tensor (..., bands, H, W) of other than three bands: as it is, or from black and white to [0, 1].
+
+    Raises:
+        ValueError: values that are not finite or not those of `value_range`, an unknown `value_range`.
+    """
+    value_range = checked_value_range(value_range, normalised=True)
+    if value_range not in (None, NORMALISED):
+        wide = torch.promote_types(image.dtype, torch.float32) if image.is_floating_point() else torch.float32
+        return scaled(image.to(wide), value_range, name)
+    if not image.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinite values; mend them first (torch.nan_to_num)")
+    return image
+
+
+def load_image(
+    source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS, value_range=None, upright=True, fit="stretch"
+):
     """Read a picture of any common kind as an ImageNet-normalised tensor.
 
     EXIF orientation is applied (unreadable EXIF data: a warning, and the picture as it is stored). Palette,
@@ -96,17 +114,21 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
         size: None keeps the size; an int is the length of the shorter side in pixels, aspect ratio kept;
             (height, width) is taken exactly.
         patch_multiple: when given, both sides are afterwards brought to the nearest multiple of this int
-            (upwards from half way, never below one multiple) by resizing, not by cropping.
+            (upwards from half way, never below one multiple) by resizing, not by cropping; with `fit="pad"` to the
+            next one, by padding.
         max_pixels: files and PIL images with more pixels are refused before they are decoded, and so is
             resizing to more; None lifts both limits.
         value_range: (black, white), the values that stand for them, such as (0, 4095) of a camera with 12 bits; what
             lies beyond is clipped. None means the full scale of the type, and a warning where 16-bit values fill but
             the lower 8, 10, 12 or 14 bits.
         upright: apply the EXIF orientation; False leaves the picture as it is stored.
+        fit: how the sides become multiples: "stretch" resizes, which changes the proportions a little; "pad" repeats
+            the last row and the last column below and on the right.
 
     Returns:
         Contiguous (3, H, W) float32 tensor, ImageNet-normalised; on the CPU, or on the device of a tensor
-        `source`.
+        `source`. With `fit="pad"` an `anyup_fast.padded.Padded` around it, which the verbs take as an image, and
+        answer for the picture in it.
 
     Raises:
         FileNotFoundError: there is no file at the path.
@@ -114,7 +136,7 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
         ValueError: a URL, a folder, not a picture, a truncated or damaged one, one that is empty or has more
             than `max_pixels`; an array or tensor of another shape or dtype, not finite or outside [0, 1]; a
             `size`, `patch_multiple` or `max_pixels` that is no positive int; a `value_range` that is none, or not
-            that of the values.
+            that of the values; an unknown `fit`, or "pad" without `patch_multiple`.
 
     Note:
         A program that sets Pillow's process-wide `ImageFile.LOAD_TRUNCATED_IMAGES` gets truncated pictures
@@ -126,6 +148,12 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     for name, value in (("patch_multiple", patch_multiple), ("max_pixels", max_pixels)):
         if value is not None and not _is_positive_int(value):
             raise ValueError(f"{name} must be None or a positive int, got {value!r}")
+    if fit not in ("stretch", "pad"):
+        raise ValueError(f"fit must be 'stretch' or 'pad', got {fit!r}")
+    if fit == "pad" and patch_multiple is None:
+        raise ValueError(
+            "fit='pad' needs patch_multiple, such as the encoder's patch_size; without it nothing is padded"
+        )
 
     value_range = checked_value_range(value_range)
 
@@ -134,28 +162,28 @@ def load_image(source, size=None, patch_multiple=None, *, max_pixels=MAX_PIXELS,
     elif isinstance(source, np.ndarray):
         picture = _from_array(source, value_range=value_range)
     else:
-        return from_pixels(
-            decoded(source, max_pixels, value_range is not None, upright), size, patch_multiple, max_pixels, value_range
-        )
-    return _finished(picture, size, patch_multiple, max_pixels)
+        pixels = decoded(source, max_pixels, value_range is not None, upright)
+        return from_pixels(pixels, size, patch_multiple, max_pixels, value_range, fit)
+    return _finished(picture, size, patch_multiple, max_pixels, fit)
 
 
-def from_pixels(pixels, size=None, patch_multiple=None, max_pixels=MAX_PIXELS, value_range=None):
+def from_pixels(pixels, size=None, patch_multiple=None, max_pixels=MAX_PIXELS, value_range=None, fit="stretch"):
     """What `load_image` makes of a picture whose file is decoded, `pixels.Pixels`."""
     picture = _from_array(pixels.array, pixels.name, value_range, pixels.full)
     if pixels.white is not None:
         picture = picture.masked_fill(torch.from_numpy(pixels.white), 1.0)
-    return _finished(picture, size, patch_multiple, max_pixels)
+    return _finished(picture, size, patch_multiple, max_pixels, fit)
 
 
-def _finished(picture, size, patch_multiple, max_pixels):
+def _finished(picture, size, patch_multiple, max_pixels, fit):
     """(3, H, W) with values in [0, 1] resized and normalised."""
-    target = target_size(picture.shape[1:], size, patch_multiple)
+    target = target_size(picture.shape[1:], size, patch_multiple if fit == "stretch" else None)
     if target != picture.shape[1:]:
         name = f"size={size!r}, patch_multiple={patch_multiple!r}: the resized picture"
         refuse_enormous(*target, max_pixels, name)
         picture = resized(picture[None], target)[0]
-    return normalize(picture).contiguous()
+    picture = normalize(picture).contiguous()
+    return padded(picture, int(patch_multiple)) if fit == "pad" else picture
 
 
 def resized(images, size):

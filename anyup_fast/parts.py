@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from .checks import checked_tile
 from .endings import step
 from .kept import kept_of
 from .ops.choice import use_backend
@@ -35,6 +36,21 @@ def exactly(method):
             return method(self, *arguments)
 
     return run
+
+
+def chosen_tile(tile, max_memory, memory):
+    """(height, width) of the tiles of a stream: those given, or the largest whose `memory` (bytes) stays within."""
+    if tile is not None:
+        pair = checked_tile(tile)
+        if max_memory is not None and memory(pair) > max_memory:
+            raise ValueError(f"max_memory: tiles of {pair} take {memory(pair)} bytes, got {max_memory}")
+        return pair
+    if max_memory is None:
+        return 256, 256
+    sides = [side for side in (2048, 1024, 512, 256, 128, 64, 32) if memory((side, side)) <= max_memory]
+    if not sides:
+        raise ValueError(f"max_memory: need at least {memory((32, 32))} bytes, got {max_memory}")
+    return sides[0], sides[0]
 
 
 def whole_queries(model, image, shared, size):

@@ -12,13 +12,14 @@ import os
 import torch
 import torch.nn.functional as F
 
-from .checks import checked_box, checked_output_size, checked_points, checked_state, checked_tile
+from .checks import checked_box, checked_output_size, checked_points, checked_state
 from .heads import linear_head
 from .layers import cell_colours
 from .ops import windowed_attention
 from .ops.attention import runs_plain
 from .ops.choice import requested
-from .parts import answer, exactly, part_queries, whole_queries
+from .padded import whole_size
+from .parts import answer, chosen_tile, exactly, part_queries, whole_queries
 from .plain import guidance as plain_guidance
 from .plain import precision
 from .plain.memory import new_empty, nothing_kept, tile_memory
@@ -37,7 +38,7 @@ class Prepared:
     """What `prepare` returns. Statistics and keys are computed when the first answer is asked for, and kept.
 
     Attributes:
-        output_size: (H, W) of the image, the default of every answer.
+        output_size: (H, W) of the image, or of the picture in it (`within`), the default of every answer.
         channels: of the answers.
     """
 
@@ -46,13 +47,21 @@ class Prepared:
         self.model, self._features, self._value = model, features, features.permute(0, 2, 3, 1)
         self._image, self._read, self._image_shape = (image if read is None else None), read, tuple(image.shape)
         self._shared = {} if state is None else checked_state(state, features)
-        self._argmax, self._precision = False, precision.requested()
+        self._argmax, self._precision, self._picture = False, precision.requested(), None
         self._backend = requested() if backend is None else backend
 
     @property
     def output_size(self):
-        """(H, W) of the image."""
+        """(H, W) of the image, or of the picture in it."""
+        return self._picture or self._size
+
+    @property
+    def _size(self):
         return self._image_shape[2:]
+
+    def _whole(self, size):
+        """(H', W') of the image for an output of `size`."""
+        return size if self._picture is None else whole_size(size, self._picture, self._size)
 
     @property
     def channels(self):
@@ -90,17 +99,18 @@ class Prepared:
             (B, C, H', W') in the dtype of the features; with `argmax` labels (B, H', W'), int64.
         """
         size = checked_output_size(output_size, self.output_size)
-        whole = (0, 0, *size)
+        box, size = (0, 0, *size), self._whole(size)
         if self._image is None:
-            return self._region(whole, size)
+            return self._region(box, size)
         if "norms" in self._shared:
             query = whole_queries(self.model, self._image, self._shared, size)
             if query is None:
-                return self._region(whole, size)
+                return self._region(box, size)
         else:
             query, key, norms = self.model.guided(self._image, self._features, size)
             self._shared.update(key=key, norms=norms)
-        return self._attend(self.model.projected_queries(query), whole, size)
+        query = self.model.projected_queries(query)
+        return self._attend(query if box[2:] == size else query[:, : box[2], : box[3]], box, size)
 
     @answer
     def region(self, top, left, height, width, output_size=None):
@@ -118,7 +128,7 @@ class Prepared:
             ValueError: an empty rectangle, or one that leaves the output.
         """
         size = checked_output_size(output_size, self.output_size)
-        return self._region(checked_box((top, left, height, width), size), size)
+        return self._region(checked_box((top, left, height, width), size), self._whole(size))
 
     @answer
     def at(self, points, output_size=None, align="pixel"):
@@ -138,7 +148,7 @@ class Prepared:
             ValueError: points outside, of another kind or shape.
         """
         size = checked_output_size(output_size, self.output_size)
-        points = checked_points(points, len(self._features), size, align)
+        points, size = checked_points(points, len(self._features), size, align), self._whole(size)
         self._prepare()
         return self._answers_at(points, self._queries_at(points, size), size)
 
@@ -167,7 +177,7 @@ class Prepared:
             (B, h, w), float32, zero outside the window, the sum of each map is 1.
         """
         size = checked_output_size(output_size, self.output_size)
-        points = checked_points([[row, col]], len(self._features), size, "pixel")
+        points, size = checked_points([[row, col]], len(self._features), size, "pixel"), self._whole(size)
         self._prepare()
         return self._maps_at(row, col, self._queries_at(points, size), size)
 
@@ -228,6 +238,21 @@ class Prepared:
         other._value, other._argmax = value.permute(0, 2, 3, 1), False
         return other
 
+    def within(self, height, width):
+        """The same answers for a picture in the upper left of the image, (height, width), whose rest is padding.
+
+        Sizes and coordinates are the picture's; features and statistics remain those of the image.
+
+        Returns:
+            Prepared, sharing statistics and keys with this one.
+
+        Raises:
+            ValueError: the picture leaves the image.
+        """
+        other = copy.copy(self)
+        other._picture = checked_box((0, 0, height, width), self._size)[2:]
+        return other
+
     def stream(self, tile=None, output_size=None, out=None, max_memory=None, resume=False):
         """The whole output, tile by tile, in memory for one tile and its neighbourhood.
 
@@ -251,7 +276,7 @@ class Prepared:
                 unfinished stream's. FileExistsError: the path, or an unfinished stream without `resume`.
         """
         size = checked_output_size(output_size, self.output_size)
-        tile = self._tile(tile, max_memory)
+        tile = chosen_tile(tile, max_memory, self.tile_memory)
         compute = self.region if max_memory is None else nothing_kept()(self.region)
         boxes = [
             (top, left, min(tile[0], size[0] - top), min(tile[1], size[1] - left))
@@ -278,19 +303,6 @@ class Prepared:
             out[..., top : top + height, left : left + width] = part
         return out
 
-    def _tile(self, tile, max_memory):
-        if tile is not None:
-            pair = checked_tile(tile)
-            if max_memory is not None and self.tile_memory(pair) > max_memory:
-                raise ValueError(f"max_memory: tiles of {pair} take {self.tile_memory(pair)} bytes, got {max_memory}")
-            return pair
-        if max_memory is None:
-            return 256, 256
-        sides = [side for side in (2048, 1024, 512, 256, 128, 64, 32) if self.tile_memory((side, side)) <= max_memory]
-        if not sides:
-            raise ValueError(f"max_memory: need at least {self.tile_memory((32, 32))} bytes, got {max_memory}")
-        return sides[0], sides[0]
-
     def tile_memory(self, tile):
         """Bytes that a tile (height, width) takes while it is computed, itself included; statistics and keys not."""
         dim, element = self.model.rope.freqs.shape[1], self._value.element_size()
@@ -304,7 +316,7 @@ class Prepared:
         if self._image is not None:
             tensors.append(self._image)
         decode = self.model.cross_decode
-        settings = self._image_shape, decode.window_ratio, decode.window_rule, self._argmax
+        settings = self._image_shape, decode.window_ratio, decode.window_rule, self._argmax, *(self._picture or ())
         digest = hashlib.sha256(repr(settings).encode())
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -318,7 +330,7 @@ class Prepared:
             _, key, norms = self.model.guided(self._image, self._features, (0, 0))
         else:
             norms, from_image = plain_guidance.statistics(
-                self._read, self._guide().weights, self.output_size, self._features.shape[-2:]
+                self._read, self._guide().weights, self._size, self._features.shape[-2:]
             )
             key, norms = self.model.projected_keys(from_image[None], self._features), norms[None]
         self._shared.update(key=key, norms=norms)
@@ -328,7 +340,7 @@ class Prepared:
         if "guide" not in self._shared:
             weights = self.model.guidance_weights()
             compute = torch.promote_types(weights.image_conv.dtype, torch.float32)
-            self._shared["guide"] = plain_guidance.Guide(cast(weights, compute), self.output_size)
+            self._shared["guide"] = plain_guidance.Guide(cast(weights, compute), self._size)
         return self._shared["guide"]
 
     def _pixels(self, b, rows, cols):
@@ -366,12 +378,12 @@ class Prepared:
             if fused is not None:
                 return fused
         guide = self._guide()
-        axes = [Bins(n, m, part) for n, m, part in zip(self.output_size, size, (rows, cols), strict=True)]
+        axes = [Bins(n, m, part) for n, m, part in zip(self._size, size, (rows, cols), strict=True)]
         row_pixels, col_pixels = (axis.needed for axis in axes)
         queries = []
         for b, norms in enumerate(self._shared["norms"]):
             pool = Pool(*axes, guide.width, like=norms)
-            whole = size == self.output_size
+            whole = size == self._size
             out = norms.new_empty(len(axes[0]), len(axes[1]), guide.width) if whole else None
             for r, c in pieces(row_pixels.stop - row_pixels.start, col_pixels.stop - col_pixels.start, PIXELS):
                 there = slice(row_pixels.start + r.start, row_pixels.start + r.stop)
@@ -387,7 +399,7 @@ class Prepared:
     @exactly
     def _queries_at(self, points, size):
         """Projected queries (B, N, heads, d) of output pixels (B, N, 2)."""
-        if points.shape[1] * most_under(self.output_size, size) > 2 * self.output_size[0] * self.output_size[1]:
+        if points.shape[1] * most_under(self._size, size) > 2 * self._size[0] * self._size[1]:
             query = self.model.projected_queries(self._queries(slice(0, size[0]), slice(0, size[1]), size))
             return torch.stack([q[p[:, 0], p[:, 1]] for q, p in zip(query, points, strict=True)])
         guide = self._guide()
@@ -396,9 +408,9 @@ class Prepared:
         queries = []
         for b, norms in enumerate(self._shared["norms"]):
             found = []
-            for some in points[b].split(max(1, PIXELS // most_under(self.output_size, size))):
+            for some in points[b].split(max(1, PIXELS // most_under(self._size, size))):
                 (rows, row_share), (cols, col_share) = (
-                    neighbours(some[:, axis].tolist(), self.output_size[axis], size[axis], norms) for axis in (0, 1)
+                    neighbours(some[:, axis].tolist(), self._size[axis], size[axis], norms) for axis in (0, 1)
                 )
                 rgb = self._gathered(b, rows, cols)
                 x = guide.queries(guide.guide(rgb, rows[:, :, None], cols[:, None], norms), norms)

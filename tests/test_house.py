@@ -25,7 +25,7 @@ LEVELS = [
     {"parts"},
     {"decoder", "heads", "image", "rows", "encoders", "checkpoints", "stores", "visualize"},
     {"layers", "kept"},
-    {"checks", "ranges", "ops"},
+    {"checks", "padded", "ranges", "ops"},
     {"plain"},
     {"cpu", "kernels"},
     {"pixels"},

@@ -17,7 +17,7 @@ from anyup_fast import cli, ops
 
 NAMES = {
     "anyup_fast": (
-        "AnyUp accelerate install_as_anyup extract_dinov2_features extract_features load_image prepare "
+        "AnyUp accelerate install_as_anyup extract_dinov2_features extract_features load_image prepare wrap_encoder "
         "upsample_features_with_anyup visualize_feature_comparison open batch"
     ),
     "anyup_fast.ops": (
@@ -25,11 +25,13 @@ NAMES = {
         "neighborhood_bounds pooled pooled_block project_keys project_pixels project_queries reference "
         "res_block use_backend use_precision why_not window_bounds windowed_attention"
     ),
-    "anyup_fast.encoders": "Encoder list_encoders load_encoder",
+    "anyup_fast.encoders": "Encoder list_encoders load_encoder wrap_encoder",
     "anyup_fast.batch": "Archive Settings Summary check_film make_film open_archive run",
     "anyup_fast.training": "TrainConfig TargetCache train",
     "anyup_fast.export": "export_onnx",
     "anyup_fast.plain.reference": "windowed_attention feature_unification",
+    "anyup_fast.encoders.text": "TextEncoder",
+    "anyup_fast.padded": "Padded",
     "anyup_fast.prepared": "Prepared",
     # former places, kept
     "anyup_fast.upsampling": "Prepared linear_head load_head",
@@ -51,7 +53,7 @@ ENTRY_POINTS = {"anyup", "anyup_multi_backbone", "anyup_embedded"}
 OPTIONS = {
     "demo": "--compute-dtype --device --dtype --encoder --mode --out --precision --size --weights photo",
     "upsample": (
-        "--as-stored --compute-dtype --device --dtype --encoder --figure --head --labels --layer --mode --out "
+        "--as-stored --compute-dtype --device --dtype --encoder --figure --fit --head --labels --layer --mode --out "
         "--output-size --precision --region --resume --size --stream --tile --value-range --weights photo"
     ),
     "train": (
@@ -70,7 +72,7 @@ OPTIONS = {
     "info": "",
 }
 ARGUMENTS = {
-    "load_image": "source size patch_multiple max_pixels value_range upright",
+    "load_image": "source size patch_multiple max_pixels value_range upright fit",
     "extract_features": "image encoder layer weights device value_range",
     "extract_dinov2_features": "image model layer weights device value_range",
     "upsample_features_with_anyup": "image features output_size weights device backend precision value_range dtype",

@@ -351,15 +351,40 @@ def test_axes_of_an_image_are_refused_with_the_line_to_write(model, image, messa
 
 
 @pytest.mark.parametrize(
-    "shape, message",
+    "shape, write",
     [
-        ((4, 3, 384), r"\(4, 3, 384\) are read as 4 channels .* channels last\? write features.permute\(2, 0, 1\)"),
-        ((2, 4, 3, 64), r"channels last\? write features.permute\(0, 3, 1, 2\)"),
-        ((1, 12, 384), r"tokens \(B, N, C\)\? .* write features.transpose\(1, 2\).reshape\(1, 384, h, w\)"),
-        ((1, 13, 384), "without class and register tokens"),
+        ((4, 3, 384), "permute(2, 0, 1)"),
+        ((2, 4, 3, 64), "permute(0, 3, 1, 2)"),
+        ((1, 12, 384), "transpose(1, 2).reshape(1, 384, 4, 3)"),
+        ((1, 13, 384), "[:, 1:].transpose(1, 2).reshape(1, 384, 4, 3)"),
+        ((1, 17, 384), "[:, 5:].transpose(1, 2).reshape(1, 384, 4, 3)"),
     ],
 )
-def test_axes_of_features_are_warned_of(model, shape, message):
+def test_axes_of_features_that_their_shape_gives_away_are_refused(model, shape, write):
+    features = torch.randn(shape)
+    for verb in (upsampled, lambda image, model, features: anyup_fast.prepare(image, features, model)):
+        with pytest.raises(ValueError, match=r"^features: .* are read as .*write features(.*)$") as caught:
+            verb(IMAGE, model, features)
+    written = str(caught.value).rpartition("write features")[2].lstrip(".")
+    assert written == write
+    made = eval(f"features{'' if write.startswith('[') else '.'}{written}")  # what it says to write is right
+    assert made.shape[-2:] == (4, 3) and said(lambda: upsampled(IMAGE, model, made)) == []
+
+
+def test_tokens_of_a_batch_are_told_from_a_map(model):
+    images = IMAGE[None].expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match=r"write features\[:, 1:\].transpose\(1, 2\).reshape\(2, 384, 4, 3\)$"):
+        upsampled(images, model, torch.randn(2, 13, 384))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((7, 5, 384), r"\(7, 5, 384\) are read as 7 channels .* channels last\? write features.permute\(2, 0, 1\)"),
+        ((1, 48, 24), r"tokens \(B, N, C\)\? .*write features.transpose\(1, 2\).reshape\(1, 24, 8, 6\)"),
+    ],
+)
+def test_axes_of_features_that_are_unlikely_are_warned_of(model, shape, message):
     (warned,) = said(lambda: upsampled(IMAGE, model, torch.randn(shape)))
     assert warned.startswith("features: ")
     assert re.search(message, warned)

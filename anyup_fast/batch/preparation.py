@@ -25,15 +25,16 @@ from .stages import HEAD, PCA, Upsampler
 logger = logging.getLogger("anyup_fast")
 
 # Settings that are described where they are not the usual ones.
-_OPTIONAL = ("zarr_format", "aspect", "precision", "compute_dtype")
+_OPTIONAL = ("zarr_format", "aspect", "precision", "compute_dtype", "encoder_sha256")
 MANY_PIXELS = 1 << 24  # of an output: fewer are computed on any machine
 
 
-def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwrite, encoder, decoders):
+def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwrite, encoder, decoders, brought=None):
     """Bring head and PCA to the folder of a run, and say what its files depend on.
 
     Args:
         encoder: gives the encoder when it is called. decoders: gives open `Decoders` when it is called.
+        brought: an encoder that has no name to be loaded by; None where it has.
 
     Returns:
         (settings, with the aspect that the run has been begun with; JSON-able settings, with digests of the weights,
@@ -54,6 +55,8 @@ def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwri
         "size": _json(settings.size),
         "output_size": _json(settings.output_size),
     }
+    if brought is not None:
+        described["encoder_sha256"] = _digest_of(brought)
     if settings.zarr_format != 3:
         described["zarr_format"] = settings.zarr_format
     if settings.precision != "highest":
@@ -81,6 +84,15 @@ def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwri
         described["pca_sha256"] = file_digest(Path(folder) / PCA)
         _refuse_others(manifest, described, folder, overwrite)
     return settings, described
+
+
+def _digest_of(encoder):
+    """sha256 of all that an encoder's state dict holds, and of its statistics."""
+    digest = hashlib.sha256(repr((encoder.mean, encoder.std, encoder.patch_size)).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _as_begun(settings, described, manifest, folder):

@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from .. import __version__
-from ..encoders import load_encoder
+from ..encoders import Encoder, load_encoder
 from ..plain.precision import ways
 from . import outputs
 from .decoding import Decoders
@@ -119,7 +119,9 @@ def run(
         progress: called with the number of pictures to do, gives a bar with `update(n)`, `set_postfix_str(text)` and
             `close()`, as tqdm does.
         pages: make every page or frame of files with several, not the first alone.
-        settings: `anyup_fast.batch.Settings`.
+        settings: `anyup_fast.batch.Settings`; in place of a name, `encoder` may be an encoder itself (`wrap_encoder`),
+            which is moved to the device. The manifest knows it by its name and a digest of its weights; what a function
+            does otherwise must stay the same for a run to be finished. Ray's machines load theirs by name.
 
     Returns:
         Summary. Pictures that can't be read, computed or written are in `failed`, and the run goes on. SIGINT and
@@ -135,6 +137,16 @@ def run(
             half written.
     """
     start = time.perf_counter()
+    brought = settings.get("encoder")
+    if isinstance(brought, Encoder):
+        if settings.get("encoder_weights", "auto") != "auto" or engine == "ray":
+            raise ValueError(
+                f"encoder: {brought.name} is loaded; weights, and the engine 'ray', go with a name, such as "
+                "'package.module:function'"
+            )
+        settings["encoder"] = brought.name
+    else:
+        brought = None
     settings = Settings(**settings)
     if engine not in ENGINES:
         raise ValueError(f"engine: must be one of {', '.join(ENGINES)}, got {engine!r}")
@@ -162,7 +174,7 @@ def run(
                 outputs.probe(folder)
             _run(
                 settings, sources, folder, summary, head, pca, pca_sample, batch_size, workers, at_a_time, writers,
-                _device(device), engine, ray_address, overwrite, verify, progress, stop,
+                _device(device), engine, ray_address, overwrite, verify, progress, stop, brought,
             )  # fmt: skip
         except Stopped:
             pass  # while nothing was in work
@@ -177,13 +189,15 @@ def run(
 
 def _run(
     settings, sources, folder, summary, head, pca, pca_sample, batch_size, workers, at_a_time, writers, device, engine,
-    ray_address, overwrite, verify, progress, stop,
+    ray_address, overwrite, verify, progress, stop, brought,
 ):  # fmt: skip
     manifest = Manifest(folder)
     encoder_device = "cpu" if engine == "ray" else device
 
     @cache
     def encoder():
+        if brought is not None:
+            return brought.to(encoder_device)
         return load_encoder(settings.encoder, weights=settings.encoder_weights, device=encoder_device)
 
     count = min(4, max(1, (os.cpu_count() or 1) - 1)) if workers is None else workers
@@ -192,7 +206,7 @@ def _run(
         if engine == "local" and any(source.name not in manifest.records for source in sources):
             opened()  # they start while the encoder is loaded
         settings, described = describe(
-            settings, folder, manifest, sources, head, pca, pca_sample, overwrite, encoder, opened
+            settings, folder, manifest, sources, head, pca, pca_sample, overwrite, encoder, opened, brought
         )
         digest = settings_digest(described)
         to_do = _to_do(sources, manifest, folder, digest, verify)
@@ -200,6 +214,11 @@ def _run(
         if not to_do:
             return
         decoders = opened() if engine == "local" else None
+        if encoder().bands != 3:
+            raise ValueError(
+                f"encoder: {settings.encoder} takes {encoder().bands} bands, the pictures of a data set have three; "
+                "extract_features takes images of more"
+            )
         patch = encoder().patch_size
         if batch_size is None:
             batch_size = 1 if device == "cpu" else partial(at_once, encoder=encoder(), settings=settings, device=device)

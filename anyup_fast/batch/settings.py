@@ -28,7 +28,8 @@ class Settings:
             for PCA pictures and else safetensors. "lowres" needs safetensors.
         dtype: "float16", "bfloat16" (safetensors only), "float32", or "int8" with a float32 scale for each channel, of
             features and head outputs. Labels are uint8, uint16 or int32, PCA pictures uint8.
-        encoder: name, as for `anyup_fast.encoders.load_encoder`. layer: of the encoder.
+        encoder: name, as for `anyup_fast.encoders.load_encoder`, or "package.module:function" of your own.
+        layer: of the encoder.
         encoder_weights: as for `load_encoder`.
         weights: of AnyUp, as for `AnyUp.from_pretrained`.
         size: the pictures are resized to this shorter side, or exactly to (height, width); None keeps their size. Both

