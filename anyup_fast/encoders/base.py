@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         if image.device != self.device:
             raise ValueError(
                 f"image is on {image.device}, encoder {self.name} on {self.device}; move the image or use "
-                f"load_encoder({self.name!r}, device={str(image.device)!r})"
+                f"{self._on(str(image.device))}"
             )
         height, width = image.shape[2:]
         patch = self.patch_size
@@ -141,6 +141,10 @@ class Encoder(nn.Module):
                 f"{image.shape[0]}, H = {height}, W = {width}; nearest are H = {nearest[0]}, W = "
                 f"{nearest[1]}: use load_image(..., patch_multiple={patch})"
             )
+
+    def _on(self, device):
+        """What to write for this encoder on another device."""
+        return f"load_encoder({self.name!r}, device={device!r})"
 
     def _layer_number(self, layer):
         if isinstance(layer, bool) or not isinstance(layer, int):

@@ -37,6 +37,9 @@ class WrappedEncoder(Encoder):
         for buffer in ("input_scale", "input_shift"):
             setattr(self, buffer, getattr(self, buffer).to(device))
 
+    def _on(self, device):
+        return f"encoder.to({device!r})"
+
     def features_of_layers(self, image, layers):
         size, batch = tuple(image.shape[2:]), len(image)
         found = self.call(image, self.layers)

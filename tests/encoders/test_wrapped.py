@@ -364,6 +364,10 @@ def test_what_goes_wrong_later():
         encoder(image)
     vit = Vit()
     encoder = wrap_encoder(vit)
+    with pytest.raises(
+        ValueError, match=r"image is on meta, encoder Vit on cpu; move the image or use encoder.to\('meta'\)"
+    ):
+        encoder(image.to("meta"))
     vit.train()
     with pytest.raises(ValueError, match="in training mode"):
         encoder(image)
