@@ -229,7 +229,7 @@ def _why_not_read(place, error, ways):
         )
     if isinstance(error, ImportError):
         return f"{place} could not be loaded: {' '.join(said.split())[:300]}; install what is missing"
-    unknown = isinstance(error, KeyError) and error.args[0] == _settings(place).get("model_type")
+    unknown = isinstance(error, KeyError) and error.args[0] == saved_settings(place).get("model_type")
     if unknown or "does not recognize this architecture" in said or "trust_remote_code" in said:
         return _unknown_kind(place)
     return f"{place} could not be loaded ({reason}); it needs {ways}{newer(place)}"
@@ -249,7 +249,7 @@ def _damaged(place):
 
 
 def _unknown_kind(place):
-    config = _settings(place)
+    config = saved_settings(place)
     kind, installed = config.get("model_type"), import_module("transformers").__version__
     if "auto_map" in config:
         return f"{place} could not be loaded: its kind {kind!r} comes with code of its own, which is not run"
@@ -268,13 +268,13 @@ def _unknown_kind(place):
 
 def newer(place):
     """What to add to a message where the model at `place` was saved with a newer transformers than is installed."""
-    saved, installed = _settings(place).get("transformers_version"), import_module("transformers").__version__
+    saved, installed = saved_settings(place).get("transformers_version"), import_module("transformers").__version__
     if saved is None or _version(saved) <= _version(installed):
         return ""
     return f"; it was saved with transformers {saved}, and {installed} is installed: pip install --upgrade transformers"
 
 
-def _settings(place):
+def saved_settings(place):
     """The config of a model as it lies in its file, here or in the cache; {} where there is none."""
     transformers = import_module("transformers")
     try:

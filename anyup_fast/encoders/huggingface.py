@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from ..files import expanded
-from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from .base import IMAGENET_MEAN, IMAGENET_STD, Encoder, saved_settings
 from .families import Vision
 from .layout import CHANNELS_FIRST, CHANNELS_LAST, PROBE_BATCH, TOKENS, Layout, as_map, find_layout, probe_sizes
-from .opening import open_model
+from .opening import open_model, statistics_in_wrapper
 
 _log = logging.getLogger("anyup_fast")
 # what models raise at pictures of a size that they can't take
@@ -143,7 +143,7 @@ def _measure(vision, place):
     """Run `vision` and return what HuggingFaceEncoder wants to know of it."""
     name = f"{place}: {vision.kind}"
     unfit = refused = None
-    for unit in _units(vision.model.config):
+    for unit in _units(vision.model):
         sizes = probe_sizes(unit)[:2]
         try:
             tried = [_outputs(vision, size, unit) for size in sizes]
@@ -333,9 +333,11 @@ def _multiple(vision, measured, unit):
     return least
 
 
-def _units(config):
+def _units(model):
     """Sides of a cell to try pictures with: the patch of a plain ViT, else what hierarchical networks end with."""
-    patch = _patch(config)
+    config = model.config
+    embed = getattr(getattr(model, "timm_model", None), "patch_embed", None)
+    patch = _patch(config) or _side(getattr(embed, "patch_size", None))
     plain = patch is not None and patch >= 8 and not isinstance(getattr(config, "depths", None), (list, tuple))
     return list(dict.fromkeys([*([patch] if plain else []), 32, 64]))
 
@@ -374,6 +376,8 @@ def normalisation(place):
     """Return mean and standard deviation for values in [0, 1], and a note on where they come from."""
     from transformers.image_processing_base import ImageProcessingMixin
 
+    if (statistics := statistics_in_wrapper(saved_settings(place))) is not None:
+        return *statistics, "mean {}, std {}".format(*map(list, statistics))
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(place)
     except OSError:

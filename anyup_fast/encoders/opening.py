@@ -3,6 +3,8 @@
 import inspect
 from importlib import import_module
 
+import torch
+
 from .base import newer, optional_import, read_pretrained
 
 # what models of several parts call the one that sees pictures; heads over a backbone call it so
@@ -27,6 +29,8 @@ def open_model(place, ways):
     model, why = None, None
     if type(config) in transformers.AutoModel._model_mapping.keys() and not _has_backbone(config):
         loader = transformers.AutoModel
+        if config.model_type == "timm_wrapper":
+            _free_of_one_size(config)
         if config.model_type == "timm_backbone":
             config.use_pretrained_backbone = False  # its weights are in the file, and not at timm
             loader = _Plain(transformers.TimmBackbone)
@@ -50,6 +54,30 @@ def open_model(place, ways):
         )
         raise RuntimeError(f"{place}: {type(model).__name__} takes {taken[0]}, {why}")
     return model.float().eval()
+
+
+def _free_of_one_size(config):
+    """Have a model of timm in its wrapper made so that it takes pictures of any size, where its class can."""
+    timm = optional_import("timm", "pip install 'anyup-fast[timm]'")
+    from .timm_models import any_size
+
+    given = config.model_args or {}
+    with torch.device("meta"):
+        kind = type(timm.create_model(config.architecture, pretrained=False, **given))
+    config.model_args = {**any_size(kind), **given}
+
+
+def statistics_in_wrapper(settings):
+    """(mean, std) of a model of timm that transformers wraps, as its config says or timm knows it; None of others."""
+    name = {"timm_wrapper": "architecture", "timm_backbone": "backbone"}.get(settings.get("model_type"))
+    if name is None:
+        return None
+    given = settings.get("pretrained_cfg") or {}
+    if given.get("mean") and given.get("std"):
+        return given["mean"], given["std"]
+    timm = optional_import("timm", "pip install 'anyup-fast[timm]'")
+    known = timm.get_pretrained_cfg(settings[name], allow_unregistered=True)
+    return None if known is None else (known.mean, known.std)
 
 
 class _Plain:

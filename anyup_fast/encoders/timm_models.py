@@ -118,8 +118,7 @@ def _made(timm, name, wanted, weights):
             f"{name} can't be described by timm {timm.__version__} without being made ({_first(error)}): "
             "pip install --upgrade timm"
         ) from error
-    known = {key for base in kind.__mro__ for key in inspect.signature(base.__init__).parameters}
-    arguments |= {key: value for key, value in ANY_SIZE.items() if key in known}
+    arguments |= any_size(kind)
     if not hasattr(kind, "forward_intermediates"):
         raise RuntimeError(
             f"{name}: {kind.__name__} of timm {timm.__version__} gives no inner maps; pip install --upgrade timm"
@@ -131,6 +130,12 @@ def _made(timm, name, wanted, weights):
             f"{name} could not be loaded ({_first(error)}); it needs network access or a filled local cache, a file as "
             "weights=..., or weights='random' for a trial without"
         ) from error
+
+
+def any_size(kind):
+    """Arguments with which a class of timm makes a model that takes pictures of any size, as far as it knows them."""
+    known = {key for base in kind.__mro__ for key in inspect.signature(base.__init__).parameters}
+    return {key: value for key, value in ANY_SIZE.items() if key in known}
 
 
 def _origin(config):

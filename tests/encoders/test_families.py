@@ -416,3 +416,17 @@ def test_two_threads_may_ask_for_two_sizes(tmp_path, name):
         found = list(pool.map(encoder, images * 20))
     for index, features in enumerate(found):
         torch.testing.assert_close(features, expected[index % 2], rtol=0, atol=1e-5)
+
+
+def test_a_wrapped_model_of_timm_takes_any_size_and_its_own_statistics(tmp_path):
+    pytest.importorskip("timm", exc_type=ImportError, reason="needs timm: pip install 'anyup-fast[timm]'")
+    settings = {"architecture": "vit_tiny_patch16_224", "do_pooling": False, "model_args": {"depth": 2}}
+    model = transformers.TimmWrapperModel(transformers.TimmWrapperConfig(**settings))
+    encoder = load_encoder(saved(tmp_path, model))
+    assert (encoder.patch_size, encoder.dim, encoder.num_layers) == (16, 192, 2)
+    assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.5,) * 3)  # as timm notes for these weights
+    image = noise(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model.eval()(image * encoder.input_scale + encoder.input_shift).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoder(image).flatten(2).mT, expected, rtol=0, atol=1e-4)
+    assert encoder(noise(1, 3, 64, 96)).shape == (1, 192, 4, 6)
