@@ -28,12 +28,13 @@ COLUMNS = ("kernel", "tile", "target", "dtype", "problems", "launches", "error",
            "equal_address")  # fmt: skip
 
 
-def measured(target, dtypes, every):
+def measured(target, dtypes, every, kernels):
     """The rows of all problems of a target, from a process in which Triton compiles; each is printed as it comes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [ROOT / "tests" / "support", ROOT / "benchmarks", *filter(None, [environment.get("PYTHONPATH")])]
     environment.update(PYTHONPATH=os.pathsep.join(map(str, paths)), OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", CHILD, target, "--dtypes", *dtypes, "--every" if every else "--small"]
+    command += ["--kernels", *kernels] if kernels else []
     rows = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -64,22 +65,36 @@ def table(rows):
         yield {**dict(zip(COLUMNS[:4], key, strict=True)), "problems": len(some), **counts, **figures}
 
 
+def replaced(path, made):
+    """The rows of a table with those of `made` in the places of the former ones."""
+    anew = {tuple(row[name] for name in COLUMNS[:4]): row for row in made}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [anew.pop(tuple(row[name] for name in COLUMNS[:4]), row) for row in csv.DictReader(file)] + [
+            *anew.values()
+        ]
+
+
 def main(arguments=None):
     """Command line; 1 where a row is beyond its limit or has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--every", action="store_true", help="all problems, in place of the small ones")
+    parser.add_argument("--kernels", nargs="+", help="only problems whose names begin so; other rows of the table stay")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at a time")
     options = parser.parse_args(arguments)
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda target: measured(target, options.dtypes, options.every), options.targets)
+        found = pool.map(
+            lambda target: measured(target, options.dtypes, options.every, options.kernels), options.targets
+        )
         rows = [row for some in found for row in some]
-    path = ROOT / "benchmarks" / "results" / "ptx.csv"
+    path, made = ROOT / "benchmarks" / "results" / "ptx.csv", list(table(rows))
+    if options.kernels:
+        made = replaced(path, made)
     with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(table(rows))
+        writer.writerows(made)
     return int(any(map(complaints, rows)))
 
 

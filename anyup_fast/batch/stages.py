@@ -64,7 +64,7 @@ class Upsampler:
             else:
                 if features.isfinite().all():
                     return features
-                picture.error = f"the encoder {self.encoder.not_finite()} for it"
+                picture.error = f"for it the encoder {self.encoder.not_finite()}"
         return None
 
     def features(self, images):
@@ -98,7 +98,7 @@ class Upsampler:
         answers, finite = getattr(self, f"_{self.settings.kind}")(prepared, output_size)
         for index, picture in enumerate(pictures):
             if not features[index].isfinite().all():
-                picture.error = f"the encoder {self.encoder.not_finite()} for it"
+                picture.error = f"for it the encoder {self.encoder.not_finite()}"
             elif not maps[index].isfinite().all():
                 dtype = self.settings.compute_dtype
                 picture.error = (

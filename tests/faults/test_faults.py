@@ -151,7 +151,7 @@ COMPUTED = {
     "refused": (refused, "RuntimeError: this encoder takes no dark pictures"),
     "host memory": (allocating, "needs more memory than there is .it asked for"),
     "gpu memory": (out_of_gpu, "needs more memory than there is .it asked for 20.00 GiB"),
-    "not finite": (changed(lambda maps: maps * float("nan")), "values that are not finite"),
+    "not finite": (changed(lambda maps: maps * float("nan")), "NaN or infinite values"),
     "range": (changed(lambda maps: maps.sign() * 7e4), "leave the range of float16; use bfloat16 or float32"),
 }
 

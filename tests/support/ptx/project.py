@@ -444,6 +444,7 @@ def main(arguments=None):
     parser.add_argument("--small", action="store_true", help="all small ones")
     parser.add_argument("--every", action="store_true", help="all that this target can run")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--kernels", nargs="+", default=[""], help="only problems whose names begin so")
     parser.add_argument("--first-wins", action="store_true", help="of threads that store to one address at once")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -453,6 +454,7 @@ def main(arguments=None):
             if options.cases
             else options.every or case.main or (options.small and case.small)
         )
+        wanted = wanted and case.name.startswith(tuple(options.kernels))
         if wanted and case.dtype in options.dtypes and case.fits(options.target):
             row = measure(case, options.target, first_wins=options.first_wins)
             print(json.dumps({"name": case.name, **row}), flush=True)
