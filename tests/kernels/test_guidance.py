@@ -378,3 +378,17 @@ def test_it_can_be_captured_in_a_graph_and_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+
+
+def test_models_of_other_widths_launch_kernels_of_their_own(monkeypatch):
+    keys = []
+
+    class Noted(guidance.Launches):
+        def __init__(self, key):
+            keys.append(key)
+            super().__init__(key)
+
+    monkeypatch.setattr(guidance, "Launches", Noted)
+    for dim in (32, 64, 32):
+        guidance.guidance_fwd(picture(1, (4, 5)), network(dim)[1], (4, 5), (2, 3), dtype=torch.float32)
+    assert keys[0] == keys[2] != keys[1]

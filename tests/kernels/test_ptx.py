@@ -3,6 +3,7 @@
 Triton compiles in processes of their own, for here its interpreter is on. Each reports rows, which the tests look up.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from functools import cache
 
 import pytest
 from ptx import project
+from tree import ROOT
 
 # Removed pieces of each kind that the default run tries.
 TRIED = 3
+FAULTS = "memcheck", "racecheck", "equal_address"
 SWEEP = [(case, target) for case in project.cases() for target in project.TARGETS if case.fits(target)]
 # Every kernel, tile and main dtype once, each on one of the targets; all targets have some of each kind.
 SHORT = [
@@ -80,6 +83,18 @@ def test_every_target_executes_attention_and_layers():
     for target in project.TARGETS:
         kernels = {row["kernel"].split()[0] for row in short(target).values()}
         assert len(kernels & {"attention", "guidance", "unification", "query"}) >= 2
+
+
+def test_the_table_of_the_repository_has_no_fault():
+    with (ROOT / "benchmarks" / "results" / "ptx.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert {row["target"] for row in table} == set(project.TARGETS) and len(table) > 150
+    wrong = [
+        row
+        for row in table
+        if not float(row["error"]) <= float(row["limit"]) or any(row[name] != "0" for name in FAULTS)
+    ]
+    assert wrong == []
 
 
 def test_which_of_two_equal_stores_wins_changes_no_bit():
