@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .files import expanded, written_aside
+from .padded import Padded
 from .ranges import NORMALISED
 
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf")
@@ -129,7 +130,8 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
 
     Args:
         image: ImageNet-normalised floating point tensor (3, H, W) or (B, 3, H, W), on any device; or whatever
-            else `load_image` reads (PIL image, path, array); or a list of B of these.
+            else `load_image` reads (PIL image, path, array); or a list of B of these; or a `Padded` image, of which the
+            picture is shown.
         lr_features: (C, h, w) or (B, C, h, w) floating point tensor or array, on any device.
         hr_features: (C, H', W') or (B, C, H', W') likewise, with the same C.
         mode: "mean" shows the mean over the channels (`channel_mean`, in the colours of viridis), "pca" the
@@ -153,7 +155,8 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     path = None if path is None else _checked_path(path)
     lr_features, hr_features = _batch(lr_features, "lr_features"), _batch(hr_features, "hr_features")
-    photos = _photos(image, value_range)
+    padded = image if isinstance(image, Padded) else None
+    photos = _photos(image if padded is None else padded.picture, value_range)
     if not len(photos) == len(lr_features) == len(hr_features):
         raise ValueError(
             f"image, lr_features and hr_features must have the same batch size, got {len(photos)}, "
@@ -173,7 +176,9 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
         titles += [
             f"{name} {_size(x[0])} x {len(x)}" for name, x in (("low-res features", lr), ("high-res features", hr))
         ]
-        rows.append(((photo, *paint(lr, hr)), titles, _panel_size(photo.shape, hr.shape[1:], len(photos))))
+        low, high = paint(lr, hr)
+        low = low if padded is None else _within(low, padded)
+        rows.append(((photo, low, high), titles, _panel_size(photo.shape, hr.shape[1:], len(photos))))
 
     # Everything is placed in pixels from the top left; the strip above each row holds its titles.
     widest = max(width for *_, (_, width) in rows)
@@ -222,6 +227,14 @@ def visualize_feature_comparison(image, lr_features, hr_features, mode="mean", p
                 transparent=False,
             )
     return figure
+
+
+def _within(low, padded):
+    """Painted low-res features (h, w) or (h, w, 3), each cell over its pixels, cut where the picture ends."""
+    painted = torch.from_numpy(low)
+    if painted.ndim == 2:
+        return padded.spread(painted).numpy()
+    return padded.spread(painted.movedim(-1, 0)).movedim(0, -1).numpy()
 
 
 def _as_png(figure):

@@ -174,3 +174,20 @@ def test_what_does_not_fit_is_refused():
     ambiguous = Padded(torch.zeros(3, 12, 12), (5, 5))
     with pytest.raises(ValueError, match=r"fits several strides, \[3, 4, 6\]"):
         ambiguous.covered(torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize("mode", ["mean", "pca"])
+def test_the_figure_shows_the_picture_and_tells_the_grid(mode):
+    pytest.importorskip("matplotlib")
+    image = anyup_fast.load_image(
+        np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8), None, 16, fit="pad"
+    )
+    features = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(0))
+    upsampled = torch.randn(5, 40, 70, generator=torch.Generator().manual_seed(1))
+    figure = anyup_fast.visualize_feature_comparison(image, features, upsampled, mode)
+    photograph, low, high = figure.axes
+    assert photograph.get_title() == "photograph 40x70" and low.get_title() == "low-res features 3x5 x 5"
+    shown = low.images[0].get_array()
+    assert shown.shape[:2] == high.images[0].get_array().shape[:2] == (40, 70)
+    assert (shown[32:, 64:] == shown[39, 69]).all() and (shown[:16, :16] == shown[0, 0]).all()
+    assert (shown[31, 63] != shown[32, 64]).any()

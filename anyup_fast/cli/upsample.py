@@ -124,8 +124,7 @@ def run(arguments):
         hr_features = (prepared.region(*arguments.region, size) if arguments.region else prepared.full(size))[0]
         steps.done(f"high-res {'labels' if arguments.labels else 'features'}: {_shape(hr_features)}")
     if arguments.figure:
-        shown = image.spread(lr_features) if arguments.fit == "pad" else lr_features
-        visualize_feature_comparison(picture, shown, hr_features, arguments.mode, arguments.figure)
+        visualize_feature_comparison(image, lr_features, hr_features, arguments.mode, arguments.figure)
         steps.done("figure drawn")
         written.append(arguments.figure)
     if arguments.out:
