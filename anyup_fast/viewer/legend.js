@@ -1,0 +1,114 @@
+"use strict";
+
+// Sentences and scales that say what is shown, and the line about the pixel under the pointer.
+{
+  const { byId, element, dot } = Anyup.base;
+
+  function number(value) {
+    return Math.abs(value) >= 100 ? value.toFixed(0) : value.toFixed(2);
+  }
+
+  function scale(gradient, from, to) {
+    const bar = element("i", {});
+    bar.style.background = gradient;
+    return element("div", { class: "scale" }, element("span", { text: from }), bar, element("span", { text: to }));
+  }
+
+  function keys(entries) {
+    const made = entries.map(({ css, name }) => {
+      const swatch = element("i", {});
+      swatch.style.background = css;
+      return element("span", {}, swatch, name);
+    });
+    return element("div", { class: "keys" }, ...made);
+  }
+
+  function pixel({ row, column }) {
+    return `row ${row}, column ${column}`;
+  }
+
+  // Ends of the grey scale as channel means, where a view of one band is proportional to the mean.
+  function meanEnds({ weight: [weight], bias: [bias] }, { basis, directions, channels }) {
+    const mean = Float64Array.from({ length: directions }, (_, k) => {
+      let sum = 0;
+      for (let channel = 0; channel < channels; channel++) sum += basis[k * channels + channel];
+      return sum / channels;
+    });
+    const square = dot(mean, mean);
+    const slope = square > 0 ? dot(weight, mean) / square : 0;
+    const rest = weight.reduce((sum, value, k) => sum + (value - slope * mean[k]) ** 2, 0);
+    if (!slope || rest > 1e-4 * dot(weight, weight)) return ["0", "1"];
+    return [number(-bias / slope), number((1 - bias) / slope)];
+  }
+
+  function ofView(name, resolution, { data, picture }) {
+    const view = data.views.find((one) => one.name === name);
+    const [height, width] = resolution === "low" ? picture.grid : [picture.height, picture.width];
+    const what = resolution === "low" ? "Low-res features" : "High-res features";
+    if (view.weight.length === 3) {
+      const parts = ["#c8443a", "#2f8f46", "#3f6fd1"].map((css, i) => ({ css, name: `direction ${i + 1}` }));
+      return [`${what}, ${height} × ${width}: ${name}, three directions as red, green and blue`, keys(parts)];
+    }
+    const [from, to] = meanEnds(view, data);
+    const title = name === "mean" ? "mean of the channels" : name;
+    return [`${what}, ${height} × ${width}: ${title}`, scale("linear-gradient(to right, #000, #fff)", from, to)];
+  }
+
+  // [sentence, picture of the scale or null] of a layer.
+  function describe(id, page) {
+    const { state, picture, similarity, attention, labels } = page;
+    const gradient = Anyup.colours.gradient(state.map);
+    if (id === "photo") {
+      const edged = state.outline && labels.labelled.length > 1;
+      const words = `Photograph, ${picture.height} × ${picture.width} pixels${edged ? ", with the outline of the labels" : ""}`;
+      return [words, edged ? classKeys(labels) : null];
+    }
+    if (id === "labels") {
+      if (!labels.labelled.length) return ["Labels: click into the picture to set the first point", null];
+      return ["Labels: the class whose prototype is nearest by cosine", classKeys(labels)];
+    }
+    if (id === "attention") {
+      if (!attention) return ["Attention", null];
+      const words = `Attention, mean of the heads, of the nearest sampled pixel: ${pixel(attention)} (every ${picture.meta.attention.step} pixels)`;
+      return [words, scale(gradient, "0", attention.most.toFixed(3))];
+    }
+    if (id.endsWith(":similarity")) {
+      const where = id.startsWith("low") ? "Low-res cosine similarity" : "Cosine similarity";
+      const ends = [number(similarity.from), number(similarity.to)];
+      if (state.fit) ends[0] = `≤ ${ends[0]}`;
+      return [`${where} to ${query(page)}`, scale(gradient, ...ends)];
+    }
+    const at = id.indexOf(":");
+    return ofView(id.slice(at + 1), id.slice(0, at), page);
+  }
+
+  function classKeys(labels) {
+    return keys(labels.labelled.map((one) => ({ css: Anyup.colours.classes[one.colour].css, name: one.name })));
+  }
+
+  function query({ state, data, anchor }) {
+    if (state.prompt !== null) return `“${data.prompts[state.prompt].name}”`;
+    return `${state.pinned ? "the pinned pixel at" : "the pixel at"} ${pixel(anchor)}`;
+  }
+
+  function draw(place, [sentence, extra]) {
+    byId(place).replaceChildren(element("p", { text: sentence }), ...(extra ? [extra] : []));
+  }
+
+  // One line: pixel, cell, similarity, label.
+  function readout({ picture, state, similarity, labels }) {
+    const { pointer } = state;
+    const cell = picture.cellOf(pointer);
+    const parts = [`Row ${pointer.row}, column ${pointer.column}`, `cell ${cell.row}, ${cell.column}`];
+    if (state.pinned || state.prompt !== null) parts.push(`similarity ${similarity.at(pointer).toFixed(3)}`);
+    if (labels.labelled.length) {
+      const vector = picture.vectorAt(pointer);
+      const close = labels.labelled.map((one) => [Anyup.labels.closeness(one, vector), one.name]);
+      const [cosine, name] = close.reduce((best, next) => (next[0] > best[0] ? next : best));
+      parts.push(`${name} (${cosine.toFixed(3)})`);
+    }
+    return parts.join(" · ");
+  }
+
+  Anyup.legend = { describe, draw, readout, query };
+}

@@ -1,0 +1,202 @@
+"use strict";
+
+// What the page knows, what can be done with it, and the drawing of a frame.
+{
+  const { byId, write } = Anyup.base;
+  const FRAMES_KEPT = 240;
+  const ERASE_REACH = 16; // pixels of the screen
+  const TOAST_TIME = 4000;
+
+  const page = {
+    data: null,
+    picture: null,
+    state: {
+      sides: ["photo", "photo"],
+      pointer: { row: 0, column: 0 },
+      pinned: null, // the pixel that similarity stays with
+      prompt: null, // number of the prompt that takes the pointer's place
+      attending: false, // by the button
+      holding: false, // by the key
+      erasing: false,
+      opacity: 0.8,
+      map: "viridis",
+      fit: true,
+      outline: true,
+      path: "auto",
+    },
+    frames: [], // milliseconds from the beginning of a frame in which the similarity changed to the next frame
+    work: [], // milliseconds of them in which the script worked
+
+    get path() {
+      return page.similarity?.path ?? null;
+    },
+
+    get anchor() {
+      return page.state.pinned ?? page.state.pointer;
+    },
+
+    get sides() {
+      const { attending, holding, sides } = page.state;
+      return (attending || holding) && page.picture.meta.attention ? ["photo", "attention"] : sides;
+    },
+  };
+
+  const dirty = new Set();
+  let scheduled = false;
+
+  // Kinds of change: picture, view (zoom, divider), sides, pointer, anchor, style, labels. One frame draws them all.
+  page.changed = (...what) => {
+    for (const kind of what) dirty.add(kind);
+    if (scheduled) return;
+    scheduled = true;
+    requestAnimationFrame(frame);
+  };
+
+  function frame() {
+    scheduled = false;
+    if (!page.picture) return;
+    const started = performance.now();
+    const what = new Set(dirty);
+    dirty.clear();
+    const has = (...kinds) => kinds.some((kind) => what.has(kind));
+    const { state, stage, picture, labels } = page;
+    const sides = page.sides;
+
+    if (has("anchor", "style")) {
+      const prompt = state.prompt === null ? null : page.data.prompts[state.prompt];
+      page.similarity.update({ anchor: page.anchor, prompt, table: Anyup.colours.maps[state.map], fit: state.fit });
+      page.insets.draw(page.similarity);
+    }
+    if (has("labels")) {
+      page.map.update(labels.labelled);
+      page.painted = labels.labelled.length ? page.layers.labels(page.map) : null;
+      page.list.update(labels, page.map.shares);
+      page.showLabelTools();
+    }
+    if (sides.includes("attention") && has("pointer", "style", "sides")) {
+      page.attention = page.layers.attention(state.pointer, Anyup.colours.maps[state.map]);
+    }
+    const shown = {
+      layers: page.layers,
+      similarity: page.similarity,
+      attention: page.attention,
+      labels: page.painted,
+      opacity: state.opacity,
+      outline: state.outline,
+    };
+    sides.forEach((id, side) => {
+      if (has("sides", ...Anyup.layers.needs(id))) Anyup.layers.draw(stage.contexts[side], id, shown);
+      if (has("sides", "anchor", "pointer", "style", "labels")) {
+        Anyup.legend.draw(side ? "legend-right" : "legend-left", Anyup.legend.describe(id, page));
+      }
+    });
+    if (has("sides")) page.showSides(sides);
+    if (has("view")) page.showView();
+    if (has("view", "labels")) stage.drawPoints(labels.points.filter((point) => point.picture === picture.index));
+    if (has("view", "pointer", "anchor")) stage.drawPointer(state.pointer, state.prompt === null ? page.anchor : state.pointer);
+    if (has("pointer", "anchor", "labels")) write(byId("readout"), Anyup.legend.readout(page));
+    if (has("anchor")) {
+      page.showQuery();
+      keep(page.work, performance.now() - started);
+      requestAnimationFrame(() => keep(page.frames, performance.now() - started));
+    }
+  }
+
+  function keep(list, value) {
+    list.push(value);
+    if (list.length > FRAMES_KEPT) list.shift();
+  }
+
+  let wanted = 0;
+
+  // Shows another picture; points, classes and what is compared stay as they are.
+  page.show = async (index) => {
+    wanted = index;
+    document.documentElement.classList.add("busy");
+    try {
+      const picture = await page.shelf.get(index);
+      if (wanted !== index) return;
+      await picture.openAttention();
+      if (wanted === index) settle(picture);
+    } catch (error) {
+      if (wanted === index) page.fail(error);
+    } finally {
+      if (wanted === index) document.documentElement.classList.remove("busy");
+    }
+  };
+
+  function settle(picture) {
+    const { state, stage } = page;
+    page.fail(null);
+    page.picture = picture;
+    page.layers = new Anyup.layers.Layers(page.data, picture);
+    page.map = new Anyup.labels.LabelMap(picture);
+    page.attention = null;
+    page.makeSimilarity();
+    const within = (point) =>
+      point && { row: Math.min(point.row, picture.height - 1), column: Math.min(point.column, picture.width - 1) };
+    if (state.pinned?.picture !== picture.index) state.pinned = null;
+    state.pointer = within(state.pinned) ?? {
+      row: Math.floor(picture.height / 2),
+      column: Math.floor(picture.width / 2),
+    };
+    state.pinned &&= { ...state.pointer, picture: picture.index };
+    page.insets.show(picture);
+    page.listSides();
+    page.markThumbnail(picture.index);
+    stage.show(picture);
+    write(byId("subtitle"), `${page.data.encoder} · ${picture.name} · ${picture.height} × ${picture.width}`);
+    page.changed("sides", "view", "pointer", "anchor", "style", "labels");
+  }
+
+  page.makeSimilarity = () => {
+    const { path } = page.state;
+    const card = path === "webgl" || (path === "auto" && Anyup.webgl.real());
+    page.similarity = new Anyup.similarity.Similarity(page.picture, card ? "webgl" : "script");
+    page.showPath();
+  };
+
+  page.lostCard = () => {
+    if (!page.picture || page.path !== "webgl") return;
+    page.state.path = "script";
+    byId("path").value = "script";
+    page.makeSimilarity();
+    page.toast("The graphics card was lost; the script draws from now on.");
+    page.changed("sides", "anchor", "style");
+  };
+
+  // Shows a reason; null takes it away.
+  page.fail = (error) => {
+    const box = byId("failure");
+    box.hidden = !error;
+    if (!error) return;
+    const known = error instanceof Anyup.base.PageError;
+    box.textContent = known ? error.message : `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
+    if (!page.picture) document.documentElement.dataset.state = "failed";
+    if (!known) throw error;
+  };
+
+  let fading = null;
+
+  page.toast = (text) => {
+    byId("toast").textContent = text;
+    clearTimeout(fading);
+    fading = setTimeout(() => byId("toast").replaceChildren(), TOAST_TIME);
+  };
+
+  page.tell = (text) => {
+    byId("live").textContent = text;
+  };
+
+  let speaking = null;
+
+  // After the arrow keys have come to rest, the line about the pixel is read out.
+  page.tellSoon = () => {
+    clearTimeout(speaking);
+    speaking = setTimeout(() => page.tell(byId("readout").textContent), 500);
+  };
+
+  page.eraseReach = () => ERASE_REACH / page.stage.scale;
+
+  Anyup.page = page;
+}
