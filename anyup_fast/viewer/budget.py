@@ -55,7 +55,7 @@ class Budget:
         ways += [f"{count} of the {self.pictures} pictures"] if 1 <= count < self.pictures else []
         return (
             f"pictures: {self.pictures} of {height}x{width} pixels with {self.count} directions make a page of {some}"
-            f"{whole / 1e6:.0f} MB, and max_bytes is {self.max_bytes / 1e6:g} MB; {' or '.join(ways)} would do, or a "
+            f"{whole / 1e6:.3g} MB, and max_bytes is {self.max_bytes / 1e6:.3g} MB; {' or '.join(ways)} would do, or a "
             f"max_bytes of {int(whole * 1.05)}"
         )
 

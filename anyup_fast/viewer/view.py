@@ -117,7 +117,8 @@ def view(
         loaded = _encoder(encoder, prompts, device)
     elif prompts:
         raise ValueError("prompts: what is prepared already has no encoder to read them; give the pictures themselves")
-    budget = Budget(max_bytes, directions, len(pictures))
+    channels = pictures[0].channels if isinstance(pictures[0], Prepared) else loaded.dim
+    budget = Budget(max_bytes, min(directions, channels), len(pictures))
     entries = [_read(one, name, reading, loaded, budget) for one, name in zip(pictures, names, strict=True)]
 
     computing = {"device": device, "backend": backend, "precision": precision, "dtype": dtype}
