@@ -20,7 +20,7 @@ LEVELS = [
     {"acceleration", "examination", "export", "published"},
     {"recognition"},
     {"model"},
-    {"frugal", "recording", "captured"},
+    {"frugal", "recording", "captured", "fused"},
     {"prepared", "upsampling"},
     {"parts"},
     {"decoder", "heads", "image", "rows", "encoders", "checkpoints", "stores", "visualize"},

@@ -75,8 +75,10 @@ ARGUMENTS = {
     "load_image": "source size patch_multiple max_pixels value_range upright fit",
     "extract_features": "image encoder layer weights device value_range",
     "extract_dinov2_features": "image model layer weights device value_range",
-    "upsample_features_with_anyup": "image features output_size weights device backend precision value_range dtype",
-    "prepare": "image features weights device backend precision value_range dtype",
+    "upsample_features_with_anyup": (
+        "image features output_size weights device backend precision value_range dtype values"
+    ),
+    "prepare": "image features weights device backend precision value_range dtype values",
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
 
