@@ -127,7 +127,7 @@
   };
 
   page.pin = (point = state.pinned ? null : state.pointer) => {
-    state.pinned = point && { ...point, picture: page.picture.index };
+    state.pinned = point && page.vectorsOf(point);
     state.prompt = null;
     page.changed("anchor", "pointer");
   };
@@ -146,9 +146,9 @@
 
   // Puts the point into the address, and the address into the clipboard where that is allowed.
   page.link = async () => {
-    const { row, column } = page.anchor;
-    page.pin({ row, column });
-    const hash = `#picture=${page.picture.index}&row=${row}&column=${column}`;
+    if (!state.pinned) page.pin(state.pointer);
+    const { picture, row, column } = state.pinned;
+    const hash = `#picture=${picture}&row=${row}&column=${column}`;
     const framed = window.parent !== window;
     if (framed) {
       page.toast(`Add this to the address of the saved page: ${hash}`);

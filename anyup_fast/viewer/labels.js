@@ -72,7 +72,7 @@
     }
 
     clear() {
-      this.replace(this.classes.map((one) => ({ ...one, points: [], given: null })));
+      this.replace(this.classes.map((one) => ({ ...one, points: [] })));
     }
 
     get full() {
@@ -148,7 +148,7 @@
       this.classes = classes;
       this.labels.fill(0);
       wanted.forEach((one, label) => raise(this.scores.get(one), this.best, this.labels, label));
-      const counts = new Array(classes.length).fill(0);
+      const counts = Array.from({ length: classes.length }, () => 0);
       if (classes.length) for (const label of this.labels) counts[label]++;
       this.shares = counts.map((count) => count / this.volume.count);
     }

@@ -18,7 +18,8 @@
       attending: false, // by the button
       holding: false, // by the key
       erasing: false,
-      opacity: 0.8,
+      mapOpacity: 1,
+      labelOpacity: 0.6,
       map: "viridis",
       fit: true,
       outline: true,
@@ -31,13 +32,19 @@
       return page.similarity?.path ?? null;
     },
 
+    // The pixel whose similarity is shown: {picture, row, column, vector, coarse}.
     get anchor() {
-      return page.state.pinned ?? page.state.pointer;
+      return page.state.pinned ?? page.vectorsOf(page.state.pointer);
+    },
+
+    vectorsOf(point) {
+      const { picture } = page;
+      return { picture: picture.index, ...point, vector: picture.vectorAt(point), coarse: picture.lowVectorAt(point) };
     },
 
     get sides() {
       const { attending, holding, sides } = page.state;
-      return (attending || holding) && page.picture.meta.attention ? ["photo", "attention"] : sides;
+      return (attending || holding) && page.picture.meta.attention ? ["attention", "attention"] : sides;
     },
   };
 
@@ -81,19 +88,21 @@
       similarity: page.similarity,
       attention: page.attention,
       labels: page.painted,
-      opacity: state.opacity,
+      mapOpacity: state.mapOpacity,
+      labelOpacity: state.labelOpacity,
       outline: state.outline,
     };
     sides.forEach((id, side) => {
       if (has("sides", ...Anyup.layers.needs(id))) Anyup.layers.draw(stage.contexts[side], id, shown);
-      if (has("sides", "anchor", "pointer", "style", "labels")) {
-        Anyup.legend.draw(side ? "legend-right" : "legend-left", Anyup.legend.describe(id, page));
-      }
     });
+    if (has("sides", "anchor", "pointer", "style", "labels")) Anyup.legend.draw(page);
     if (has("sides")) page.showSides(sides);
     if (has("view")) page.showView();
     if (has("view", "labels")) stage.drawPoints(labels.points.filter((point) => point.picture === picture.index));
-    if (has("view", "pointer", "anchor")) stage.drawPointer(state.pointer, state.prompt === null ? page.anchor : state.pointer);
+    if (has("view", "pointer", "anchor")) {
+      const pinned = state.pinned?.picture === picture.index ? state.pinned : state.pointer;
+      stage.drawPointer(state.pointer, pinned);
+    }
     if (has("pointer", "anchor", "labels")) write(byId("readout"), Anyup.legend.readout(page));
     if (has("anchor")) {
       page.showQuery();
@@ -109,15 +118,16 @@
 
   let wanted = 0;
 
-  // Shows another picture; points, classes and what is compared stay as they are.
-  page.show = async (index) => {
+  // Shows another picture and, with a point, pins it; points, classes and what is compared stay as they are.
+  page.show = async (index, point = null) => {
     wanted = index;
     document.documentElement.classList.add("busy");
+    write(byId("readout"), `Reading ${page.data.pictures[index].name} …`);
     try {
       const picture = await page.shelf.get(index);
       if (wanted !== index) return;
       await picture.openAttention();
-      if (wanted === index) settle(picture);
+      if (wanted === index) settle(picture, point);
     } catch (error) {
       if (wanted === index) page.fail(error);
     } finally {
@@ -125,7 +135,7 @@
     }
   };
 
-  function settle(picture) {
+  function settle(picture, point) {
     const { state, stage } = page;
     page.fail(null);
     page.picture = picture;
@@ -133,14 +143,13 @@
     page.map = new Anyup.labels.LabelMap(picture);
     page.attention = null;
     page.makeSimilarity();
-    const within = (point) =>
-      point && { row: Math.min(point.row, picture.height - 1), column: Math.min(point.column, picture.width - 1) };
-    if (state.pinned?.picture !== picture.index) state.pinned = null;
-    state.pointer = within(state.pinned) ?? {
-      row: Math.floor(picture.height / 2),
-      column: Math.floor(picture.width / 2),
-    };
-    state.pinned &&= { ...state.pointer, picture: picture.index };
+    state.pointer = { row: Math.floor(picture.height / 2), column: Math.floor((2 * picture.width) / 3) };
+    if (point) {
+      const [row, column] = [Math.min(point.row, picture.height - 1), Math.min(point.column, picture.width - 1)];
+      state.pointer = { row, column };
+      state.pinned = page.vectorsOf(state.pointer);
+      state.prompt = null;
+    }
     page.insets.show(picture);
     page.listSides();
     page.markThumbnail(picture.index);

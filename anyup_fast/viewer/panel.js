@@ -42,20 +42,27 @@
       });
       name.addEventListener("keydown", (event) => event.key === "Enter" && name.blur());
       remove.addEventListener("click", () => this.page.removeClass(index));
-      return { item, pick, radio, name, share, remove };
+      const quick = element("button", { type: "button", text: index + 1 });
+      quick.addEventListener("click", () => this.page.choose(index, true));
+      return { item, pick, radio, name, share, remove, quick };
     }
 
     update({ classes, active, labelled }, shares) {
       if (this.rows.length !== classes.length) {
         this.rows = classes.map((_, index) => this.row(index));
         byId("classes").replaceChildren(...this.rows.map((row) => row.item));
+        byId("quick").replaceChildren(...this.rows.map((row) => row.quick));
       }
       this.rows.forEach((row, index) => {
         const one = classes[index];
         const { css, ink } = Anyup.colours.classes[one.colour];
         row.item.classList.toggle("active", index === active);
-        row.pick.style.background = css;
-        row.pick.style.color = ink;
+        for (const mark of [row.pick, row.quick]) {
+          mark.style.background = css;
+          mark.style.color = ink;
+        }
+        row.quick.setAttribute("aria-label", `Next point: ${one.name}`);
+        row.quick.setAttribute("aria-pressed", String(index === active));
         row.radio.checked = index === active;
         row.radio.setAttribute("aria-label", `Class ${index + 1}: ${one.name}`);
         if (document.activeElement !== row.name || row.name.value !== one.name) row.name.value = one.name;

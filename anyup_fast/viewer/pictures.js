@@ -65,15 +65,18 @@
       const [i, j] = [nearest(row, rows.length), nearest(column, columns.length)];
       const { pixels, width } = this.attentionPixels;
       const weights = new Float32Array(this.low.count);
+      const inside = new Uint8Array(this.low.count);
       for (let y = 0; y < size[0]; y++) {
         for (let x = 0; x < size[1]; x++) {
           const [top, left] = [rows[i] + y, columns[j] + x];
           if (top >= this.low.height || left >= this.low.width) continue;
-          weights[top * this.low.width + left] = scale[0] * pixels[(i * size[0] + y) * width + j * size[1] + x];
+          const cell = top * this.low.width + left;
+          weights[cell] = scale[0] * pixels[(i * size[0] + y) * width + j * size[1] + x];
+          inside[cell] = 1;
         }
       }
       const middle = (k, size) => Math.min(Math.floor(step / 2) + k * step, size - 1);
-      return { weights, row: middle(i, this.height), column: middle(j, this.width) };
+      return { weights, inside, row: middle(i, this.height), column: middle(j, this.width) };
     }
   }
 

@@ -74,7 +74,7 @@
     );
     byId("undo").disabled = !labels.past.length;
     byId("redo").disabled = !labels.future.length;
-    byId("clear").disabled = !some;
+    byId("clear").disabled = !labels.points.length;
     byId("add-class").disabled = labels.full;
     byId("save-head").disabled = !some;
     byId("save-labels").disabled = !some;
@@ -115,7 +115,9 @@
     on("save-head", "click", () => page.toast(`${Anyup.exports.head(page.data, page.labels.labelled)} saved.`));
     on("save-labels", "click", () => save(Anyup.exports.labelMap(page.picture, page.map)));
     on("save-picture", "click", () => save(Anyup.exports.shown(page.picture, stage.canvases, stage.cut)));
-    on("opacity", "input", (event) => style({ opacity: event.target.valueAsNumber / 100 }));
+    for (const kind of ["map", "label"]) {
+      on(`${kind}-opacity`, "input", (event) => style({ [`${kind}Opacity`]: event.target.valueAsNumber / 100 }));
+    }
     on("map", "change", (event) => style({ map: event.target.value }));
     on("range", "change", (event) => style({ fit: event.target.value === "fit" }));
     on("outline", "change", (event) => style({ outline: event.target.checked }));
@@ -137,7 +139,11 @@
 
   function style(change) {
     Object.assign(state, change);
-    write(byId("opacity-value"), `${Math.round(100 * state.opacity)} %`);
+    for (const kind of ["map", "label"]) {
+      const percents = Math.round(100 * state[`${kind}Opacity`]);
+      byId(`${kind}-opacity`).valueAsNumber = percents;
+      write(byId(`${kind}-opacity`).nextElementSibling, `${percents} %`);
+    }
     page.changed("style", "anchor");
   }
 
@@ -157,8 +163,7 @@
 
   async function goTo(point) {
     if (!point) return;
-    state.pinned = point;
-    await page.show(point.picture);
+    await page.show(point.picture, point);
   }
 
   async function start() {
@@ -176,7 +181,6 @@
     page.markPrompt = Anyup.panel.prompts(page);
     page.markThumbnail = Anyup.panel.thumbnails(page);
     Anyup.panel.options(byId("map"), Object.keys(Anyup.colours.maps).map((name) => ({ value: name, text: name })));
-    byId("opacity").valueAsNumber = 100 * state.opacity;
     style({});
     connect();
     markTheme();
