@@ -61,6 +61,12 @@
     if (aloud) page.tell(`Class ${index + 1}: ${page.labels.classes[index].name}`);
   };
 
+  page.rename = (index, wanted) => {
+    const name = page.labels.rename(index, wanted);
+    if (name === null) page.toast("A class needs a name: it keeps the one it had.");
+    else if (name !== wanted.trim()) page.toast(`The class is called “${name}”, so that every class has a name of its own.`);
+  };
+
   page.addClass = () => {
     page.erasing(false);
     page.labels.addClass();

@@ -52,7 +52,7 @@
     });
     const metadata = {
       classes: JSON.stringify(classes.map((one) => one.name)),
-      encoder: data.encoder,
+      ...(data.encoder ? { encoder: data.encoder } : {}),
       kind: "prototype",
     };
     const tensors = { weight: { shape: [classes.length, channels], values } };

@@ -8,8 +8,9 @@
   // A state is a list of classes {name, colour, given, points} that is never changed, only replaced.
   class Labels {
     constructor(given, changed) {
-      const named = given.slice(0, MOST).map(({ name, weight }, i) => made(name, i, weight));
-      while (named.length < 2) named.push(made(`class ${named.length + 1}`, named.length));
+      const named = [];
+      for (const { name, weight } of given.slice(0, MOST)) named.push(made(distinct(name, named), named.length, weight));
+      while (named.length < 2) named.push(made(distinct("", named), named.length));
       this.classes = named;
       this.past = [];
       this.future = [];
@@ -79,14 +80,19 @@
       return this.classes.length >= MOST;
     }
 
-    addClass(name, given = null) {
+    // The name that a class got; null where nothing is left of the one wanted.
+    rename(index, wanted) {
+      if (!printable(wanted)) return null;
+      const name = distinct(wanted, this.classes.filter((_, i) => i !== index));
+      if (name !== this.classes[index].name) this.edit(index, { name });
+      return name;
+    }
+
+    addClass(name = "", given = null) {
       if (this.full) return false;
       const used = new Set(this.classes.map((one) => one.colour));
       const colour = Anyup.colours.classes.findIndex((_, i) => !used.has(i));
-      const names = new Set(this.classes.map((one) => one.name));
-      let number = this.classes.length + 1;
-      while (!name && names.has(`class ${number}`)) number++;
-      this.replace([...this.classes, made(name || `class ${number}`, colour, given)]);
+      this.replace([...this.classes, made(distinct(name, this.classes), colour, given)]);
       this.active = this.classes.length - 1;
       this.changed();
       return true;
@@ -108,6 +114,21 @@
 
   function made(name, colour, given = null) {
     return { name, colour, given, points: [] };
+  }
+
+  function printable(name) {
+    return name.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ").trim();
+  }
+
+  // A name that no other class has, without control characters: files of heads take no other.
+  function distinct(wanted, others) {
+    const taken = new Set(others.map((one) => one.name));
+    const name = printable(wanted);
+    const variant = (number) => (name ? `${name} (${number})` : `class ${number}`);
+    if (name && !taken.has(name)) return name;
+    let number = name ? 2 : others.length + 1;
+    while (taken.has(variant(number))) number++;
+    return variant(number);
   }
 
   const prototypes = new WeakMap();

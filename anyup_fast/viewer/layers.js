@@ -115,11 +115,12 @@
   // Draws layer `id` into a context of the picture's size.
   function draw(context, id, { layers, similarity, labels, attention, mapOpacity, labelOpacity, outline }) {
     const { width, height } = context.canvas;
-    const put = (image, alpha = 1) => {
+    const put = (image, alpha = 1, size = [width, height]) => {
       context.globalAlpha = alpha;
-      context.drawImage(image, 0, 0, width, height);
+      context.drawImage(image, 0, 0, ...size);
       context.globalAlpha = 1;
     };
+    const cells = layers.picture.cellsSize;
     context.imageSmoothingEnabled = false;
     const base = id === "photo" || id === "labels" || id === "attention" || id.endsWith(":similarity");
     if (base) put(layers.picture.photo);
@@ -127,10 +128,10 @@
     else if (id === "labels" && labels) {
       put(labels.fill, labelOpacity);
       put(labels.edges);
-    } else if (id === "attention" && attention) put(attention.image, mapOpacity);
-    else if (id === "low:similarity") put(similarity.low.canvas, mapOpacity);
+    } else if (id === "attention" && attention) put(attention.image, mapOpacity, cells);
+    else if (id === "low:similarity") put(similarity.low.canvas, mapOpacity, cells);
     else if (id === "high:similarity") put(similarity.high.canvas, mapOpacity);
-    else if (!base) put(layers.view(id));
+    else if (!base) put(layers.view(id), 1, id.startsWith("low:") ? cells : [width, height]);
   }
 
   Anyup.layers = { list, needs, draw, Layers };

@@ -154,7 +154,7 @@
     page.listSides();
     page.markThumbnail(picture.index);
     stage.show(picture);
-    write(byId("subtitle"), `${page.data.encoder} · ${picture.name} · ${picture.height} × ${picture.width}`);
+    write(byId("subtitle"), [page.data.encoder, picture.name, `${picture.height} × ${picture.width}`].filter(Boolean).join(" · "));
     page.changed("sides", "view", "pointer", "anchor", "style", "labels");
   }
 

@@ -3,6 +3,7 @@
 // The list of classes, prompts, thumbnails and the other controls beside the picture.
 {
   const { byId, element, write } = Anyup.base;
+  const INSET = 320; // pixels of the longer side of the small maps
 
   function icon(name) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -36,9 +37,8 @@
       radio.addEventListener("change", () => this.page.choose(index));
       name.addEventListener("focus", () => this.page.choose(index));
       name.addEventListener("change", () => {
-        const wanted = name.value.trim();
-        if (wanted) labels.edit(index, { name: wanted });
-        else name.value = labels.classes[index].name;
+        this.page.rename(index, name.value);
+        name.value = labels.classes[index].name;
       });
       name.addEventListener("keydown", (event) => event.key === "Enter" && name.blur());
       remove.addEventListener("click", () => this.page.removeClass(index));
@@ -114,8 +114,10 @@
       this.high = byId("inset-high").getContext("2d");
     }
 
-    show({ width, height, grid }) {
-      const scale = Math.min(1, 320 / Math.max(width, height));
+    show({ width, height, grid, cellsSize }) {
+      const scale = Math.min(1, INSET / Math.max(width, height));
+      this.sizes = { high: [width, height], low: cellsSize };
+      this.scale = scale;
       for (const context of [this.low, this.high]) {
         context.canvas.width = Math.round(width * scale);
         context.canvas.height = Math.round(height * scale);
@@ -128,7 +130,7 @@
       for (const side of ["low", "high"]) {
         const context = this[side];
         context.imageSmoothingEnabled = side === "high";
-        context.drawImage(similarity[side].canvas, 0, 0, context.canvas.width, context.canvas.height);
+        context.drawImage(similarity[side].canvas, 0, 0, ...this.sizes[side].map((size) => size * this.scale));
       }
     }
   }

@@ -29,6 +29,11 @@
       return new Picture(meta, index, ...opened.map((result) => result.value));
     }
 
+    // Size of the low-res map in pixels: its last cells may reach beyond the picture.
+    get cellsSize() {
+      return [this.grid[1] * this.patch[1], this.grid[0] * this.patch[0]];
+    }
+
     indexOf({ row, column }) {
       return row * this.width + column;
     }

@@ -92,7 +92,7 @@
     write(
       byId("about"),
       `Now drawn by ${path === "webgl" ? "WebGL" : "the script"} (${card}). anyup-fast ${data.version}, ` +
-        `encoder ${data.encoder}, weights ${data.weights}, ${data.directions} directions of ${data.channels} channels.`,
+        `encoder ${data.encoder || "of your own"}, weights ${data.weights}, ${data.directions} directions of ${data.channels} channels.`,
     );
   };
 
