@@ -7,9 +7,12 @@
 
   // A state is a list of classes {name, colour, given, points} that is never changed, only replaced.
   class Labels {
-    constructor(given, changed) {
+    // `initial`: classes {name, weight} that the page begins with.
+    constructor(initial, changed) {
       const named = [];
-      for (const { name, weight } of given.slice(0, MOST)) named.push(made(distinct(name, named), named.length, weight));
+      for (const { name, weight } of initial.slice(0, MOST)) {
+        named.push(made(distinct(name, named), named.length, weight));
+      }
       while (named.length < 2) named.push(made(distinct("", named), named.length));
       this.classes = named;
       this.past = [];
@@ -88,11 +91,11 @@
       return name;
     }
 
-    addClass(name = "", given = null) {
+    addClass(name = "", weight = null) {
       if (this.full) return false;
       const used = new Set(this.classes.map((one) => one.colour));
       const colour = Anyup.colours.classes.findIndex((_, i) => !used.has(i));
-      this.replace([...this.classes, made(distinct(name, this.classes), colour, given)]);
+      this.replace([...this.classes, made(distinct(name, this.classes), colour, weight)]);
       this.active = this.classes.length - 1;
       this.changed();
       return true;
@@ -112,8 +115,8 @@
     }
   }
 
-  function made(name, colour, given = null) {
-    return { name, colour, given, points: [] };
+  function made(name, colour, weight = null) {
+    return { name, colour, given: weight, points: [] };
   }
 
   function printable(name) {

@@ -51,7 +51,8 @@
     }
     const [from, to] = meanEnds(view, data);
     const title = name === "mean" ? "mean of their channels" : name;
-    return [`${what} features as ${title}, ${height} × ${width}`, scale("linear-gradient(to right, #000, #fff)", from, to)];
+    const greys = Anyup.colours.gradient("grey");
+    return [`${what} features as ${title}, ${height} × ${width}`, scale(greys, from, to)];
   }
 
   // [sentence, picture of the scale or null] of a layer.
@@ -60,8 +61,8 @@
     const gradient = Anyup.colours.gradient(state.map);
     if (id === "photo") {
       const edged = state.outline && labels.labelled.length > 1;
-      const words = `Photograph, ${picture.height} × ${picture.width} pixels${edged ? ", with the outline of the labels" : ""}`;
-      return [words, edged ? classKeys(labels) : null];
+      const words = `Photograph, ${picture.height} × ${picture.width} pixels`;
+      return edged ? [`${words}, with the outline of the labels`, classKeys(labels)] : [words, null];
     }
     if (id === "labels") {
       if (!labels.labelled.length) return ["Labels: click into the picture to set the first point", null];
@@ -69,7 +70,9 @@
     }
     if (id === "attention") {
       if (!attention) return ["Attention", null];
-      const words = `Attention of ${pixel(attention)}, the nearest of every ${picture.meta.attention.step} pixels`;
+      const words =
+        `Attention, mean of the heads, at ${pixel(attention)}: ` +
+        `the nearest of the pixels kept, one in ${picture.meta.attention.step} each way`;
       return [words, scale(gradient, "0", attention.most.toFixed(3))];
     }
     if (id.endsWith(":similarity")) {

@@ -129,7 +129,9 @@
       await picture.openAttention();
       if (wanted === index) settle(picture, point);
     } catch (error) {
-      if (wanted === index) page.fail(error);
+      if (wanted !== index) return;
+      page.changed("pointer");
+      page.fail(error);
     } finally {
       if (wanted === index) document.documentElement.classList.remove("busy");
     }
@@ -154,7 +156,8 @@
     page.listSides();
     page.markThumbnail(picture.index);
     stage.show(picture);
-    write(byId("subtitle"), [page.data.encoder, picture.name, `${picture.height} × ${picture.width}`].filter(Boolean).join(" · "));
+    const about = [page.data.encoder, picture.name, `${picture.height} × ${picture.width}`];
+    write(byId("subtitle"), about.filter(Boolean).join(" · "));
     page.changed("sides", "view", "pointer", "anchor", "style", "labels");
   }
 
@@ -180,7 +183,8 @@
     box.hidden = !error;
     if (!error) return;
     const known = error instanceof Anyup.base.PageError;
-    box.textContent = known ? error.message : `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
+    const unknown = `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
+    box.textContent = known ? error.message : unknown;
     if (!page.picture) document.documentElement.dataset.state = "failed";
     if (!known) throw error;
   };

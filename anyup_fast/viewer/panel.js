@@ -29,7 +29,8 @@
       const { labels } = this.page;
       const radio = element("input", { type: "radio", name: "class", value: index });
       const digit = element("span", { text: index + 1, "aria-hidden": "true" });
-      const name = element("input", { type: "text", "aria-label": `Name of class ${index + 1}`, maxlength: 80, spellcheck: "false" });
+      const label = `Name of class ${index + 1}`;
+      const name = element("input", { type: "text", "aria-label": label, maxlength: 80, spellcheck: "false" });
       const share = element("span", { class: "share" });
       const remove = element("button", { type: "button", class: "remove" }, icon("close"));
       const pick = element("label", { class: "pick" }, radio, digit);
@@ -81,7 +82,8 @@
     box.hidden = !page.data.prompts.length;
     const buttons = page.data.prompts.map((prompt, index) => {
       const show = element("button", { type: "button", text: prompt.name, "aria-pressed": "false" });
-      const take = element("button", { type: "button", text: "Use as class", "aria-label": `Use as class: ${prompt.name}` });
+      const what = `Use as class: ${prompt.name}`;
+      const take = element("button", { type: "button", text: "Use as class", "aria-label": what });
       show.addEventListener("click", () => page.ask(page.state.prompt === index ? null : index));
       take.addEventListener("click", () => page.take(index));
       box.append(element("div", {}, show, take));
@@ -96,7 +98,8 @@
     if (pictures.length < 2) return () => {};
     const buttons = pictures.map((meta, index) => {
       const image = element("img", { src: meta.photo, alt: "", loading: "lazy", decoding: "async" });
-      const button = element("button", { type: "button", title: meta.name }, image, element("span", { text: meta.name }));
+      const caption = element("span", { text: meta.name });
+      const button = element("button", { type: "button", title: meta.name }, image, caption);
       button.addEventListener("click", () => page.show(index));
       return button;
     });

@@ -72,7 +72,7 @@
       byId("hint"),
       state.erasing ? "Click near a point to erase it." : `Click into the picture: it is a point of ${name}.`,
     );
-    byId("undo").disabled = !labels.past.length;
+    for (const id of ["undo", "quick-undo"]) byId(id).disabled = !labels.past.length;
     byId("redo").disabled = !labels.future.length;
     byId("clear").disabled = !labels.points.length;
     byId("add-class").disabled = labels.full;
@@ -92,7 +92,8 @@
     write(
       byId("about"),
       `Now drawn by ${path === "webgl" ? "WebGL" : "the script"} (${card}). anyup-fast ${data.version}, ` +
-        `encoder ${data.encoder || "of your own"}, weights ${data.weights}, ${data.directions} directions of ${data.channels} channels.`,
+        `encoder ${data.encoder || "of your own"}, weights ${data.weights}, ` +
+        `${data.directions} directions of ${data.channels} channels.`,
     );
   };
 
@@ -107,9 +108,9 @@
     on("pin", "click", () => page.pin());
     on("attend", "click", () => page.attend(!state.attending));
     on("link", "click", () => page.link());
-    on("undo", "click", () => page.undo());
+    for (const id of ["undo", "quick-undo"]) on(id, "click", () => page.undo());
     on("redo", "click", () => page.redo());
-    on("erase", "click", () => page.erasing(!state.erasing));
+    for (const id of ["erase", "quick-erase"]) on(id, "click", () => page.erasing(!state.erasing));
     on("clear", "click", () => page.clear());
     on("add-class", "click", () => page.addClass());
     on("save-head", "click", () => page.toast(`${Anyup.exports.head(page.data, page.labels.labelled)} saved.`));
@@ -167,6 +168,7 @@
   }
 
   async function start() {
+    write(byId("title"), document.title);
     const data = Anyup.data.read(byId("data").textContent);
     page.data = data;
     page.shelf = new Anyup.pictures.Shelf(data.pictures);
@@ -175,8 +177,7 @@
     page.list = new Anyup.panel.ClassList(page);
     page.insets = new Anyup.panel.Insets();
     page.presets = presets(data);
-    state.sides = [...page.presets[0].sides];
-    write(byId("title"), data.title);
+    state.sides = [...page.presets.at(data.classes.length ? -1 : 0).sides];
     showPresets();
     page.markPrompt = Anyup.panel.prompts(page);
     page.markThumbnail = Anyup.panel.thumbnails(page);
