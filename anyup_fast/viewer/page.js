@@ -139,7 +139,7 @@
 
   function settle(picture, point) {
     const { state, stage } = page;
-    page.fail(null);
+    byId("failure").hidden = true;
     page.picture = picture;
     page.layers = new Anyup.layers.Layers(page.data, picture);
     page.map = new Anyup.labels.LabelMap(picture);
@@ -177,17 +177,23 @@
     page.changed("sides", "anchor", "style");
   };
 
-  // Shows a reason; null takes it away.
-  page.fail = (error) => {
-    const box = byId("failure");
-    box.hidden = !error;
-    if (!error) return;
+  // Shows why something failed; a fault of the script itself stays in the console, too.
+  page.explain = (error) => {
     const known = error instanceof Anyup.base.PageError;
-    const unknown = `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
-    box.textContent = known ? error.message : unknown;
+    const reason = `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
+    byId("failure").textContent = known ? error.message : reason;
+    byId("failure").hidden = false;
     if (!page.picture) document.documentElement.dataset.state = "failed";
-    if (!known) throw error;
   };
+
+  page.fail = (error) => {
+    if (!(error instanceof Anyup.base.PageError)) throw error;
+    page.explain(error);
+  };
+
+  // Whatever nobody caught ends here. (Events without an error are notices of the browser.)
+  window.addEventListener("error", (event) => event.error && page.explain(event.error));
+  window.addEventListener("unhandledrejection", (event) => page.explain(event.reason));
 
   let fading = null;
 

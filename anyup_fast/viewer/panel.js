@@ -94,7 +94,8 @@
 
   function thumbnails(page) {
     const { pictures } = page.data;
-    byId("thumbs").hidden = pictures.length < 2;
+    const box = byId("thumbs");
+    box.hidden = pictures.length < 2;
     if (pictures.length < 2) return () => {};
     const buttons = pictures.map((meta, index) => {
       const image = element("img", { src: meta.photo, alt: "", loading: "lazy", decoding: "async" });
@@ -103,10 +104,11 @@
       button.addEventListener("click", () => page.show(index));
       return button;
     });
-    byId("thumbs").replaceChildren(...buttons);
+    box.replaceChildren(...buttons);
     return (shown) => {
       buttons.forEach((button, index) => button.setAttribute("aria-current", String(index === shown)));
-      buttons[shown].scrollIntoView({ block: "nearest", inline: "nearest" });
+      const { offsetLeft, offsetTop } = buttons[shown];
+      box.scrollTo(offsetLeft - box.clientWidth / 3, offsetTop - box.clientHeight / 3);
     };
   }
 

@@ -190,6 +190,9 @@
     const linked = page.linked();
     if (linked) await goTo(linked);
     else await page.show(0);
+    if (data.classes.length > Anyup.labels.MOST) {
+      page.toast(`The head has ${data.classes.length} classes: the first ${Anyup.labels.MOST} are shown.`);
+    }
     if (page.picture) {
       requestAnimationFrame(() =>
         requestAnimationFrame(() => {
