@@ -20,11 +20,12 @@
     }
     page.hover(point);
     const { labels, picture } = page;
+    const first = !labels.labelled.length;
     if (!labels.add({ picture: picture.index, ...point, vector: picture.vectorAt(point) })) {
       page.toast("The features of this pixel are all zero: no prototype can be made of it.");
       return;
     }
-    if (!state.sides.includes("labels")) page.setSide(1, "labels");
+    if (first) page.showLabels();
     const { name, points } = labels.classes[labels.active];
     tellLabels(`Point ${points.length} of ${name} at row ${point.row}, column ${point.column}.`);
   };
@@ -61,6 +62,12 @@
     if (aloud) page.tell(`Class ${index + 1}: ${page.labels.classes[index].name}`);
   };
 
+  page.rename = (index, wanted) => {
+    const name = page.labels.rename(index, wanted);
+    if (name === null) page.toast("A class needs a name: it keeps the one it had.");
+    else if (name !== wanted.trim()) page.toast(`The class is called “${name}”: names in a head have to differ.`);
+  };
+
   page.addClass = () => {
     page.erasing(false);
     page.labels.addClass();
@@ -75,7 +82,7 @@
 
   page.erasing = (on) => {
     state.erasing = on;
-    byId("erase").setAttribute("aria-pressed", String(on));
+    for (const id of ["erase", "quick-erase"]) byId(id).setAttribute("aria-pressed", String(on));
     page.stage.element.classList.toggle("erasing", on);
     page.showLabelTools();
   };
@@ -93,13 +100,17 @@
       page.toast(`There are ${Anyup.labels.MOST} classes already: remove one first.`);
       return;
     }
-    if (!state.sides.includes("labels")) page.setSide(1, "labels");
+    page.showLabels();
     tellLabels(`${name} is a class now.`);
   };
 
   page.setSide = (side, id) => {
     state.sides = state.sides.map((old, i) => (i === side ? id : old));
     page.changed("sides");
+  };
+
+  page.showLabels = () => {
+    if (!state.sides.includes("labels")) page.setSides(page.presets.at(-1).sides);
   };
 
   page.setSides = (sides) => {
@@ -127,7 +138,7 @@
   };
 
   page.pin = (point = state.pinned ? null : state.pointer) => {
-    state.pinned = point && { ...point, picture: page.picture.index };
+    state.pinned = point && page.vectorsOf(point);
     state.prompt = null;
     page.changed("anchor", "pointer");
   };
@@ -146,9 +157,9 @@
 
   // Puts the point into the address, and the address into the clipboard where that is allowed.
   page.link = async () => {
-    const { row, column } = page.anchor;
-    page.pin({ row, column });
-    const hash = `#picture=${page.picture.index}&row=${row}&column=${column}`;
+    if (!state.pinned) page.pin(state.pointer);
+    const { picture, row, column } = state.pinned;
+    const hash = `#picture=${picture}&row=${row}&column=${column}`;
     const framed = window.parent !== window;
     if (framed) {
       page.toast(`Add this to the address of the saved page: ${hash}`);
@@ -159,7 +170,7 @@
       () => true,
       () => false,
     );
-    page.toast(copied ? "The link to this point is in the clipboard." : "The link to this point is in the address line.");
+    page.toast(`The link to this point is in the ${copied ? "clipboard" : "address line"}.`);
   };
 
   // The point of "#picture=0&row=12&column=34"; null where the address names none in this page.

@@ -23,7 +23,7 @@
       );
     }
     if (!data.pictures.length) {
-      throw new PageError("There is no picture in this page. Write it anew with anyup-fast view PHOTO... --out page.html.");
+      throw new PageError("There is no picture in this page. Write it anew with anyup-fast view.");
     }
     const { directions } = data;
     const weighted = (items) => items.map((item) => ({ ...item, weight: rows(floats(item.weight), directions) }));

@@ -13,7 +13,7 @@
   }
 
   function stem(name) {
-    return name.replace(/\.[^./\\]*$/, "") || name;
+    return name.replace(/\.(jpe?g|png|webp|tiff?|bmp|gif|avif)$/i, "") || name;
   }
 
   // Numbers are those of `classes`: the ones that have a prototype, in the order in which they are shown.
@@ -52,7 +52,7 @@
     });
     const metadata = {
       classes: JSON.stringify(classes.map((one) => one.name)),
-      encoder: data.encoder,
+      ...(data.encoder ? { encoder: data.encoder } : {}),
       kind: "prototype",
     };
     const tensors = { weight: { shape: [classes.length, channels], values } };

@@ -4,6 +4,7 @@
 {
   const { byId, clamp } = Anyup.base;
   const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  const OWN = ["PageUp", "PageDown", "Delete", "Backspace"]; // what sliders use themselves, or nobody expects there
   const ZOOM_STEP = 1.25;
 
   function listen(page) {
@@ -64,6 +65,7 @@
       if (!page.picture || byId("help").open) return;
       const { target } = event;
       if (target.matches("input[type=text], select") || event.altKey) return;
+      if (target.matches("input, [role=slider]") && OWN.includes(event.key)) return;
       const used =
         event.ctrlKey || event.metaKey
           ? withControl(event)

@@ -7,9 +7,13 @@
 
   // A state is a list of classes {name, colour, given, points} that is never changed, only replaced.
   class Labels {
-    constructor(given, changed) {
-      const named = given.slice(0, MOST).map(({ name, weight }, i) => made(name, i, weight));
-      while (named.length < 2) named.push(made(`class ${named.length + 1}`, named.length));
+    // `initial`: classes {name, weight} that the page begins with.
+    constructor(initial, changed) {
+      const named = [];
+      for (const { name, weight } of initial.slice(0, MOST)) {
+        named.push(made(distinct(name, named), named.length, weight));
+      }
+      while (named.length < 2) named.push(made(distinct("", named), named.length));
       this.classes = named;
       this.past = [];
       this.future = [];
@@ -72,21 +76,26 @@
     }
 
     clear() {
-      this.replace(this.classes.map((one) => ({ ...one, points: [], given: null })));
+      this.replace(this.classes.map((one) => ({ ...one, points: [] })));
     }
 
     get full() {
       return this.classes.length >= MOST;
     }
 
-    addClass(name, given = null) {
+    // The name that a class got; null where nothing is left of the one wanted.
+    rename(index, wanted) {
+      if (!printable(wanted)) return null;
+      const name = distinct(wanted, this.classes.filter((_, i) => i !== index));
+      if (name !== this.classes[index].name) this.edit(index, { name });
+      return name;
+    }
+
+    addClass(name = "", weight = null) {
       if (this.full) return false;
       const used = new Set(this.classes.map((one) => one.colour));
       const colour = Anyup.colours.classes.findIndex((_, i) => !used.has(i));
-      const names = new Set(this.classes.map((one) => one.name));
-      let number = this.classes.length + 1;
-      while (!name && names.has(`class ${number}`)) number++;
-      this.replace([...this.classes, made(name || `class ${number}`, colour, given)]);
+      this.replace([...this.classes, made(distinct(name, this.classes), colour, weight)]);
       this.active = this.classes.length - 1;
       this.changed();
       return true;
@@ -106,8 +115,23 @@
     }
   }
 
-  function made(name, colour, given = null) {
-    return { name, colour, given, points: [] };
+  function made(name, colour, weight = null) {
+    return { name, colour, given: weight, points: [] };
+  }
+
+  function printable(name) {
+    return name.replace(/[\p{Cc}\p{Zl}\p{Zp}]+/gu, " ").trim();
+  }
+
+  // A name that no other class has, without control characters: files of heads take no other.
+  function distinct(wanted, others) {
+    const taken = new Set(others.map((one) => one.name));
+    const name = printable(wanted);
+    const variant = (number) => (name ? `${name} (${number})` : `class ${number}`);
+    if (name && !taken.has(name)) return name;
+    let number = name ? 2 : others.length + 1;
+    while (taken.has(variant(number))) number++;
+    return variant(number);
   }
 
   const prototypes = new WeakMap();
@@ -148,7 +172,7 @@
       this.classes = classes;
       this.labels.fill(0);
       wanted.forEach((one, label) => raise(this.scores.get(one), this.best, this.labels, label));
-      const counts = new Array(classes.length).fill(0);
+      const counts = Array.from({ length: classes.length }, () => 0);
       if (classes.length) for (const label of this.labels) counts[label]++;
       this.shares = counts.map((count) => count / this.volume.count);
     }

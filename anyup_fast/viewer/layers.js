@@ -4,13 +4,17 @@
 {
   const { canvas, clamp } = Anyup.base;
   const { packed } = Anyup.colours;
+  const OUTSIDE = packed([0, 0, 0], 120); // shade over the cells that a pixel cannot look at
 
   // {id, group, title, tag} of everything that the page can show of a picture.
   function list(data, picture) {
-    const views = data.views.flatMap(({ name }) => [
-      { id: `low:${name}`, group: "Features", title: `${name}, low-res`, tag: `${name} · low-res` },
-      { id: `high:${name}`, group: "Features", title: `${name}, high-res`, tag: `${name} · high-res` },
-    ]);
+    const views = data.views.flatMap(({ name }) => {
+      const shown = name === "mean" ? "Mean" : name;
+      return [
+        { id: `low:${name}`, group: "Features", title: `${shown}, low-res`, tag: `${shown} · low-res` },
+        { id: `high:${name}`, group: "Features", title: `${shown}, high-res`, tag: `${shown} · high-res` },
+      ];
+    });
     return [
       { id: "photo", group: "Picture", title: "Photograph", tag: "Photograph" },
       ...views,
@@ -59,11 +63,13 @@
     }
 
     attention(point, table) {
-      const { weights, ...nearest } = this.picture.attentionAt(point);
+      const { weights, inside, ...nearest } = this.picture.attentionAt(point);
       const most = weights.reduce((a, b) => Math.max(a, b), 0) || 1;
       const { width, height } = this.picture.low;
       const image = painted(width, height, (pixels) => {
-        for (let i = 0; i < pixels.length; i++) pixels[i] = table[Math.round((255 * weights[i]) / most)];
+        for (let i = 0; i < pixels.length; i++) {
+          pixels[i] = inside[i] ? table[Math.round((255 * weights[i]) / most)] : OUTSIDE;
+        }
       });
       return { image, most, ...nearest };
     }
@@ -107,24 +113,25 @@
   }
 
   // Draws layer `id` into a context of the picture's size.
-  function draw(context, id, { layers, similarity, labels, attention, opacity, outline }) {
+  function draw(context, id, { layers, similarity, labels, attention, mapOpacity, labelOpacity, outline }) {
     const { width, height } = context.canvas;
-    const put = (image, alpha = 1) => {
+    const put = (image, alpha = 1, size = [width, height]) => {
       context.globalAlpha = alpha;
-      context.drawImage(image, 0, 0, width, height);
+      context.drawImage(image, 0, 0, ...size);
       context.globalAlpha = 1;
     };
+    const cells = layers.picture.cellsSize;
     context.imageSmoothingEnabled = false;
     const base = id === "photo" || id === "labels" || id === "attention" || id.endsWith(":similarity");
     if (base) put(layers.picture.photo);
     if (id === "photo" && outline && labels) put(labels.edges);
     else if (id === "labels" && labels) {
-      put(labels.fill, opacity);
+      put(labels.fill, labelOpacity);
       put(labels.edges);
-    } else if (id === "attention" && attention) put(attention.image, opacity);
-    else if (id === "low:similarity") put(similarity.low.canvas, opacity);
-    else if (id === "high:similarity") put(similarity.high.canvas, opacity);
-    else if (!base) put(layers.view(id));
+    } else if (id === "attention" && attention) put(attention.image, mapOpacity, cells);
+    else if (id === "low:similarity") put(similarity.low.canvas, mapOpacity, cells);
+    else if (id === "high:similarity") put(similarity.high.canvas, mapOpacity);
+    else if (!base) put(layers.view(id), 1, id.startsWith("low:") ? cells : [width, height]);
   }
 
   Anyup.layers = { list, needs, draw, Layers };

@@ -5,7 +5,7 @@
   const { byId, element, dot } = Anyup.base;
 
   function number(value) {
-    return Math.abs(value) >= 100 ? value.toFixed(0) : value.toFixed(2);
+    return (Math.abs(value) >= 100 ? value.toFixed(0) : value.toFixed(2)).replace("-", "−");
   }
 
   function scale(gradient, from, to) {
@@ -44,14 +44,15 @@
   function ofView(name, resolution, { data, picture }) {
     const view = data.views.find((one) => one.name === name);
     const [height, width] = resolution === "low" ? picture.grid : [picture.height, picture.width];
-    const what = resolution === "low" ? "Low-res features" : "High-res features";
+    const what = resolution === "low" ? "Low-res" : "High-res";
     if (view.weight.length === 3) {
       const parts = ["#c8443a", "#2f8f46", "#3f6fd1"].map((css, i) => ({ css, name: `direction ${i + 1}` }));
-      return [`${what}, ${height} × ${width}: ${name}, three directions as red, green and blue`, keys(parts)];
+      return [`${what} features as ${name}, ${height} × ${width}`, keys(parts)];
     }
     const [from, to] = meanEnds(view, data);
-    const title = name === "mean" ? "mean of the channels" : name;
-    return [`${what}, ${height} × ${width}: ${title}`, scale("linear-gradient(to right, #000, #fff)", from, to)];
+    const title = name === "mean" ? "mean of their channels" : name;
+    const greys = Anyup.colours.gradient("grey");
+    return [`${what} features as ${title}, ${height} × ${width}`, scale(greys, from, to)];
   }
 
   // [sentence, picture of the scale or null] of a layer.
@@ -60,22 +61,25 @@
     const gradient = Anyup.colours.gradient(state.map);
     if (id === "photo") {
       const edged = state.outline && labels.labelled.length > 1;
-      const words = `Photograph, ${picture.height} × ${picture.width} pixels${edged ? ", with the outline of the labels" : ""}`;
-      return [words, edged ? classKeys(labels) : null];
+      const words = `Photograph, ${picture.height} × ${picture.width} pixels`;
+      return edged ? [`${words}, with the outline of the labels`, classKeys(labels)] : [words, null];
     }
     if (id === "labels") {
       if (!labels.labelled.length) return ["Labels: click into the picture to set the first point", null];
-      return ["Labels: the class whose prototype is nearest by cosine", classKeys(labels)];
+      return ["Labels: nearest prototype by cosine", classKeys(labels)];
     }
     if (id === "attention") {
       if (!attention) return ["Attention", null];
-      const words = `Attention, mean of the heads, of the nearest sampled pixel: ${pixel(attention)} (every ${picture.meta.attention.step} pixels)`;
+      const words =
+        `Attention, mean of the heads, at ${pixel(attention)}: ` +
+        `the nearest of the pixels kept, one in ${picture.meta.attention.step} each way`;
       return [words, scale(gradient, "0", attention.most.toFixed(3))];
     }
     if (id.endsWith(":similarity")) {
-      const where = id.startsWith("low") ? "Low-res cosine similarity" : "Cosine similarity";
+      const where = id.startsWith("low") ? "Low-res cosine" : "Cosine";
       const ends = [number(similarity.from), number(similarity.to)];
       if (state.fit) ends[0] = `≤ ${ends[0]}`;
+      if (state.fit && similarity.to < 1) ends[1] = `≥ ${ends[1]}`;
       return [`${where} to ${query(page)}`, scale(gradient, ...ends)];
     }
     const at = id.indexOf(":");
@@ -86,13 +90,22 @@
     return keys(labels.labelled.map((one) => ({ css: Anyup.colours.classes[one.colour].css, name: one.name })));
   }
 
-  function query({ state, data, anchor }) {
+  function query({ state, data, anchor, picture }) {
     if (state.prompt !== null) return `“${data.prompts[state.prompt].name}”`;
-    return `${state.pinned ? "the pinned pixel at" : "the pixel at"} ${pixel(anchor)}`;
+    const elsewhere = anchor.picture === picture.index ? "" : ` of ${data.pictures[anchor.picture].name}`;
+    return `${state.pinned ? "the pinned pixel at" : "the pixel at"} ${pixel(anchor)}${elsewhere}`;
   }
 
-  function draw(place, [sentence, extra]) {
-    byId(place).replaceChildren(element("p", { text: sentence }), ...(extra ? [extra] : []));
+  function drawOne(place, [sentence, extra]) {
+    place.replaceChildren(element("p", { text: sentence, title: sentence }), ...(extra ? [extra] : []));
+  }
+
+  // Both sides; one legend where they show the same.
+  function draw(page) {
+    const [left, right] = page.sides;
+    drawOne(byId("legend-left"), describe(left, page));
+    byId("legend-right").hidden = left === right;
+    if (left !== right) drawOne(byId("legend-right"), describe(right, page));
   }
 
   // One line: pixel, cell, similarity, label.
@@ -110,5 +123,5 @@
     return parts.join(" · ");
   }
 
-  Anyup.legend = { describe, draw, readout, query };
+  Anyup.legend = { draw, readout, query };
 }

@@ -18,7 +18,8 @@
       attending: false, // by the button
       holding: false, // by the key
       erasing: false,
-      opacity: 0.8,
+      mapOpacity: 1,
+      labelOpacity: 0.6,
       map: "viridis",
       fit: true,
       outline: true,
@@ -31,13 +32,19 @@
       return page.similarity?.path ?? null;
     },
 
+    // The pixel whose similarity is shown: {picture, row, column, vector, coarse}.
     get anchor() {
-      return page.state.pinned ?? page.state.pointer;
+      return page.state.pinned ?? page.vectorsOf(page.state.pointer);
+    },
+
+    vectorsOf(point) {
+      const { picture } = page;
+      return { picture: picture.index, ...point, vector: picture.vectorAt(point), coarse: picture.lowVectorAt(point) };
     },
 
     get sides() {
       const { attending, holding, sides } = page.state;
-      return (attending || holding) && page.picture.meta.attention ? ["photo", "attention"] : sides;
+      return (attending || holding) && page.picture.meta.attention ? ["attention", "attention"] : sides;
     },
   };
 
@@ -81,19 +88,21 @@
       similarity: page.similarity,
       attention: page.attention,
       labels: page.painted,
-      opacity: state.opacity,
+      mapOpacity: state.mapOpacity,
+      labelOpacity: state.labelOpacity,
       outline: state.outline,
     };
     sides.forEach((id, side) => {
       if (has("sides", ...Anyup.layers.needs(id))) Anyup.layers.draw(stage.contexts[side], id, shown);
-      if (has("sides", "anchor", "pointer", "style", "labels")) {
-        Anyup.legend.draw(side ? "legend-right" : "legend-left", Anyup.legend.describe(id, page));
-      }
     });
+    if (has("sides", "anchor", "pointer", "style", "labels")) Anyup.legend.draw(page);
     if (has("sides")) page.showSides(sides);
     if (has("view")) page.showView();
     if (has("view", "labels")) stage.drawPoints(labels.points.filter((point) => point.picture === picture.index));
-    if (has("view", "pointer", "anchor")) stage.drawPointer(state.pointer, state.prompt === null ? page.anchor : state.pointer);
+    if (has("view", "pointer", "anchor")) {
+      const pinned = state.pinned?.picture === picture.index ? state.pinned : state.pointer;
+      stage.drawPointer(state.pointer, pinned);
+    }
     if (has("pointer", "anchor", "labels")) write(byId("readout"), Anyup.legend.readout(page));
     if (has("anchor")) {
       page.showQuery();
@@ -109,43 +118,46 @@
 
   let wanted = 0;
 
-  // Shows another picture; points, classes and what is compared stay as they are.
-  page.show = async (index) => {
+  // Shows another picture and, with a point, pins it; points, classes and what is compared stay as they are.
+  page.show = async (index, point = null) => {
     wanted = index;
     document.documentElement.classList.add("busy");
+    write(byId("readout"), `Reading ${page.data.pictures[index].name} …`);
     try {
       const picture = await page.shelf.get(index);
       if (wanted !== index) return;
       await picture.openAttention();
-      if (wanted === index) settle(picture);
+      if (wanted === index) settle(picture, point);
     } catch (error) {
-      if (wanted === index) page.fail(error);
+      if (wanted !== index) return;
+      page.changed("pointer");
+      page.fail(error);
     } finally {
       if (wanted === index) document.documentElement.classList.remove("busy");
     }
   };
 
-  function settle(picture) {
+  function settle(picture, point) {
     const { state, stage } = page;
-    page.fail(null);
+    byId("failure").hidden = true;
     page.picture = picture;
     page.layers = new Anyup.layers.Layers(page.data, picture);
     page.map = new Anyup.labels.LabelMap(picture);
     page.attention = null;
     page.makeSimilarity();
-    const within = (point) =>
-      point && { row: Math.min(point.row, picture.height - 1), column: Math.min(point.column, picture.width - 1) };
-    if (state.pinned?.picture !== picture.index) state.pinned = null;
-    state.pointer = within(state.pinned) ?? {
-      row: Math.floor(picture.height / 2),
-      column: Math.floor(picture.width / 2),
-    };
-    state.pinned &&= { ...state.pointer, picture: picture.index };
+    state.pointer = { row: Math.floor(picture.height / 2), column: Math.floor((2 * picture.width) / 3) };
+    if (point) {
+      const [row, column] = [Math.min(point.row, picture.height - 1), Math.min(point.column, picture.width - 1)];
+      state.pointer = { row, column };
+      state.pinned = page.vectorsOf(state.pointer);
+      state.prompt = null;
+    }
     page.insets.show(picture);
     page.listSides();
     page.markThumbnail(picture.index);
     stage.show(picture);
-    write(byId("subtitle"), `${page.data.encoder} · ${picture.name} · ${picture.height} × ${picture.width}`);
+    const about = [page.data.encoder, picture.name, `${picture.height} × ${picture.width}`];
+    write(byId("subtitle"), about.filter(Boolean).join(" · "));
     page.changed("sides", "view", "pointer", "anchor", "style", "labels");
   }
 
@@ -165,16 +177,23 @@
     page.changed("sides", "anchor", "style");
   };
 
-  // Shows a reason; null takes it away.
-  page.fail = (error) => {
-    const box = byId("failure");
-    box.hidden = !error;
-    if (!error) return;
+  // Shows why something failed; a fault of the script itself stays in the console, too.
+  page.explain = (error) => {
     const known = error instanceof Anyup.base.PageError;
-    box.textContent = known ? error.message : `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
+    const reason = `The page's script failed: ${error.message}. Please report it, with the browser's name.`;
+    byId("failure").textContent = known ? error.message : reason;
+    byId("failure").hidden = false;
     if (!page.picture) document.documentElement.dataset.state = "failed";
-    if (!known) throw error;
   };
+
+  page.fail = (error) => {
+    if (!(error instanceof Anyup.base.PageError)) throw error;
+    page.explain(error);
+  };
+
+  // Whatever nobody caught ends here. (Events without an error are notices of the browser.)
+  window.addEventListener("error", (event) => event.error && page.explain(event.error));
+  window.addEventListener("unhandledrejection", (event) => page.explain(event.reason));
 
   let fading = null;
 

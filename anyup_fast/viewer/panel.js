@@ -3,6 +3,7 @@
 // The list of classes, prompts, thumbnails and the other controls beside the picture.
 {
   const { byId, element, write } = Anyup.base;
+  const INSET = 320; // pixels of the longer side of the small maps
 
   function icon(name) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -28,7 +29,8 @@
       const { labels } = this.page;
       const radio = element("input", { type: "radio", name: "class", value: index });
       const digit = element("span", { text: index + 1, "aria-hidden": "true" });
-      const name = element("input", { type: "text", "aria-label": `Name of class ${index + 1}`, maxlength: 80, spellcheck: "false" });
+      const label = `Name of class ${index + 1}`;
+      const name = element("input", { type: "text", "aria-label": label, maxlength: 80, spellcheck: "false" });
       const share = element("span", { class: "share" });
       const remove = element("button", { type: "button", class: "remove" }, icon("close"));
       const pick = element("label", { class: "pick" }, radio, digit);
@@ -36,26 +38,32 @@
       radio.addEventListener("change", () => this.page.choose(index));
       name.addEventListener("focus", () => this.page.choose(index));
       name.addEventListener("change", () => {
-        const wanted = name.value.trim();
-        if (wanted) labels.edit(index, { name: wanted });
-        else name.value = labels.classes[index].name;
+        this.page.rename(index, name.value);
+        name.value = labels.classes[index].name;
       });
       name.addEventListener("keydown", (event) => event.key === "Enter" && name.blur());
       remove.addEventListener("click", () => this.page.removeClass(index));
-      return { item, pick, radio, name, share, remove };
+      const quick = element("button", { type: "button", text: index + 1 });
+      quick.addEventListener("click", () => this.page.choose(index, true));
+      return { item, pick, radio, name, share, remove, quick };
     }
 
     update({ classes, active, labelled }, shares) {
       if (this.rows.length !== classes.length) {
         this.rows = classes.map((_, index) => this.row(index));
         byId("classes").replaceChildren(...this.rows.map((row) => row.item));
+        byId("quick").replaceChildren(...this.rows.map((row) => row.quick));
       }
       this.rows.forEach((row, index) => {
         const one = classes[index];
         const { css, ink } = Anyup.colours.classes[one.colour];
         row.item.classList.toggle("active", index === active);
-        row.pick.style.background = css;
-        row.pick.style.color = ink;
+        for (const mark of [row.pick, row.quick]) {
+          mark.style.background = css;
+          mark.style.color = ink;
+        }
+        row.quick.setAttribute("aria-label", `Next point: ${one.name}`);
+        row.quick.setAttribute("aria-pressed", String(index === active));
         row.radio.checked = index === active;
         row.radio.setAttribute("aria-label", `Class ${index + 1}: ${one.name}`);
         if (document.activeElement !== row.name || row.name.value !== one.name) row.name.value = one.name;
@@ -74,7 +82,8 @@
     box.hidden = !page.data.prompts.length;
     const buttons = page.data.prompts.map((prompt, index) => {
       const show = element("button", { type: "button", text: prompt.name, "aria-pressed": "false" });
-      const take = element("button", { type: "button", text: "Use as class", "aria-label": `Use as class: ${prompt.name}` });
+      const what = `Use as class: ${prompt.name}`;
+      const take = element("button", { type: "button", text: "Use as class", "aria-label": what });
       show.addEventListener("click", () => page.ask(page.state.prompt === index ? null : index));
       take.addEventListener("click", () => page.take(index));
       box.append(element("div", {}, show, take));
@@ -85,18 +94,21 @@
 
   function thumbnails(page) {
     const { pictures } = page.data;
-    byId("thumbs").hidden = pictures.length < 2;
+    const box = byId("thumbs");
+    box.hidden = pictures.length < 2;
     if (pictures.length < 2) return () => {};
     const buttons = pictures.map((meta, index) => {
       const image = element("img", { src: meta.photo, alt: "", loading: "lazy", decoding: "async" });
-      const button = element("button", { type: "button", title: meta.name }, image, element("span", { text: meta.name }));
+      const caption = element("span", { text: meta.name });
+      const button = element("button", { type: "button", title: meta.name }, image, caption);
       button.addEventListener("click", () => page.show(index));
       return button;
     });
-    byId("thumbs").replaceChildren(...buttons);
+    box.replaceChildren(...buttons);
     return (shown) => {
       buttons.forEach((button, index) => button.setAttribute("aria-current", String(index === shown)));
-      buttons[shown].scrollIntoView({ block: "nearest", inline: "nearest" });
+      const { offsetLeft, offsetTop } = buttons[shown];
+      box.scrollTo(offsetLeft - box.clientWidth / 3, offsetTop - box.clientHeight / 3);
     };
   }
 
@@ -107,8 +119,10 @@
       this.high = byId("inset-high").getContext("2d");
     }
 
-    show({ width, height, grid }) {
-      const scale = Math.min(1, 320 / Math.max(width, height));
+    show({ width, height, grid, cellsSize }) {
+      const scale = Math.min(1, INSET / Math.max(width, height));
+      this.sizes = { high: [width, height], low: cellsSize };
+      this.scale = scale;
       for (const context of [this.low, this.high]) {
         context.canvas.width = Math.round(width * scale);
         context.canvas.height = Math.round(height * scale);
@@ -121,7 +135,7 @@
       for (const side of ["low", "high"]) {
         const context = this[side];
         context.imageSmoothingEnabled = side === "high";
-        context.drawImage(similarity[side].canvas, 0, 0, context.canvas.width, context.canvas.height);
+        context.drawImage(similarity[side].canvas, 0, 0, ...this.sizes[side].map((size) => size * this.scale));
       }
     }
   }

@@ -22,11 +22,16 @@
       if (failed) {
         throw new PageError(
           `The picture ${meta.name} cannot be shown: ${failed.reason.message}. ` +
-            "The file is probably damaged, or the browser is older than 2023: open it in a current one, or write the page anew.",
+            "Open the page in a current browser (of 2024 or later), or write it anew: the file may be damaged.",
           { cause: failed.reason },
         );
       }
       return new Picture(meta, index, ...opened.map((result) => result.value));
+    }
+
+    // Size of the low-res map in pixels: its last cells may reach beyond the picture.
+    get cellsSize() {
+      return [this.grid[1] * this.patch[1], this.grid[0] * this.patch[0]];
     }
 
     indexOf({ row, column }) {
@@ -60,20 +65,23 @@
     }
 
     attentionAt({ row, column }) {
-      const { step, rows, columns, window: size, scale } = this.meta.attention;
+      const { step, rows, columns, window: span, scale } = this.meta.attention;
       const nearest = (at, count) => clamp(Math.round((at - Math.floor(step / 2)) / step), 0, count - 1);
       const [i, j] = [nearest(row, rows.length), nearest(column, columns.length)];
       const { pixels, width } = this.attentionPixels;
       const weights = new Float32Array(this.low.count);
-      for (let y = 0; y < size[0]; y++) {
-        for (let x = 0; x < size[1]; x++) {
+      const inside = new Uint8Array(this.low.count);
+      for (let y = 0; y < span[0]; y++) {
+        for (let x = 0; x < span[1]; x++) {
           const [top, left] = [rows[i] + y, columns[j] + x];
           if (top >= this.low.height || left >= this.low.width) continue;
-          weights[top * this.low.width + left] = scale[0] * pixels[(i * size[0] + y) * width + j * size[1] + x];
+          const cell = top * this.low.width + left;
+          weights[cell] = scale[0] * pixels[(i * span[0] + y) * width + j * span[1] + x];
+          inside[cell] = 1;
         }
       }
       const middle = (k, size) => Math.min(Math.floor(step / 2) + k * step, size - 1);
-      return { weights, row: middle(i, this.height), column: middle(j, this.width) };
+      return { weights, inside, row: middle(i, this.height), column: middle(j, this.width) };
     }
   }
 
@@ -97,6 +105,7 @@
     // The picture of a number, decoded; the one that was not asked for longest makes room.
     async get(index) {
       const opening = this.open.get(index) ?? Picture.open(this.metas[index], index);
+      opening.catch(() => this.open.delete(index));
       this.open.delete(index);
       this.open.set(index, opening);
       for (const oldest of this.open.keys()) {

@@ -81,7 +81,9 @@
     function paeth(line, above, out) {
       for (let i = 0, left = 0, corner = 0; i < line.length; i++) {
         const up = above[i];
-        const [toLeft, toUp, toCorner] = [Math.abs(up - corner), Math.abs(left - corner), Math.abs(left + up - 2 * corner)];
+        const toLeft = Math.abs(up - corner);
+        const toUp = Math.abs(left - corner);
+        const toCorner = Math.abs(left + up - 2 * corner);
         const best = toLeft <= toUp && toLeft <= toCorner ? left : toUp <= toCorner ? up : corner;
         out[i] = left = (line[i] + best) & 255;
         corner = up;

@@ -58,6 +58,16 @@
     };
     surface.addEventListener("pointerup", release);
     surface.addEventListener("pointercancel", release);
+    // A press on the divider's line that does not drag it is a click on the picture below.
+    stage.divider.addEventListener("pointerdown", ({ target, clientX, clientY }) => {
+      press = target === stage.divider ? { clientX, clientY } : null;
+    });
+    stage.divider.addEventListener("pointerup", (event) => {
+      const near = press && Math.hypot(event.clientX - press.clientX, event.clientY - press.clientY) < 3;
+      const point = near && stage.pixelAt(event);
+      press = null;
+      if (point && event.button === 0) page.click(point);
+    });
     surface.addEventListener("contextmenu", (event) => event.preventDefault());
 
     surface.addEventListener(

@@ -31,9 +31,7 @@
     // Query vectors of length one for the high-res and the low-res map.
     queries({ anchor, prompt }) {
       if (prompt) return [prompt.weight, prompt.weight];
-      return [this.picture.vectorAt(anchor), this.picture.lowVectorAt(anchor)].map(
-        (vector) => unit(vector) ?? new Float32Array(vector.length),
-      );
+      return [anchor.vector, anchor.coarse].map((vector) => unit(vector) ?? new Float32Array(vector.length));
     }
 
     // Paints both maps. Their scale is one: fixed, or fitted to the low-res map.
@@ -49,7 +47,7 @@
           if (value > most) most = value;
         }
         this.from = Math.floor(least * 100) / 100;
-        this.to = prompt ? Math.ceil(most * 100) / 100 : 1;
+        this.to = prompt || anchor.picture !== this.picture.index ? Math.ceil(most * 100) / 100 : 1;
         if (this.to - this.from < 0.01) this.from = this.to - 0.01;
       }
       this.low.paint(coarse, table, this.from, this.to);

@@ -72,9 +72,9 @@
       byId("hint"),
       state.erasing ? "Click near a point to erase it." : `Click into the picture: it is a point of ${name}.`,
     );
-    byId("undo").disabled = !labels.past.length;
+    for (const id of ["undo", "quick-undo"]) byId(id).disabled = !labels.past.length;
     byId("redo").disabled = !labels.future.length;
-    byId("clear").disabled = !some;
+    byId("clear").disabled = !labels.points.length;
     byId("add-class").disabled = labels.full;
     byId("save-head").disabled = !some;
     byId("save-labels").disabled = !some;
@@ -92,7 +92,8 @@
     write(
       byId("about"),
       `Now drawn by ${path === "webgl" ? "WebGL" : "the script"} (${card}). anyup-fast ${data.version}, ` +
-        `encoder ${data.encoder}, weights ${data.weights}, ${data.directions} directions of ${data.channels} channels.`,
+        `encoder ${data.encoder || "of your own"}, weights ${data.weights}, ` +
+        `${data.directions} directions of ${data.channels} channels.`,
     );
   };
 
@@ -107,15 +108,17 @@
     on("pin", "click", () => page.pin());
     on("attend", "click", () => page.attend(!state.attending));
     on("link", "click", () => page.link());
-    on("undo", "click", () => page.undo());
+    for (const id of ["undo", "quick-undo"]) on(id, "click", () => page.undo());
     on("redo", "click", () => page.redo());
-    on("erase", "click", () => page.erasing(!state.erasing));
+    for (const id of ["erase", "quick-erase"]) on(id, "click", () => page.erasing(!state.erasing));
     on("clear", "click", () => page.clear());
     on("add-class", "click", () => page.addClass());
     on("save-head", "click", () => page.toast(`${Anyup.exports.head(page.data, page.labels.labelled)} saved.`));
     on("save-labels", "click", () => save(Anyup.exports.labelMap(page.picture, page.map)));
     on("save-picture", "click", () => save(Anyup.exports.shown(page.picture, stage.canvases, stage.cut)));
-    on("opacity", "input", (event) => style({ opacity: event.target.valueAsNumber / 100 }));
+    for (const kind of ["map", "label"]) {
+      on(`${kind}-opacity`, "input", (event) => style({ [`${kind}Opacity`]: event.target.valueAsNumber / 100 }));
+    }
     on("map", "change", (event) => style({ map: event.target.value }));
     on("range", "change", (event) => style({ fit: event.target.value === "fit" }));
     on("outline", "change", (event) => style({ outline: event.target.checked }));
@@ -137,7 +140,11 @@
 
   function style(change) {
     Object.assign(state, change);
-    write(byId("opacity-value"), `${Math.round(100 * state.opacity)} %`);
+    for (const kind of ["map", "label"]) {
+      const percents = Math.round(100 * state[`${kind}Opacity`]);
+      byId(`${kind}-opacity`).valueAsNumber = percents;
+      write(byId(`${kind}-opacity`).nextElementSibling, `${percents} %`);
+    }
     page.changed("style", "anchor");
   }
 
@@ -157,11 +164,11 @@
 
   async function goTo(point) {
     if (!point) return;
-    state.pinned = point;
-    await page.show(point.picture);
+    await page.show(point.picture, point);
   }
 
   async function start() {
+    write(byId("title"), document.title);
     const data = Anyup.data.read(byId("data").textContent);
     page.data = data;
     page.shelf = new Anyup.pictures.Shelf(data.pictures);
@@ -170,13 +177,11 @@
     page.list = new Anyup.panel.ClassList(page);
     page.insets = new Anyup.panel.Insets();
     page.presets = presets(data);
-    state.sides = [...page.presets[0].sides];
-    write(byId("title"), data.title);
+    state.sides = [...page.presets.at(data.classes.length ? -1 : 0).sides];
     showPresets();
     page.markPrompt = Anyup.panel.prompts(page);
     page.markThumbnail = Anyup.panel.thumbnails(page);
     Anyup.panel.options(byId("map"), Object.keys(Anyup.colours.maps).map((name) => ({ value: name, text: name })));
-    byId("opacity").valueAsNumber = 100 * state.opacity;
     style({});
     connect();
     markTheme();
@@ -185,6 +190,9 @@
     const linked = page.linked();
     if (linked) await goTo(linked);
     else await page.show(0);
+    if (data.classes.length > Anyup.labels.MOST) {
+      page.toast(`The head has ${data.classes.length} classes: the first ${Anyup.labels.MOST} are shown.`);
+    }
     if (page.picture) {
       requestAnimationFrame(() =>
         requestAnimationFrame(() => {

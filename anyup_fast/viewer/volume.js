@@ -20,7 +20,7 @@
           `an image of features is ${size.width} x ${size.height} pixels, not ${columns * width} x ${blocks * height}`,
         );
       }
-      const planes = scale.map((_, k) => plane(pixels, k, columns, width, height));
+      const planes = scale.map((_, k) => cutPlane(pixels, k, columns, width, height));
       return new Volume(planes, scale, offset, width, height);
     }
 
@@ -83,7 +83,7 @@
     }
   }
 
-  function plane(pixels, k, columns, width, height) {
+  function cutPlane(pixels, k, columns, width, height) {
     if (columns === 1) return pixels.subarray(k * width * height, (k + 1) * width * height);
     const out = new Uint8Array(width * height);
     const start = Math.floor(k / columns) * height * columns * width + (k % columns) * width;

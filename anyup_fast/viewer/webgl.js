@@ -43,9 +43,9 @@
     const program = link(gl);
     if (!program) return null;
     const known = gl.getExtension("WEBGL_debug_renderer_info");
-    const renderer = String(gl.getParameter(known ? known.UNMASKED_RENDERER_WEBGL : gl.RENDERER));
-    const at = (name) => gl.getUniformLocation(program, name);
-    card = { surface, gl, program, renderer, at, textures: [] };
+    const name = String(gl.getParameter(known ? known.UNMASKED_RENDERER_WEBGL : gl.RENDERER));
+    const at = (variable) => gl.getUniformLocation(program, variable);
+    card = { surface, gl, program, at, renderer: name, textures: [] };
     surface.addEventListener("webglcontextlost", () => {
       card = null;
       Anyup.page.lostCard();
@@ -80,7 +80,7 @@
       const { gl, surface } = card;
       const { width, height, planes } = volume;
       [surface.width, surface.height] = [width, height];
-      card.textures.forEach((texture) => gl.deleteTexture(texture));
+      card.textures.forEach((old) => gl.deleteTexture(old));
       gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
       card.textures = [gl.TEXTURE_2D_ARRAY, gl.TEXTURE_2D, gl.TEXTURE_2D].map((kind, unit) => texture(gl, kind, unit));
       gl.activeTexture(gl.TEXTURE0);
