@@ -1,13 +1,15 @@
 """The prototypes that a page starts with."""
 
+import logging
 import os
 
 import torch
 import torch.nn.functional as F
 
-from ..heads import linear_head, load_head
+from ..heads import Head, linear_head, read_head
 
 MOST = 9  # a digit of the keyboard for each
+_log = logging.getLogger("anyup_fast")
 _ALIKE = 1e-3  # by which lengths of rows may differ
 
 
@@ -22,15 +24,15 @@ class Classes:
     """
 
     def __init__(self, head):
-        self.names, self._weight = [], None
+        self.names, self._weight, self._head = [], None, None
         if head is None:
             return
         self._said = f"head: {os.fspath(head)}" if isinstance(head, (str, os.PathLike)) else "head: it"
         if isinstance(head, (str, os.PathLike)):
-            (weight, bias), names = load_head(head), class_names(head)
-        else:
-            weight, bias = linear_head(head)
-            names = getattr(head, "classes", None)
+            head = read_head(head)
+        self._head = head if isinstance(head, Head) else None
+        weight, bias = linear_head(head)
+        names = self._head and self._head.classes
         if bias is not None and bias.abs().max() > 0:
             raise ValueError(
                 f"{self._said} has a bias; the page labels by the nearest prototype: give one without, of prototypes"
@@ -46,8 +48,8 @@ class Classes:
         self._weight = F.normalize(weight.detach().float().cpu(), dim=1)
         self.names = list(names or [f"class {i + 1}" for i in range(len(weight))])
 
-    def directions(self, channels):
-        """The prototypes (K, channels), of unit length.
+    def directions(self, channels, encoder=None):
+        """The prototypes (K, channels), of unit length; with a warning where they were made for another `encoder`.
 
         Raises:
             ValueError: the head has other channels.
@@ -59,14 +61,7 @@ class Classes:
                 f"{self._said} has {self._weight.shape[1]} channels, the features {channels}: it was made with another "
                 "encoder"
             )
+        why_not = None if encoder is None or self._head is None else self._head.why_not_on(encoder)
+        if why_not:
+            _log.warning("%s", why_not)
         return self._weight
-
-
-def class_names(path):
-    """Names of the classes of a head file, or None where it holds none."""
-    import json
-
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("classes", "null"))

@@ -125,7 +125,7 @@ def view(
     for entry in entries:
         _extract(entry, loaded, layer, device, entries[0])
     channels = len(entries[0].features)
-    fixed = classes.directions(channels)
+    fixed = classes.directions(channels, getattr(loaded, "name", None))
     if prompts:
         fixed = torch.cat([F.normalize(loaded.similarity(prompts).float().cpu(), dim=1), fixed])
     basis = directions_of([entry.features for entry in entries], directions, fixed)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import anyup_fast
 from anyup_fast import load_image, prepare, view, wrap_encoder
+from anyup_fast.heads import Head, save_head
 from anyup_fast.viewer import SCRIPTS, planes
 from anyup_fast.viewer.budget import estimated
 from anyup_fast.viewer.directions import directions
@@ -239,6 +240,16 @@ def test_prompts_need_texts(photos, encoder, model):
 def test_heads_that_do_not_fit_are_refused(photos, encoder, model, head, complaint):
     with pytest.raises(ValueError, match=f"^head: it .*{complaint}|^head: it {complaint}"):
         view(photos[0], encoder=encoder, weights=model, size=42, head=head)
+
+
+def test_a_head_file_brings_its_names_and_is_told_to_be_another_encoders(photos, encoder, model, tmp_path, caplog):
+    weight = F.normalize(torch.randn(2, CHANNELS, generator=torch.Generator().manual_seed(4)), dim=1)
+    save_head(tmp_path / "head.safetensors", weight, None, ["sky", "<i>sea</i>"], "cells", "prototype")
+    data = stored(view(photos[0], encoder=encoder, weights=model, size=42, head=tmp_path / "head.safetensors"))
+    assert [one["name"] for one in data["classes"]] == ["sky", "<i>sea</i>"] and not caplog.records
+    other = Head(weight, None, ("sky", "sea"), "dinov2_vits14")
+    view(photos[0], encoder=encoder, weights=model, size=42, head=other)
+    assert "made for features of the encoder 'dinov2_vits14' and is applied to those of 'cells'" in caplog.text
 
 
 # Bad input
