@@ -66,7 +66,7 @@
         row.quick.setAttribute("aria-pressed", String(index === active));
         row.radio.checked = index === active;
         row.radio.setAttribute("aria-label", `Class ${index + 1}: ${one.name}`);
-        if (document.activeElement !== row.name || row.name.value !== one.name) row.name.value = one.name;
+        if (document.activeElement !== row.name) row.name.value = one.name;
         const place = labelled.indexOf(one);
         const count = one.points.length;
         const points = count ? `${count} ${count === 1 ? "point" : "points"}` : one.given ? "given" : "no points";
