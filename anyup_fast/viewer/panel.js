@@ -7,6 +7,7 @@
 
   function icon(name) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("aria-hidden", "true");
     const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
     use.setAttribute("href", `#i-${name}`);
     svg.append(use);
@@ -36,7 +37,7 @@
       const pick = element("label", { class: "pick" }, radio, digit);
       const item = element("li", {}, pick, name, share, remove);
       radio.addEventListener("change", () => this.page.choose(index));
-      name.addEventListener("focus", () => this.page.choose(index));
+      item.addEventListener("pointerdown", ({ target }) => remove.contains(target) || this.page.choose(index));
       name.addEventListener("change", () => {
         this.page.rename(index, name.value);
         name.value = labels.classes[index].name;
