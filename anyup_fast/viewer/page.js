@@ -51,7 +51,7 @@
   const dirty = new Set();
   let scheduled = false;
 
-  // Kinds of change: picture, view (zoom, divider), sides, pointer, anchor, style, labels. One frame draws them all.
+  // Kinds of change: view (zoom, divider), sides, pointer, anchor, style, labels. One frame draws them all.
   page.changed = (...what) => {
     for (const kind of what) dirty.add(kind);
     if (scheduled) return;
@@ -66,37 +66,49 @@
     const what = new Set(dirty);
     dirty.clear();
     const has = (...kinds) => kinds.some((kind) => what.has(kind));
-    const { state, stage, picture, labels } = page;
-    const sides = page.sides;
+    compute(has);
+    drawSides(has);
+    drawMarks(has);
+    if (has("anchor")) {
+      page.showQuery();
+      keep(page.work, performance.now() - started);
+      requestAnimationFrame(() => keep(page.frames, performance.now() - started));
+    }
+  }
 
+  // Similarity, labels and attention, each only where something they come from has changed.
+  function compute(has) {
+    const { state, labels, layers } = page;
+    const table = Anyup.colours.maps[state.map];
     if (has("anchor", "style")) {
       const prompt = state.prompt === null ? null : page.data.prompts[state.prompt];
-      page.similarity.update({ anchor: page.anchor, prompt, table: Anyup.colours.maps[state.map], fit: state.fit });
+      page.similarity.update({ anchor: page.anchor, prompt, table, fit: state.fit });
       page.insets.draw(page.similarity);
     }
     if (has("labels")) {
       page.map.update(labels.labelled);
-      page.painted = labels.labelled.length ? page.layers.labels(page.map) : null;
+      page.painted = labels.labelled.length ? layers.labels(page.map) : null;
       page.list.update(labels, page.map.shares);
       page.showLabelTools();
     }
-    if (sides.includes("attention") && has("pointer", "style", "sides")) {
-      page.attention = page.layers.attention(state.pointer, Anyup.colours.maps[state.map]);
+    if (page.sides.includes("attention") && has("pointer", "style", "sides")) {
+      page.attention = layers.attention(state.pointer, table);
     }
-    const shown = {
-      layers: page.layers,
-      similarity: page.similarity,
-      attention: page.attention,
-      labels: page.painted,
-      mapOpacity: state.mapOpacity,
-      labelOpacity: state.labelOpacity,
-      outline: state.outline,
-    };
+  }
+
+  function drawSides(has) {
+    const { layers, similarity, attention, painted, sides } = page;
+    const { mapOpacity, labelOpacity, outline } = page.state;
+    const shown = { layers, similarity, attention, labels: painted, mapOpacity, labelOpacity, outline };
     sides.forEach((id, side) => {
-      if (has("sides", ...Anyup.layers.needs(id))) Anyup.layers.draw(stage.contexts[side], id, shown);
+      if (has("sides", ...Anyup.layers.needs(id))) Anyup.layers.draw(page.stage.contexts[side], id, shown);
     });
     if (has("sides", "anchor", "pointer", "style", "labels")) Anyup.legend.draw(page);
     if (has("sides")) page.showSides(sides);
+  }
+
+  function drawMarks(has) {
+    const { state, stage, picture, labels } = page;
     if (has("view")) page.showView();
     if (has("view", "labels")) stage.drawPoints(labels.points.filter((point) => point.picture === picture.index));
     if (has("view", "pointer", "anchor")) {
@@ -104,11 +116,6 @@
       stage.drawPointer(state.pointer, pinned);
     }
     if (has("pointer", "anchor", "labels")) write(byId("readout"), Anyup.legend.readout(page));
-    if (has("anchor")) {
-      page.showQuery();
-      keep(page.work, performance.now() - started);
-      requestAnimationFrame(() => keep(page.frames, performance.now() - started));
-    }
   }
 
   function keep(list, value) {

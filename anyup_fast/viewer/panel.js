@@ -7,6 +7,7 @@
 
   function icon(name) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("aria-hidden", "true");
     const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
     use.setAttribute("href", `#i-${name}`);
     svg.append(use);
@@ -36,7 +37,7 @@
       const pick = element("label", { class: "pick" }, radio, digit);
       const item = element("li", {}, pick, name, share, remove);
       radio.addEventListener("change", () => this.page.choose(index));
-      name.addEventListener("focus", () => this.page.choose(index));
+      item.addEventListener("pointerdown", ({ target }) => remove.contains(target) || this.page.choose(index));
       name.addEventListener("change", () => {
         this.page.rename(index, name.value);
         name.value = labels.classes[index].name;
@@ -66,7 +67,7 @@
         row.quick.setAttribute("aria-pressed", String(index === active));
         row.radio.checked = index === active;
         row.radio.setAttribute("aria-label", `Class ${index + 1}: ${one.name}`);
-        if (document.activeElement !== row.name || row.name.value !== one.name) row.name.value = one.name;
+        if (document.activeElement !== row.name) row.name.value = one.name;
         const place = labelled.indexOf(one);
         const count = one.points.length;
         const points = count ? `${count} ${count === 1 ? "point" : "points"}` : one.given ? "given" : "no points";

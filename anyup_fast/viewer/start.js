@@ -173,7 +173,7 @@
     page.data = data;
     page.shelf = new Anyup.pictures.Shelf(data.pictures);
     page.stage = new Anyup.Stage(page.changed);
-    page.labels = new Anyup.labels.Labels(data.classes, () => page.changed("labels", "sides"));
+    page.labels = new Anyup.labels.Labels(data.classes, () => page.changed("labels"));
     page.list = new Anyup.panel.ClassList(page);
     page.insets = new Anyup.panel.Insets();
     page.presets = presets(data);
