@@ -84,8 +84,8 @@ ARGUMENTS = {
     ),
     "prepare": "image features weights device backend precision value_range dtype values",
     "view": (
-        "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names title "
-        "max_bytes device backend precision dtype"
+        "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names "
+        "title max_bytes device backend precision dtype"
     ),
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
