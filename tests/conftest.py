@@ -1,6 +1,6 @@
 """Where no GPU is at hand, Triton's kernels run in its interpreter; it has to know before anything imports it."""
 
-import importlib
+import importlib.util
 import math
 import os
 import shutil
@@ -14,10 +14,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("ANYUP_FAST_PRODUCTS", "default")
 
 import pytest  # noqa: E402
+import quick_interpreter  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    quick_interpreter.hasten()
 
 
 def _threads(number):
