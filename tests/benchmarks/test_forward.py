@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from tree import ROOT
@@ -28,7 +28,7 @@ def forward(monkeypatch):
 
 
 def run(script, *arguments):
-    result = subprocess.run([sys.executable, FOLDER / script, *arguments], capture_output=True, text=True)
+    result = forked.run(FOLDER / script, *arguments)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -1,11 +1,9 @@
 """The ledger: its arithmetic by hand, and one small forward counted from one end to the other."""
 
 import csv
-import os
-import subprocess
-import sys
 from collections import Counter
 
+import forked
 import pytest
 from tree import ROOT
 
@@ -29,9 +27,7 @@ assert held == [3, 2, 12, 1]
 
 
 def run(*command):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(PYTHONPATH=str(FOLDER), OMP_NUM_THREADS="1")
-    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    result = forked.run(*command, PYTHONPATH=str(FOLDER))
     assert result.returncode == 0, result.stderr[-2000:]
 
 

@@ -1,14 +1,12 @@
 """Every kernel compiled for GPUs that are not there: hardly a spill, tensor cores in use, shared memory as foretold.
 
-Each test runs benchmarks/compile_kernels.py by itself, so that nothing is interpreted. The default run takes some
-targets; `pytest -m slow` all of them, in every dtype.
+Each test runs benchmarks/compile_kernels.py in a process of its own, so that nothing is interpreted. The
+default run takes some targets; `pytest -m slow` all of them, in every dtype.
 """
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import pytest
 from tree import ROOT
 
@@ -34,9 +32,7 @@ def some(values, fast):
 
 
 def compiled(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, SCRIPT, "--json", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = forked.run(SCRIPT, "--json", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert rows

@@ -6,10 +6,10 @@ Triton compiles in processes of their own, for here its interpreter is on. Each 
 import csv
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 
+import forked
 import pytest
 from ptx import project
 from tree import ROOT
@@ -29,10 +29,8 @@ FIRST_WINS = "attention_heads-8x8_k32_c16_w4_s2-float32-odd", "guidance-dim_32-f
 
 def rows(module, *arguments):
     """What a module of the package prints in a process in which Triton compiles: a list of dicts."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", f"ptx.{module}", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, sys.path))
+    result = forked.run("-m", f"ptx.{module}", *arguments, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
