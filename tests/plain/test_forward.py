@@ -330,7 +330,7 @@ def test_memory_is_what_was_estimated(threads, arguments):
 @pytest.mark.parametrize(
     "limit, arguments",
     [
-        (130 << 20, ((1, 3, 384, 384), (1, 21, 24, 24), None)),
+        (110 << 20, ((1, 3, 224, 224), (1, 21, 14, 14), None)),
         # large tiles of several sizes
         pytest.param(300 << 20, ((1, 3, 700, 530), (1, 64, 40, 30), None), marks=pytest.mark.slow),
     ],
