@@ -26,7 +26,12 @@ def _parent():
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**environment, "OMP_NUM_THREADS": "1"}
     )
-    atexit.register(process.stdin.close)
+
+    @atexit.register
+    def end():
+        process.stdin.close()
+        process.wait()
+
     return process
 
 
