@@ -83,7 +83,7 @@ def test_not_a_number_is_wrong(one_dtype, monkeypatch):
     assert {row.error for row in examine("cpu").faults} == {float("inf")}
 
 
-def test_the_command_passes_here(capsys):
+def test_the_command_passes_here(one_dtype, capsys):
     assert cli.main(["check", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "comparisons are right" in printed and "fused path" not in printed
