@@ -426,6 +426,7 @@ def measure(case, target, *, first_wins=False, edit=None):
     error, limit, failed = math.inf, 1.0, ""
     options = dict(constants=constants, device_of=(tiling.Device,), edit=edit)
     options.update(collect=True, truncate=case.truncate, first_wins=first_wins, ctas=ends if case.images else None)
+    options.update(count=False)
     with launcher(target, **options) as reports:
         try:
             error, limit = case.solve(target)
