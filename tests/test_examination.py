@@ -133,7 +133,7 @@ def test_under_a_driver_without_a_device(tmp_path):
     assert launched == {"_grouped_kernel": 1, "_written_kernel": 1, "_gathered_kernel": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes in the interpreter; each kernel has tests of its own there")
 def test_the_kernels_are_judged_where_they_run(monkeypatch):
     """In Triton's interpreter, which the tests stand for a GPU where there is none."""
     if not torch.cuda.is_available():

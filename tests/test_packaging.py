@@ -18,7 +18,7 @@ MAX_WHEEL_BYTES = 6_000_000
 DATA = ("anyup_fast/weights/*.safetensors", "anyup_fast/weights/*.md", "kernels/tuned/*.json")
 
 # From the sdist pip builds the wheel once more: its contents are compared by default.
-KINDS = ("wheel", pytest.param("sdist", marks=pytest.mark.slow), "editable")
+KINDS = ("wheel", pytest.param("sdist", marks=pytest.mark.slow("pip builds the wheel once more")), "editable")
 
 # Run by the interpreter of an installation; both print what they find as JSON.
 PROBE = """

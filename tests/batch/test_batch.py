@@ -354,7 +354,9 @@ def test_a_killed_run_gives_the_same_files(tmp_path, parts):
     assert open_archive(tmp_path / "out").verify() == []
 
 
-@pytest.mark.parametrize("number, code", [pytest.param("SIGINT", 130, marks=pytest.mark.slow), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    "number, code", [pytest.param("SIGINT", 130, marks=pytest.mark.slow("SIGTERM goes the same way")), ("SIGTERM", 143)]
+)
 def test_signals_finish_the_picture_in_flight(tmp_path, parts, number, code):
     data = fill(tmp_path / "in", 40)
     command = command_of(data, tmp_path / "out", parts, "--output-size", "500")
@@ -588,7 +590,7 @@ def test_progress_and_manifest(tmp_path, parts):
     assert outputs.folder_digest(tmp_path / "out" / file[0]) == file[1]
 
 
-@pytest.mark.slow  # minutes; one kill is enough for the default run
+@pytest.mark.slow("minutes; one kill runs by default")
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_ten_kills_at_random_moments(tmp_path, parts, engine):
     if engine == "ray":
@@ -617,7 +619,7 @@ def test_ten_kills_at_random_moments(tmp_path, parts, engine):
     assert (len(archive), sorted(archive.failed), archive.verify()) == (190, sorted(broken_files()), [])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("220 pictures in two processes")
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, parts):
     pytest.importorskip("resource")
     peaks = []

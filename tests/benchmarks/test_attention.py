@@ -38,7 +38,7 @@ def test_attention_command_prints_one_json_object():
     assert all(row[name]["peak_gib"] >= 0 for name in ("torch", "reference"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two processes of half a gigabyte")
 def test_peak_memory_tells_the_back_ends_apart(scripts):
     flat, whole = (scripts["attention"].peak("160/24/8", name) for name in ("torch", "reference"))
     # The twin's logits alone: 160 * 160 pixels, 24 * 24 keys, 4 heads, 4 bytes.

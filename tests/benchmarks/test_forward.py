@@ -33,7 +33,7 @@ def run(script, *arguments):
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("processes that measure memory; the parts of it run by default")
 def test_forward_prints_one_json_object():
     report = run("forward.py", "--json", "--shapes", "64/8/12", "--rivals", "eager", "chunks", "--repeats", "1")
     (row,) = report["results"]

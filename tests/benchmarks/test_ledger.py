@@ -53,9 +53,7 @@ def test_one_stage():
     counted_by_hand(row)
 
 
-# A quarter of a minute for figures that only the ledger gives: each kernel is executed by kernels/test_ptx.py, and
-# kernels/test_launches.py counts the launches.
-@pytest.mark.slow
+@pytest.mark.slow("a quarter of a minute for figures of the ledger alone")
 def test_a_small_forward(tmp_path):
     path = tmp_path / "ledger.csv"
     run(FOLDER / "ledger.py", *GIVEN, "--csv", path)

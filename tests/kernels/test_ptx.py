@@ -144,13 +144,13 @@ def test_far_strides_and_outputs_of_the_window():
     assert [complaints(row) for row in found.values()] == [[], []]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("an hour: every shape, tile and dtype on four targets")
 @pytest.mark.parametrize(("case", "target"), SWEEP, ids=ids(SWEEP))
 def test_every_problem(case, target):
     assert complaints(sweep(target)[case.name]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes; two of them run by default")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_beyond_2_to_the_31(target):
     found = far(target)
@@ -158,7 +158,7 @@ def test_beyond_2_to_the_31(target):
     assert {name: complaints(row) for name, row in found.items() if complaints(row)} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes: every piece in turn, of which TRIED run by default")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", ["attention window", "attention heads", "attention two_pass"])
 def test_whatever_is_taken_out(target, kernel):

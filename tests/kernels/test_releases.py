@@ -61,8 +61,7 @@ def faults(rows):
     ]
 
 
-# Ten seconds; by default test_compile.py and test_ptx.py take the same kernels through all of this release's compiler.
-@pytest.mark.slow
+@pytest.mark.slow("ten seconds; test_compile.py and test_ptx.py have its kernels")
 def test_the_installed_release(tmp_path):
     rows = front_end(None, tmp_path)
     assert {row["target"] for row in rows} == set(TARGETS)
