@@ -73,11 +73,10 @@ def test_parts_are_compared_with_the_whole(forward):
 
 
 def test_streams_are_checked_and_measured():
-    report = run("stream.py", "--json", "--sides", "60", "90", "--grid", "6", "--channels", "16", "--tile", "32")
-    first, second = report["results"]
-    assert (first["side"], second["side"]) == (60, 90)
-    for row in (first, second):
-        assert row["error"] < 1e-5 and row["statistics_s"] < row["seconds"] and row["peak_gib"] > row["beyond_gib"] >= 0
+    report = run("stream.py", "--json", "--sides", "90", "--grid", "6", "--channels", "16", "--tile", "32")
+    (row,) = report["results"]
+    assert row["side"] == 90 and row["error"] < 1e-5
+    assert row["statistics_s"] < row["seconds"] and row["peak_gib"] > row["beyond_gib"] >= 0
 
 
 def test_the_sweep_for_gpus_sees_what_is_wrong(gpu_scripts, here, taken, monkeypatch):
