@@ -4,9 +4,9 @@
     python benchmarks/embedded.py RUNS --first PHOTOGRAPHS CUTOUTS --all PHOTOGRAPHS CUTOUTS
 
 A row is a run of `anyup-fast train` (`train`; its options are columns, empty ones have the default), the mean of two
-weights (`mean`), weights whose attention has its logits times a factor (`soften`), or the weights of a run at an earlier
-step (`until`). `of` names the rows it starts from. Each row gets a folder in RUNS; what is there is not made again, and
-a run that was interrupted goes on. `--target NAME` makes another row than the last one, with those that it needs.
+weights (`mean`), weights whose attention has its logits times a factor (`soften`), or the weights of a run at an
+earlier step (`until`). `of` names the rows it starts from. Each row gets a folder in RUNS; what is there is not made
+again, and a run that was interrupted goes on. `--target NAME` makes another row than the last, with those it needs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def read(path=TABLE):
 
 
 def needed(rows, target):
-    """Names of the rows that `target` is made from, and itself, in the table's order: earlier parts of a run come first."""
+    """Names of the rows that `target` is made from, and itself, in the table's order."""
     if target not in rows:
         raise ValueError(f"no row {target!r}; there are {', '.join(rows)}")
     found, waiting = set(), [target]
@@ -36,7 +36,9 @@ def needed(rows, target):
         name = waiting.pop()
         found.add(name)
         row = rows[name]
-        above = rows[row["of"].split()[0]]["of"] if row["how"] == "until" else row["of"]  # a part of a run, not all of it
+        above = (
+            rows[row["of"].split()[0]]["of"] if row["how"] == "until" else row["of"]
+        )  # a part of a run, not all of it
         waiting += [word for word in above.split() if word in rows and word not in found]
     return [name for name in rows if name in found]
 
@@ -62,7 +64,7 @@ def mean(parts):
 
 
 def softened(weights, factor):
-    """The same weights with the logits of their attention times `factor`: the projection of its queries is multiplied."""
+    """The same weights with the logits of their attention times `factor`, by the projection of the queries."""
     weights = dict(weights)
     for kind in ("weight", "bias"):
         name = f"cross_decode.cross_attn.attention.in_proj_{kind}"

@@ -55,7 +55,9 @@ def broken_links(folder):
     places = {name: set(re.findall(r"""\bid=["']([^"']+)["']""", text)) for name, text in pages.items()}
     faults = []
     for name, text in sorted(pages.items()):
-        for link in sorted({html.unescape(link) for link in re.findall(r"""<a\b[^>]*?\bhref=["']([^"']+)["']""", text)}):
+        for link in sorted(
+            {html.unescape(link) for link in re.findall(r"""<a\b[^>]*?\bhref=["']([^"']+)["']""", text)}
+        ):
             if re.match(r"[a-z]+:", link):
                 continue
             path, _, place = unquote(link).partition("#")
