@@ -3,9 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from ..checks import COMPUTE_DTYPES
-from ..image import MAX_PIXELS
-from ..plain.precision import PRECISIONS, asked
+from ..pixels import MAX_PIXELS
 
 KINDS = {
     "features": "every channel of every output pixel",
@@ -15,6 +13,7 @@ KINDS = {
     "lowres": "the encoder's features and what answers for any pixel later",
 }
 DTYPES = ("float16", "bfloat16", "float32", "int8")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("safetensors", "npy", "zarr", "png")
 
 
@@ -64,6 +63,8 @@ class Settings:
     products: str | None = None
 
     def __post_init__(self):
+        from ..plain.precision import PRECISIONS, asked  # loads torch, which the command line sets up first
+
         if self.format is None:
             object.__setattr__(self, "format", "png" if self.kind == "pca" else "safetensors")
         if self.precision is None:

@@ -480,6 +480,18 @@ def test_wrong_arguments(capsys, command):
     assert "usage: anyup-fast" in capsys.readouterr().err
 
 
+def test_the_command_line_is_there_before_torch_is():
+    """So that threads can be told how to wait, and help comes at once."""
+    code = (
+        "import sys; from anyup_fast import cli; assert 'torch' not in sys.modules\n"
+        "try: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "import os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "1000 False"
+
+
 def test_the_console_script_is_this_module():
     (script,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "anyup-fast")
     assert script.load() is cli.main
