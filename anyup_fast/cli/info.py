@@ -2,6 +2,7 @@
 
 import platform
 import textwrap
+from functools import cache
 from importlib import metadata
 
 from .. import __version__
@@ -119,10 +120,15 @@ def _wrapped(words, indent=2):
     )
 
 
+@cache
+def _distributions():
+    return metadata.packages_distributions()
+
+
 def _version(package):
     """Version of an installed package, None if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        names = metadata.packages_distributions().get(package, ())  # Triton goes by several
+        names = _distributions().get(package, ())  # Triton goes by several
         return ", ".join(f"{metadata.version(name)} ({name})" for name in names if name != package) or None

@@ -13,7 +13,7 @@ import torch
 from tree import ROOT
 
 import anyup_fast
-from anyup_fast import encoders
+from anyup_fast import encoders, ops
 
 # Packages that a page's "before" imports, which nobody has to have.
 FOREIGN = {"anyup"}
@@ -102,6 +102,18 @@ def test_languages_of_blocks_are_known():
     assert {pair for pair in found if pair[1] not in known} == set()
 
 
+def attention():
+    """What the sentences on the attention in docs/usage.md speak of, small."""
+    generator = torch.Generator().manual_seed(1)
+    inside = []
+    for pixels, cells in ((4, 2), (6, 3)):
+        first, last = ops.window_bounds(pixels, cells, 0.1).T[:, :, None]
+        inside.append((torch.arange(cells) >= first) & (torch.arange(cells) < last))
+    q, k = torch.randn(4, 6, 2, 8, generator=generator), torch.randn(2, 3, 2, 8, generator=generator)
+    v = torch.randn(2, 3, 5, generator=generator)
+    return {"rows_in_window": inside[0], "cols_in_window": inside[1], "q": q, "k": k, "v": v, "d": 8}
+
+
 @pytest.mark.parametrize("page", RUN)
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     """In order, in one place, on a photograph of 56 pixels and with a small encoder under every name."""
@@ -123,10 +135,12 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         "points": torch.tensor([[3, 5], [10, 2]]),
         "images": torch.randn(1, 3, 28, 28, generator=generator),
         "features": torch.randn(1, 8, 2, 2, generator=generator),
-        "my_network": torch.nn.Conv2d(3, 32, 14, stride=14),
+        **attention(),
+        "my_network": torch.nn.Conv2d(3, 32, 14, stride=14).eval(),
     }
     blocks = pages.blocks(pages.pages()[page], "python")
     assert blocks
+    sentences = [block for block in blocks if block.startswith("inside = ")]
     for block in blocks:
         for large, little in (("448", "56"), ("224", "28"), ("100", "10"), ("80", "8"), ("64", "32")):
             block = block.replace(f"={large}", f"={little}").replace(f"({large}, {large})", f"({little}, {little})")
@@ -137,7 +151,11 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         assert (tmp_path / "comparison.png").stat().st_size > 0
         assert torch.equal(names["patch"][0], names["prepared"].full()[0, :, 10:42, 8:40])
     else:
-        assert (tmp_path / "logits.zarr").is_dir()
+        assert (tmp_path / "logits.zarr").is_dir() and len(sentences) == 1
+        windows = ops.window_bounds(4, 2, 0.1), ops.window_bounds(6, 3, 0.1)
+        given = [names[name][None].float() for name in "qkv"]
+        exec(compile(sentences[0], page, "exec"), names)  # as the page says: the attention
+        torch.testing.assert_close(names["hr_features"], ops.windowed_attention(*given, *windows)[0])
 
 
 def test_files_that_the_blocks_read_are_made_above():
