@@ -22,6 +22,7 @@ TRAIN = ["tqdm>=4.60"]
 STREAM = ["zarr>=3.0; python_version >= '3.11'"]
 BATCH = ["tqdm>=4.60", "av>=12", "filelock>=3.12", *STREAM]
 RAY = ["ray[data]>=2.40"]
+FIT = ["scikit-learn>=1.4"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 # PyTorch's builds for GPUs bring the Triton that fits them, some under other names (triton-xpu, pytorch-triton-rocm):
 # one of our own choice would be unpacked over it. The tests, and who has a build without one, ask for it here.
@@ -56,10 +57,11 @@ setup(
         "stream": STREAM,
         "batch": BATCH,
         "ray": BATCH + RAY,
+        "fit": FIT,
         "onnx": ONNX,
         "triton": TRITON,
         "docs": DOCS,
-        "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + ONNX + DEV,
+        "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + FIT + ONNX + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
     classifiers=[

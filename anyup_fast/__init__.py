@@ -15,6 +15,8 @@ _HOME_OF = {
     "extract_features": "api",
     "upsample_features_with_anyup": "api",
     "visualize_feature_comparison": "api",
+    "fit_head": "fitting",
+    "prompt_head": "fitting",
     "wrap_encoder": "encoders",
     "AnyUp": "model",
     "accelerate": "acceleration",

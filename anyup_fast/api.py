@@ -136,6 +136,7 @@ def upsample_features_with_anyup(
     precision=None,
     value_range=None,
     dtype=None,
+    values=None,
 ):
     """Upsample features to the resolution of the image, or to any other.
 
@@ -158,9 +159,11 @@ def upsample_features_with_anyup(
             (0, 255), of an image (whole numbers, too) that is to be normalised here.
         dtype: what the model computes in, "float32", "bfloat16" or "float16" (or the torch.dtype); features are rounded
             to it on their way in. None means that of the model: float32 for weights that are named, on every device.
+        values: (V, h, w) or (B, V, h, w) floating point, what is mixed in place of the features (see `AnyUp.forward`).
 
     Returns:
-        (C, H', W') or (B, C, H', W') in the dtype of `features`; a batch if either input is one. A single image serves
+        (C, H', W') or (B, C, H', W') in the dtype of `features`, with `values` (B, V, H', W') in theirs; a batch if any
+        input is one. A single image serves
         all feature maps of a batch, a single feature map all images. float64 lies on the CPU where the device has none.
 
     Raises:
@@ -169,16 +172,20 @@ def upsample_features_with_anyup(
             range of `dtype`. FileNotFoundError, RuntimeError: weights that can't be loaded.
             RuntimeError: a back end that can't run.
     """
-    wanted = features
+    wanted = features if values is None else values
     padded, image = _unpadded(image, features)
     image, features, model, single = _upsampler(image, features, weights, device, value_range, dtype)
     if features.dtype == torch.float64:  # what numpy makes by default; the model computes in its own precision
         features = features.to(next(model.parameters()).dtype)
+    single = single and (values is None or getattr(values, "ndim", 3) == 3)
+    values = _mixed(values, features, dtype)
+    if values is not None and values.dtype == torch.float64:
+        values = values.to(next(model.parameters()).dtype)
     part = None if padded is None else checked_output_size(output_size, padded.size)
     if part is not None:
         output_size = whole_size(part, padded.size, image.shape[-2:])
     with _asking(backend, precision):
-        upsampled = model(image, features, output_size)
+        upsampled = model(image, features, output_size, **({} if values is None else {"values": values}))
     if part is not None:
         upsampled = upsampled[..., : part[0], : part[1]]
     if wanted.dtype == torch.float64 and not has_float64(upsampled.device):
@@ -198,6 +205,7 @@ def prepare(
     precision=None,
     value_range=None,
     dtype=None,
+    values=None,
 ):
     """Prepare an image and its features to be asked for regions, points, heads, label maps or tiles.
 
@@ -212,6 +220,8 @@ def prepare(
         value_range: see `upsample_features_with_anyup`; for a picture that is read, the values of black and white
             where they are not those of its type.
         dtype: see `upsample_features_with_anyup`; the answers come in it where it is given.
+        values: (V, h, w) or (B, V, h, w) floating point, what is mixed in place of the features, which then only tell
+            where to look (see `AnyUp.forward`); heads are applied to it.
 
     Returns:
         `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.
@@ -228,9 +238,19 @@ def prepare(
         features, _ = _batched("features", features)
         device = checked_device(device, features)
         model, features = _computing(weights, features, device, dtype)
+    values = _mixed(values, features, dtype)
     with _asking(None, precision):
-        prepared = model.prepare(image, features, backend=backend)
+        prepared = model.prepare(image, features, backend=backend, values=values)
     return prepared if padded is None else prepared.within(*padded.size)
+
+
+def _mixed(values, features, dtype):
+    """Values with a batch axis, where the features lie, in `dtype` where one is asked for; None stays None."""
+    if values is None:
+        return None
+    values = _narrowed(_finite("values", _batched("values", values)[0]), features.device)
+    dtype = checked_compute_dtype(dtype)
+    return values if dtype is None else narrowed_features(values, dtype, "values")
 
 
 @contextmanager

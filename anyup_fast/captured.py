@@ -27,24 +27,25 @@ class Captured:
     window, or the back end that is asked for is another one than then.
 
     Attributes:
-        image, features: what the graph reads.
+        image, features, values: what the graph reads; values is None where the features are mixed.
         captures: how often it was captured.
     """
 
-    def __init__(self, model, image_shape, features_shape, output_size, dtypes):
+    def __init__(self, model, image_shape, features_shape, output_size, dtypes, values_shape=None):
         device = next(model.parameters()).device
         self._model, self._thread = ref(model), threading.get_ident()
         self.output_size = output_size
         self.image = torch.zeros(image_shape, dtype=dtypes[0], device=device)
         self.features = torch.zeros(features_shape, dtype=dtypes[1], device=device)
+        self.values = None if values_shape is None else torch.zeros(values_shape, dtype=dtypes[1], device=device)
         self.captures = 0
         self._state = self._graph = self._out = self._kept = self._stream = None
 
-    def __call__(self, image=None, features=None):
+    def __call__(self, image=None, features=None, values=None):
         """What `forward` returns for them: the same tensor every time, which the next call writes over.
 
         Args:
-            image, features: of the shapes that it was made for, of any float dtype; None leaves what is there.
+            image, features, values: of the shapes that it was made for, of any float dtype; None leaves what is there.
 
         Raises:
             ValueError: another shape. RuntimeError: it was made by another thread, or the model is gone.
@@ -54,7 +55,10 @@ class Captured:
             raise RuntimeError("the model of this captured forward is gone: keep it, or capture another")
         if threading.get_ident() != self._thread:
             raise RuntimeError("a captured forward serves the thread that made it: call AnyUp.captured in this one")
-        for name, given, own in (("image", image, self.image), ("features", features, self.features)):
+        if values is not None and self.values is None:
+            raise ValueError("values: this one was captured without; AnyUp.captured(..., values_shape=...) takes some")
+        inputs = (image, self.image), (features, self.features), (values, self.values)
+        for name, (given, own) in zip(("image", "features", "values"), inputs, strict=True):
             if given is not None and given.shape != own.shape:
                 raise ValueError(f"{name}: captured for shape {tuple(own.shape)}, got {tuple(given.shape)}")
         with torch.no_grad(), torch.cuda.device(self.image.device):
@@ -65,7 +69,7 @@ class Captured:
             state = _state(model)
             if self._state != state:
                 self._capture(model, state)
-            for given, own in ((image, self.image), (features, self.features)):
+            for given, own in inputs:
                 if given is not None and given is not own:
                     own.copy_(given, non_blocking=True)
             self._graph.replay()
@@ -83,7 +87,7 @@ class Captured:
 
         def run():
             with captured_here(self._kept):
-                return model.forward(self.image, self.features, output_size=self.output_size)
+                return model.forward(self.image, self.features, output_size=self.output_size, values=self.values)
 
         self._graph, self._out = captured_graph(run, self.image.device)
         self._state = state
@@ -112,9 +116,11 @@ def _state(model):
     return state_of(model), asked(), windows, computed_dtype(weight, weight.device)
 
 
-def captured(model, image_shape, features_shape, output_size=None, dtype=None, features_dtype=None):
+def captured(
+    model, image_shape, features_shape, output_size=None, dtype=None, features_dtype=None, values_shape=None
+):  # fmt: skip
     """`AnyUp.captured`."""
-    check_shapes(image_shape, features_shape)
+    check_shapes(image_shape, features_shape, values_shape)
     output_size = checked_output_size(output_size, image_shape[2:])
     weight = model.image_encoder[0].weight
     dtype = weight.dtype if dtype is None else dtype
@@ -125,10 +131,12 @@ def captured(model, image_shape, features_shape, output_size=None, dtype=None, f
         raise ValueError(f"dtype, features_dtype: need floating dtypes or None, got {dtype} and {features_dtype}")
     if reason := _why_not_captured(model, weight, dtypes[1]):
         raise RuntimeError(f"this model's forward can't be captured: {reason}")
-    key = threading.get_ident(), weight.device, tuple(image_shape), tuple(features_shape), output_size, dtypes
+    values_shape = None if values_shape is None else tuple(values_shape)
+    shapes = tuple(image_shape), tuple(features_shape), values_shape
+    key = threading.get_ident(), weight.device, *shapes, output_size, dtypes
     with _lock:
         known = _captured.setdefault(model, OrderedDict())
-        found = known.pop(key, None) or Captured(model, image_shape, features_shape, output_size, dtypes)
+        found = known.pop(key, None) or Captured(model, *shapes[:2], output_size, dtypes, values_shape)
         known[key] = found
         while len(known) > MOST:
             known.popitem(last=False)[1].wait()

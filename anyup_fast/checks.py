@@ -109,15 +109,15 @@ def checked_compute_dtype(dtype):
     return known[dtype]
 
 
-def narrowed_features(features, dtype):
-    """Features in the dtype that a model computes in.
+def narrowed_features(features, dtype, name="features"):
+    """Features, or what goes by another name, in the dtype that a model computes in.
 
     Raises:
         ValueError: finite numbers that float16 cannot hold.
     """
     narrowed = features.to(dtype)
     if dtype == torch.float16 and features.dtype != dtype and not narrowed.isfinite().all():
-        raise ValueError("features: they leave the range of float16; ask for dtype='bfloat16', or leave dtype out")
+        raise ValueError(f"{name}: they leave the range of float16; ask for dtype='bfloat16', or leave dtype out")
     return narrowed
 
 
@@ -155,6 +155,43 @@ def checked_inputs(image, features, output_size, channels, device, names=("image
     return checked_output_size(output_size, image.shape[-2:], names[2])
 
 
+def checked_values(values, image, features, groups=1, read=False):
+    """What is mixed in place of `features`, or these themselves where `values` is None.
+
+    Args:
+        image: (B, C, H, W). features: (B, C, h, w), both checked. groups: what the channels must be a multiple of.
+        read: whether the image is a picture that is read by rows, which has no batch.
+
+    Raises:
+        ValueError: says what of `values` does not fit.
+    """
+    if values is None:
+        return features
+    grid = tuple(features.shape[-2:])
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"values: need a floating-point tensor (B, V, h, w), got {kind}")
+    shape = tuple(values.shape)
+    if values.ndim != 4:
+        remedy = "; one alone is values[None]" if values.ndim == 3 else ""
+        raise ValueError(f"values: need 4 dimensions (B, V, h, w), got shape {shape}{remedy}")
+    if values.shape[-2:] != features.shape[-2:] or 0 in shape:
+        raise ValueError(
+            f"values: need (B, V, {grid[0]}, {grid[1]}), any V, on the grid of the features {tuple(features.shape)}, "
+            f"got {shape}"
+        )
+    batches = image.shape[0], features.shape[0], shape[0]
+    most = max(batches)  # a set would need fixed numbers in graphs with dynamic shapes
+    if any(n not in (1, most) for n in batches) or read and most != 1:
+        others = f"of image {image.shape[0]} and features {features.shape[0]}"
+        raise ValueError(f"values: the batch of {values.shape[0]} does not fit that {others}; give as many, or one")
+    if values.device != features.device:
+        raise ValueError(f"values is on {values.device}, features on {features.device}: move one of them with .to(...)")
+    if shape[1] % groups:
+        raise ValueError(f"values: head_mode 'split' needs a multiple of the {groups} heads as channels, got {shape}")
+    return values
+
+
 def checked_tile(tile):
     """`tile`, a number of pixels or (height, width), as a pair of positive ints."""
     pair = tile if isinstance(tile, (tuple, list)) else (tile, tile)
@@ -175,14 +212,23 @@ def checked_state(state, features):
     return {name: state[name].to(features.device) for name in ("key", "norms")}
 
 
-def check_shapes(image_shape, features_shape):
-    """ValueError for shapes (B, C, H, W) of image and features that are none or differ in batch size."""
-    for name, shape in (("image_shape", image_shape), ("features_shape", features_shape)):
+def check_shapes(image_shape, features_shape, values_shape=None):
+    """ValueError for shapes (B, C, H, W) of image, features and values that are none or do not go together."""
+    shapes = {"image_shape": image_shape, "features_shape": features_shape, "values_shape": values_shape}
+    if values_shape is None:
+        del shapes["values_shape"]
+    for name, shape in shapes.items():
         if len(shape) != 4 or not all(is_count(n) for n in shape):
             raise ValueError(f"{name}: need four positive whole numbers (B, C, H, W), got {tuple(shape)}")
     batch = max(image_shape[0], features_shape[0])
     if not {image_shape[0], features_shape[0]} <= {1, batch}:
         raise ValueError(f"image_shape and features_shape differ in batch size: {image_shape}, {features_shape}")
+    if values_shape is not None:
+        if tuple(values_shape[2:]) != tuple(features_shape[2:]) or len({1, batch, values_shape[0]}) > 2:
+            raise ValueError(
+                f"values_shape: need the grid of features_shape {tuple(features_shape)} and its batch, or one, got "
+                f"{tuple(values_shape)}"
+            )
 
 
 def layout_remedy(name, shape, channels):

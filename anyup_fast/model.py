@@ -11,10 +11,12 @@ from .checks import (
     check_shapes,
     checked_inputs,
     checked_output_size,
+    checked_values,
     tell_of_lost_gradients,
 )
 from .decoder import CrossAttention, CrossDecode, chosen_rule
 from .frugal import check_max_memory, filled_by_tiles
+from .fused import Fused
 from .kept import kept_of
 from .layers import (
     Conv2d,
@@ -23,12 +25,8 @@ from .layers import (
     RotaryEmbedding,
     broadcast,
     cell_colours,
-    computed_dtype,
     encoder,
-    matrices,
-    matrices_of,
     pooled_picture,
-    projected_plainly,
     recordable,
     records_gradients,
     stored_dtype,
@@ -36,14 +34,7 @@ from .layers import (
     wide_block,
 )
 from .logs import log_once
-from .ops import (
-    GuidanceWeights,
-    KeyWeights,
-    guidance,
-    pooled,
-    project_keys,
-    project_queries,
-)
+from .ops import pooled
 from .ops.attention import runs_plain
 from .ops.choice import requested, use_backend
 from .plain.memory import forward_memory
@@ -53,7 +44,7 @@ from .recording import Recording
 __all__ = ["AnyUp", "CrossAttention", "CrossDecode"]  # the names under which pickles find them
 
 
-class AnyUp(Recording, nn.Module):
+class AnyUp(Fused, Recording, nn.Module):
     """Upsamples the features of any vision encoder to any resolution, guided by the image.
 
     Args:
@@ -155,22 +146,6 @@ class AnyUp(Recording, nn.Module):
         """Position-encoded guide (B, qk_dim, H, W) from which queries and keys are made."""
         return self.rope(self.image_encoder(image))
 
-    def guidance_weights(self):
-        """Weights of the image, query and key encoders, as `anyup_fast.ops.guidance` takes them."""
-        image, query, key = map(matrices, (self.image_encoder, self.query_encoder, self.key_encoder))
-        return GuidanceWeights(*image, self.rope.freqs, *query, *key)
-
-    def key_weights(self):
-        """Weights of what makes keys of the pooled guide and the unified features, as `ops.project_keys` takes them."""
-        _, *feature_blocks = self.key_features_encoder
-        merge, *blocks = self.aggregation
-        features, blocks = matrices_of(feature_blocks), matrices_of(blocks)
-        return KeyWeights(features, merge.weight, blocks, *self.cross_decode.projection(1))
-
-    def query_projection(self):
-        """(conv, norm, weight, bias), as `anyup_fast.ops.project_queries` takes them."""
-        return self.cross_decode.conv2d.weight, *self.cross_decode.projection(0)
-
     def unified(self, features, kept=None):
         """Features of any number of channels as (B, lfu_dim, h, w), float32 at least."""
         return self.key_features_encoder[0](unit_channels(features, kept), kept)
@@ -195,7 +170,15 @@ class AnyUp(Recording, nn.Module):
         return self.aggregation(torch.cat(broadcast(from_image, from_features), 1))
 
     def forward(
-        self, image, features, output_size=None, vis_attn=False, q_chunk_size=None, max_memory=None, backend=None
+        self,
+        image,
+        features,
+        output_size=None,
+        vis_attn=False,
+        q_chunk_size=None,
+        max_memory=None,
+        backend=None,
+        values=None,
     ):
         """Upsample `features` to the resolution of `image`, or to `output_size`.
 
@@ -212,9 +195,15 @@ class AnyUp(Recording, nn.Module):
                 filled tile by tile: the same result, up to float rounding, for about three times the products.
             backend: "triton", "torch" or "reference" (the plain layers) for every operator of the call, or "auto"; None
                 means what `anyup_fast.ops.use_backend` or ANYUP_FAST_BACKEND says, else "auto".
+            values: (B, V, h, w), any V, any float dtype: what is mixed in place of the features, which then only tell
+                where to look. None means the features. Because the weights of a pixel sum to 1, a linear layer of the
+                features may be taken before it is spread: `values=conv(features)` for a 1x1 convolution is the
+                convolution of the output, at the cost of its own channels. Where nothing but `values` asks for
+                gradients (`model.requires_grad_(False)`), nothing of the guidance is recorded.
 
         Returns:
-            hr_features (B, C, H', W') in the dtype of `features`; with `vis_attn` the pair (hr_features, picture).
+            hr_features (B, C, H', W') in the dtype of `features`, or (B, V, H', W') in that of `values`; with
+            `vis_attn` the pair (hr_features, picture).
 
         Raises:
             ValueError: shapes, dtypes, devices or sizes that do not fit; the message says which. A `max_memory` that no
@@ -223,18 +212,24 @@ class AnyUp(Recording, nn.Module):
         """
         if backend is not None:
             with use_backend(backend):
-                return AnyUp.forward(self, image, features, output_size, vis_attn, q_chunk_size, max_memory)
+                return AnyUp.forward(
+                    self, image, features, output_size, vis_attn, q_chunk_size, max_memory, values=values
+                )
         check_attention_options(vis_attn, q_chunk_size)
         output_size = checked_inputs(image, features, output_size, *self._takes())
+        values = checked_values(values, image, features, self._groups())
         reason = self.why_not_fused()
         recorded = records_gradients(self, image, features)
-        image, features = recordable(image, features) if recorded else (image, features)
+        mixing = recorded or torch.is_grad_enabled() and values.requires_grad
+        if mixing:
+            image, features, values = recordable(image, features, values)
         if max_memory is not None:
-            check_max_memory(max_memory, recorded, self._why_not_prepared())
-            maps = self._coloured(features, vis_attn)
-            if max_memory < self.estimate_memory(image.shape, maps.shape, output_size, maps.dtype, image.device):
+            check_max_memory(max_memory, mixing, self._why_not_prepared())
+            maps = self._coloured(values, vis_attn)
+            shapes = image.shape, features.shape, output_size
+            if max_memory < self.estimate_memory(*shapes, maps.dtype, image.device, values_shape=maps.shape):
                 out = filled_by_tiles(self, image, features, maps, output_size, max_memory)
-                return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+                return out.tensor_split((values.shape[1],), 1) if vis_attn else out
         kept = None
         if reason is None and not recorded:
             kept = kept_of(self, image)
@@ -248,7 +243,7 @@ class AnyUp(Recording, nn.Module):
             if output_size != tuple(image.shape[-2:]):
                 query = pooled(query, output_size)
         query = self.projected_queries(query, kept)
-        return self._attended(query, key, features, vis_attn, q_chunk_size, kept)
+        return self._attended(query, key, values, vis_attn, q_chunk_size, None if mixing else kept)
 
     def upsample(self, enc_img, feats, out_size, vis_attn=False, q_chunk_size=None):
         """`forward` of an image that is encoded already: the published method, with its names.
@@ -284,21 +279,25 @@ class AnyUp(Recording, nn.Module):
         query = self.projected_queries(query)
         return self._attended(query, key, feats, vis_attn, q_chunk_size)
 
-    def _coloured(self, features, vis_attn):
-        """The maps that are upsampled: the features, and the colours of their cells where a picture is wanted."""
-        if not vis_attn or self.head_mode == "split":
-            return features
-        return torch.cat((features, cell_colours(features).to(features.dtype)), 1)
+    def _groups(self):
+        """What the channels of the values must be a multiple of."""
+        return self.cross_decode.cross_attn.heads if self.head_mode == "split" else 1
 
-    def _attended(self, query, key, features, vis_attn, q_chunk_size, kept=None):
+    def _coloured(self, values, vis_attn):
+        """The maps that are upsampled: the values, and the colours of their cells where a picture is wanted."""
+        if not vis_attn or self.head_mode == "split":
+            return values
+        return torch.cat((values, cell_colours(values).to(values.dtype)), 1)
+
+    def _attended(self, query, key, values, vis_attn, q_chunk_size, kept=None):
         """What `forward` returns, from projected queries and keys; queries before that are gone when it is called."""
         key = key.to(query.dtype)
-        query, key, maps = broadcast(query, key, self._coloured(features, vis_attn))
+        query, key, maps = broadcast(query, key, self._coloured(values, vis_attn))
         out = self.cross_decode.attend(query, key, maps, q_chunk_size, kept=kept)
         if vis_attn and self.head_mode == "split":
             colours = cell_colours(maps).to(maps.dtype)
             return out, self.cross_decode.attend(query, key, colours, q_chunk_size, "mean", kept)
-        return out.tensor_split((features.shape[1],), 1) if vis_attn else out
+        return out.tensor_split((values.shape[1],), 1) if vis_attn else out
 
     def _why_not_prepared(self):
         """Why regions, points, heads and tiles can't be asked for on their own: one sentence, or None."""
@@ -306,7 +305,7 @@ class AnyUp(Recording, nn.Module):
             return "each head weighs channels of its own (head_mode 'split'), which parts and heads don't cover"
         return self.why_not_fused()
 
-    def prepare(self, image, features, state=None, backend=None):
+    def prepare(self, image, features, state=None, backend=None, values=None):
         """Prepare one image (or batch) and its features to be asked for regions, points, heads or tiles.
 
         Args:
@@ -316,6 +315,7 @@ class AnyUp(Recording, nn.Module):
             features: (B, C, h, w), B = 1 for a picture that is read.
             state: of `Prepared.state`, of the same model, image and features: saves the passes over the image.
             backend: of every answer, see `forward`; None means what is asked for now.
+            values: (B, V, h, w), what is mixed in place of the features, see `forward`; heads are applied to it.
 
         Returns:
             anyup_fast.prepared.Prepared. What depends on the whole image is computed with the first answer.
@@ -325,7 +325,7 @@ class AnyUp(Recording, nn.Module):
         """
         from .rows import rows_of
 
-        given = {"image": image, "features": features}
+        given = {"image": image, "features": features, "values": values}
         tell_of_lost_gradients("AnyUp.prepare", given, "to train through it, call the model itself")
         read = None
         if not isinstance(image, torch.Tensor):
@@ -337,23 +337,28 @@ class AnyUp(Recording, nn.Module):
         checked_inputs(like, features, None, *self._takes())
         if reason := self._why_not_prepared():
             raise ValueError(f"this model cannot be prepared: {reason}")
+        mixed = checked_values(values, image, features, read=read is not None)
         if read is None:
-            image, features = broadcast(image, features)
-        return Prepared(self, image, features, read, state, backend)
+            image, features, mixed = broadcast(image, features, mixed)
+        prepared = Prepared(self, image, features, read, state, backend)
+        return prepared if values is None else prepared.showing(mixed)
 
-    def captured(self, image_shape, features_shape, output_size=None, dtype=None, features_dtype=None):
+    def captured(
+        self, image_shape, features_shape, output_size=None, dtype=None, features_dtype=None, values_shape=None
+    ):
         """A forward of one shape as a CUDA graph, without gradients: the host launches once in place of forty times.
 
         Args:
             image_shape: (B, input_dim, H, W). features_shape: (B, C, h, w).
             output_size: (H', W'); None means (H, W).
             dtype: of the image; None means that of the model.
-            features_dtype: of the features and the output; None means `dtype`.
+            features_dtype: of the features, the values and the output; None means `dtype`.
+            values_shape: (B, V, h, w) of what is mixed in place of the features, see `forward`; None means these.
 
         Returns:
-            anyup_fast.captured.Captured: called with image and features it gives what `forward` gives, in one and the
-            same tensor every time. The model keeps the last eight for calls with equal arguments, each with its inputs,
-            its output and all that lies between; a parameter that changes has it captured anew.
+            anyup_fast.captured.Captured: called with image and features (and values) it gives what `forward` gives, in
+            one and the same tensor every time. The model keeps the last eight for calls with equal arguments, each with
+            its inputs, its output and all that lies between; a parameter that changes has it captured anew.
 
         Raises:
             ValueError: shapes or dtypes that do not fit. RuntimeError: no CUDA device, or another reason why this
@@ -361,7 +366,7 @@ class AnyUp(Recording, nn.Module):
         """
         from .captured import captured
 
-        return captured(self, image_shape, features_shape, output_size, dtype, features_dtype)
+        return captured(self, image_shape, features_shape, output_size, dtype, features_dtype, values_shape)
 
     def why_not_fused(self):
         """Why `forward` takes the plain layers and not the fused path: one sentence, or None if it takes the fused one.
@@ -376,7 +381,14 @@ class AnyUp(Recording, nn.Module):
         return None
 
     def estimate_memory(
-        self, image_shape, features_shape, output_size=None, dtype=torch.float32, device="cpu", backend=None
+        self,
+        image_shape,
+        features_shape,
+        output_size=None,
+        dtype=torch.float32,
+        device="cpu",
+        backend=None,
+        values_shape=None,
     ):
         """Bytes that a call without gradients needs at its peak beyond its inputs, its output included.
 
@@ -388,6 +400,7 @@ class AnyUp(Recording, nn.Module):
             device: a torch.device or its name.
             backend: "triton", whose 16-bit images stay 16-bit, or "torch", which makes them float32; None means the one
                 that would run there, and Triton for a GPU that is not in this machine.
+            values_shape: (B, V, h, w) of what is mixed in place of the features, see `forward`; None means these.
 
         Returns:
             int. From about a tenth of a gibibyte up within 15 % of what is measured; below, small buffers count. On
@@ -397,54 +410,13 @@ class AnyUp(Recording, nn.Module):
         Raises:
             ValueError: shapes or sizes that do not fit, a back end that does not exist.
         """
-        check_shapes(image_shape, features_shape)
+        check_shapes(image_shape, features_shape, values_shape)
         output_size = checked_output_size(output_size, image_shape[2:])
         dim = self.rope.freqs.shape[1]
         device = torch.device(device)
         plain = runs_plain(device, dtype, backend)
-        return forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain)
-
-    def guided(self, image, features, output_size, kept=None):
-        """Everything but the attention, fused, without recording gradients.
-
-        Returns:
-            query (B, H', W', dim) for `projected_queries`, projected key (B, h, w, heads, d) and the norms of the
-            guidance network (see `anyup_fast.ops.guidance`).
-        """
-        dtype = computed_dtype(self.image_encoder[0].weight, image.device)
-        kept, weights = self._kept(image, kept, "guidance", self.guidance_weights)
-        query, from_image, norms = guidance(
-            image, weights, output_size, features.shape[-2:], dtype=dtype, kept=kept
-        )  # fmt: skip
-        return query, self.projected_keys(from_image, features, query.dtype, kept), norms
-
-    def projected_keys(self, from_image, features, dtype=None, kept=None):
-        """Projected keys (B, h, w, heads, d) from the image's part (B, h, w, dim) and the features (B, C, h, w).
-
-        They are stored in `dtype`; None means that of the image's part.
-        """
-        kept, weights = self._kept(features, kept, "keys", self.key_weights)
-        from_features = self.unified(features, kept)
-        from_image, from_features = broadcast(from_image, from_features)
-        return self._split_heads(project_keys(from_image, from_features, weights, dtype=dtype, kept=kept))
-
-    def projected_queries(self, query, kept=None):
-        """Projected queries (B, H', W', heads, d) from those of `guided`, through the 3x3 convolution."""
-        if requested() == "reference":
-            return self._split_heads(projected_plainly(query, *self.query_projection()))
-        if records_gradients(self, query):
-            return self._split_heads(project_queries(query, *self.query_projection()))
-        kept, weights = self._kept(query, kept, "queries", self.query_projection)
-        return self._split_heads(project_queries(query, *weights, kept=kept))
-
-    def _kept(self, given, kept, name, make):
-        """What is kept for this model, looked up where it is not given, and the weights of a name, made by `make`."""
-        kept = kept_of(self, given) if kept is None else kept
-        return kept, make() if kept is None else kept.of(name, make)
+        return forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain, values_shape)
 
     def _takes(self):
         """Channels of the image and the device, for `checked_inputs`."""
         return self.input_dim, self.image_encoder[0].weight.device
-
-    def _split_heads(self, x):
-        return x.view(*x.shape[:-1], self.cross_decode.cross_attn.heads, -1)

@@ -454,7 +454,7 @@ def _added(parts, dtype):
 
 
 def windowed_attention_bwd(
-    grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", tiles=None
+    grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", tiles=None, for_query=True
 ):
     """Gradients of `windowed_attention_fwd`, for checked arguments.
 
@@ -462,10 +462,11 @@ def windowed_attention_bwd(
         grad: (B, H', W', C), gradient of the output, any strides; taken in the dtype of `value`.
         query, key, value, row_bounds, col_bounds, scale, head_mode: as the forward was given them.
         tiles: a `Plan`; None takes what `plan` finds for this device.
+        for_query: whether the gradients of query and key are asked for, which take two of the three kernels.
 
     Returns:
-        (grad_query, grad_key, grad_value), contiguous, in shape and dtype of their tensors. Sums are float32. Equal to
-        the bit from run to run; nothing here waits for the device.
+        (grad_query, grad_key, grad_value), contiguous, in shape and dtype of their tensors; the first two (B, 0) where
+        they are not asked for. Sums are float32. Equal to the bit from run to run; nothing here waits for the device.
 
     Raises:
         ValueError: `tiles` takes windows as one block that they do not fit in, or whose bounds are not on the CPU.
@@ -522,10 +523,13 @@ def windowed_attention_bwd(
         pointers, n_tiles = (rows, cols, row_tiles, col_tiles), (len(row_tiles), len(col_tiles))
         numbers = *strides, *value_strides, height, width, channels, *n_tiles, qk_scale, signed
         programs = batch * n_tiles[0] * n_tiles[1]
-        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grad_query = torch.empty(query.shape if for_query else (batch, 0), dtype=query.dtype, device=query.device)
         delta = torch.empty(batch, height, width, heads, dtype=torch.float32, device=query.device)
         blocks = tiles.query
-        if tiles.window:
+        if not for_query:
+            del delta
+            lse = _log_sum_exp(launched, query, key, pointers, qk_scale, constants(blocks, BLOCK_K=blocks.block_k))
+        elif tiles.window:
             if span_h * span_w > blocks.block_k:
                 raise ValueError(
                     f"tiles: {blocks.block_k} keys do not hold the {span_h} x {span_w} that a tile of pixels spans"
@@ -544,13 +548,15 @@ def windowed_attention_bwd(
                 **constants(blocks, **_keys(blocks), BLOCK_C=blocks.block_c, GROUP=group),
             )  # fmt: skip
 
-        blocks = tiles.key
-        grid, sums, pointers, numbers = by_key(blocks, heads // group, key)
-        _key_kernel[grid](
-            grad, query, key, value, lse, delta, sums, *pointers, *strides, *value_strides, *numbers, qk_scale, scale,
-            **constants(blocks, **_keys(blocks), BLOCK_C=blocks.block_c, GROUP=group),
-        )  # fmt: skip
-        grad_key = _added(sums, key.dtype)
+        grad_key = key.new_empty(batch, 0)
+        if for_query:
+            blocks = tiles.key
+            grid, sums, pointers, numbers = by_key(blocks, heads // group, key)
+            _key_kernel[grid](
+                grad, query, key, value, lse, delta, sums, *pointers, *strides, *value_strides, *numbers, qk_scale,
+                scale, **constants(blocks, **_keys(blocks), BLOCK_C=blocks.block_c, GROUP=group),
+            )  # fmt: skip
+            grad_key = _added(sums, key.dtype)
 
         blocks = tiles.value
         each = channels // heads if split else channels

@@ -116,6 +116,21 @@ def test_it_is_what_forward_gives_in_one_tensor(cuda, model):
     assert forward.captures == 1 and cuda.events == ["warm up", ("capture", 1, "thread_local")]
 
 
+def test_other_values_than_the_features(cuda, model):
+    values = [torch.randn(1, 2, *FEATURES[2:]) for _ in range(2)]
+    forward = model.captured(IMAGE, FEATURES, values_shape=(1, 2, *FEATURES[2:]))
+    first = forward(*given(0), values[0])
+    assert first.shape[1] == 2 and close(first, model(*given(0), values=values[0]))
+    assert close(forward(values=values[1]), model(*given(0), values=values[1])) and forward.captures == 1
+    assert model.captured(IMAGE, FEATURES) is not forward
+    with pytest.raises(ValueError, match="values: captured for shape"):
+        forward(values=values[0][:, :1])
+    with pytest.raises(ValueError, match="captured without"):
+        model.captured(IMAGE, FEATURES)(values=values[0])
+    with pytest.raises(ValueError, match="values_shape: need the grid"):
+        model.captured(IMAGE, FEATURES, values_shape=(1, 2, 3, 3))
+
+
 def test_inputs_may_be_filled_in_place(cuda, model):
     forward = model.captured(IMAGE, FEATURES, (3, 4))
     for own, value in zip((forward.image, forward.features), given(2), strict=True):

@@ -75,6 +75,10 @@ class Archive(Mapping):
         known = self._manifest.settings[self._done[name]["settings"]]
         return Settings(**{key: value for key, value in known.items() if key in Settings.__dataclass_fields__})
 
+    def classes(self, name):
+        """Names of the outputs of the head that a picture was made with, in order, or None where it had none."""
+        return self.settings(name).classes
+
     def record(self, name):
         """A picture's line in the manifest."""
         return self._done[name]

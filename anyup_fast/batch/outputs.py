@@ -19,6 +19,7 @@ from ..stores import open_zarr
 
 PARTIAL = ".partial"
 STORE = "store.zarr"
+CLASSES = "classes"  # what the names are called inside of files
 ZARR_CHUNK = 512  # rows and columns of a chunk
 
 _BLOCK = 1 << 20
@@ -100,6 +101,8 @@ def save(folder, name, tensors, settings):
 
     Args:
         folder: of the run. name: of the picture. tensors: what `settings.storage` names, on the CPU.
+            Names of classes in the settings go along: in the metadata of safetensors and as text in PNG a JSON list
+            called `classes`, in zarr an attribute. npy has no place for them.
 
     Returns:
         relative path -> {"bytes", "sha256"}.
@@ -108,24 +111,26 @@ def save(folder, name, tensors, settings):
         OSError: a disk that is full or fails. Nothing half written carries its name then.
     """
     paths = paths_of(name, settings, longest_name(folder))
+    about = None if settings.classes is None else {CLASSES: json.dumps(settings.classes, ensure_ascii=False)}
     if settings.format == "zarr":
         return {
-            path: _save_array(folder, path, tensors[thing], settings.zarr_format)
+            path: _save_array(folder, path, tensors[thing], settings.zarr_format, settings.classes)
             for path, thing in reversed(list(zip(paths, settings.storage, strict=True)))
         }
     if settings.format == "safetensors":
-        contents = [_safetensors(tensors)]
+        contents = [_safetensors(tensors, about)]
+    elif settings.format == "png":
+        contents = [_png(tensors[thing], about) for thing in settings.storage]
     else:
-        encode = _npy if settings.format == "npy" else _png
-        contents = [encode(tensors[thing]) for thing in settings.storage]
+        contents = [_npy(tensors[thing]) for thing in settings.storage]
     # The answer last: where it is, everything is.
     return {path: _save_bytes(folder, path, data) for path, data in reversed(list(zip(paths, contents, strict=True)))}
 
 
-def _safetensors(tensors):
+def _safetensors(tensors, about):
     from safetensors.torch import save as encode
 
-    return encode(tensors)
+    return encode(tensors, about)
 
 
 def _npy(tensor):
@@ -134,14 +139,17 @@ def _npy(tensor):
     return file.getbuffer()
 
 
-def _png(tensor):
-    from PIL import Image
+def _png(tensor, about):
+    from PIL import Image, PngImagePlugin
 
     file = io.BytesIO()
     array = tensor.numpy()
     if array.dtype == np.int32:
         raise ValueError("format: png holds at most 65,536 classes; use npy or safetensors")
-    Image.fromarray(array).save(file, "png", compress_level=4)
+    notes = PngImagePlugin.PngInfo()
+    for key, text in (about or {}).items():
+        notes.add_itxt(key, text)
+    Image.fromarray(array).save(file, "png", compress_level=4, pnginfo=notes)
     return file.getbuffer()
 
 
@@ -173,7 +181,7 @@ def _check_written(place, data):
         raise OSError(f"{place} holds {read} of the {len(view)} bytes written into it: is the disk full?")
 
 
-def _save_array(folder, path, tensor, zarr_format):
+def _save_array(folder, path, tensor, zarr_format, classes=None):
     zarr = open_zarr()
     array, place, target = tensor.numpy(), aside(folder), Path(folder) / path
     chunks = tuple(min(n, ZARR_CHUNK) for n in array.shape)
@@ -183,6 +191,8 @@ def _save_array(folder, path, tensor, zarr_format):
             store=str(place), shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=None,
             zarr_format=zarr_format,
         )  # fmt: skip
+        if classes is not None:
+            made.attrs[CLASSES] = list(classes)
         made[...] = array
         if not np.array_equal(zarr.open_array(store=str(place), mode="r")[...], array):
             raise OSError(f"{place} does not hold what was written into it: the disk or the file system fails")

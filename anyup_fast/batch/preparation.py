@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints import locate_checkpoint
 from ..files import written_aside
-from ..heads import linear_head, load_head
+from ..heads import Head, checked_classes, encoded_head, linear_head, read_head
 from ..model import AnyUp
 from ..plain.memory import forward_memory
 from .colours import Colours
@@ -25,7 +25,7 @@ from .stages import HEAD, PCA, Upsampler
 logger = logging.getLogger("anyup_fast")
 
 # Settings that are described where they are not the usual ones.
-_OPTIONAL = ("zarr_format", "aspect", "precision", "compute_dtype", "encoder_sha256")
+_OPTIONAL = ("zarr_format", "aspect", "precision", "compute_dtype", "encoder_sha256", "classes")
 MANY_PIXELS = 1 << 24  # of an output: fewer are computed on any machine
 
 
@@ -37,8 +37,8 @@ def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwri
         brought: an encoder that has no name to be loaded by; None where it has.
 
     Returns:
-        (settings, with the aspect that the run has been begun with; JSON-able settings, with digests of the weights,
-        the head and the PCA).
+        (settings, with the aspect that the run has been begun with and the head's classes; JSON-able settings, with
+        digests of the weights, the head and the PCA).
 
     Raises:
         ValueError: the folder holds pictures made with other settings and `overwrite` is not given; a head or PCA that
@@ -65,20 +65,26 @@ def describe(settings, folder, manifest, sources, head, pca, pca_sample, overwri
         described["compute_dtype"] = settings.compute_dtype
     if settings.kind != "pca" and pca is not None:
         raise ValueError(f"pca: goes with the kind 'pca', got kind={settings.kind!r}")
-    content, channels = _head(head, settings, folder)
-    if content is not None:
-        described["head_sha256"] = hashlib.sha256(content).hexdigest()
+    head = _head(head, settings, folder)
+    outputs, channels = (None, None) if head is None else head.weight.shape
+    if head is not None:
+        described["head_sha256"] = hashlib.sha256(encoded_head(head, named=False)).hexdigest()
+        settings = replace(settings, classes=head.classes)
+        if head.classes is not None:
+            described["classes"] = list(head.classes)
     settings = _as_begun(settings, described, manifest, folder)
     _refuse_others(manifest, described, folder, overwrite)
-    if content is not None:
-        if settings.layer == -1 and channels[1] != encoder().dim:
+    if head is not None:
+        if settings.layer == -1 and channels != encoder().dim:
             raise ValueError(
-                f"head: it takes {channels[1]} channels, the encoder {settings.encoder} gives {encoder().dim}; give "
+                f"head: it takes {channels} channels, the encoder {settings.encoder} gives {encoder().dim}; give "
                 "the head that was trained on these features"
             )
         with written_aside(Path(folder) / HEAD) as aside:
-            aside.write_bytes(content)
-    _refuse_beyond_reason(settings, channels[0], encoder)
+            aside.write_bytes(encoded_head(head))
+        if reason := head.why_not_on(settings.encoder):
+            logger.warning("%s", shown(reason))
+    _refuse_beyond_reason(settings, outputs, encoder)
     if settings.kind == "pca":
         _place_colours(settings, folder, sources, pca, pca_sample, encoder, decoders)
         described["pca_sha256"] = file_digest(Path(folder) / PCA)
@@ -153,13 +159,11 @@ def _refuse_others(manifest, described, folder, overwrite):
 
 
 def _head(head, settings, folder):
-    """The head as the bytes of a .safetensors file, and its (outputs, channels); None where the kind needs none."""
-    from safetensors.torch import save
-
+    """The head as `Head`, with the names of the settings where these have some; None where the kind needs none."""
     if settings.kind not in ("head", "labels"):
         if head is not None:
             raise ValueError(f"head: goes with the kinds 'head' and 'labels', got kind={settings.kind!r}")
-        return None, (None, None)
+        return None
     if head is None and not (Path(folder) / HEAD).is_file():
         raise ValueError(
             f"head: the kind {settings.kind!r} needs one: a .safetensors file with weight (K, C) and bias (K,)"
@@ -167,12 +171,12 @@ def _head(head, settings, folder):
     if head is None:
         head = Path(folder) / HEAD
     if isinstance(head, (str, os.PathLike)):
-        weight, bias = load_head(Path(head).expanduser())
-    else:
-        weight, bias = linear_head(head)
-    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    content = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()})
-    return content, tuple(weight.shape)
+        head = read_head(Path(head).expanduser())
+    elif not isinstance(head, Head):
+        head = Head(*linear_head(head))
+    if settings.classes is None:
+        return head
+    return replace(head, classes=checked_classes(settings.classes, len(head.weight)))
 
 
 def _place_colours(settings, folder, sources, given, sample, encoder, decoders):

@@ -100,7 +100,8 @@ def run(
         input: folder, glob, list of paths (.txt, .lst), video or picture (`anyup_fast.batch.sources.find_sources`).
         output: folder of the results, with a manifest (`anyup_fast.batch.manifest.Manifest`).
         head: for the kinds "head" and "labels", what `Prepared.head` takes, or a .safetensors file with weight (K, C)
-            and perhaps bias (K,). A copy goes to the output.
+            and perhaps bias (K,). A copy goes to the output. Names of its classes (`anyup_fast.heads.Head`, or
+            `classes` of the settings) go to the manifest and into the files that have a place for them.
         pca: for the kind "pca", the `pca.safetensors` of another run; None fits one to the low-res features of
             `pca_sample` pictures spread over the input.
         batch_size: pictures of one size computed together; None means 1 on CPUs; on GPUs up to 8,

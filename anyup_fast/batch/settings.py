@@ -41,6 +41,7 @@ class Settings:
         precision: of products of float32, "highest", "high" or "medium"; None means as
             `upsample_features_with_anyup` has it.
         compute_dtype: what AnyUp computes in, "float32", "bfloat16" or "float16"; None means float32.
+        classes: of the kinds "head" and "labels", a name for each output of the head; None means those of its file.
         products: how they are done on CPUs, for the run to be finished as it was begun; None means the fastest way.
 
     Raises:
@@ -61,6 +62,7 @@ class Settings:
     precision: str | None = None
     compute_dtype: str | None = None
     products: str | None = None
+    classes: tuple | None = None
 
     def __post_init__(self):
         from ..plain.precision import PRECISIONS, asked  # loads torch, which the command line sets up first
@@ -94,6 +96,12 @@ class Settings:
                     f"size: {value!r} makes pictures of {values[0]} x {values[-1]} pixels and more, {MAX_PIXELS:,} is "
                     "the most; ask for less"
                 )
+        if self.classes is not None:
+            if self.kind not in ("head", "labels"):
+                raise ValueError(f"classes: goes with the kinds 'head' and 'labels', got kind={self.kind!r}")
+            from ..heads import checked_classes
+
+            object.__setattr__(self, "classes", checked_classes(self.classes, len(self.classes)))
         if self.zarr_format not in (2, 3):
             raise ValueError(f"zarr_format: must be 2 or 3, got {self.zarr_format!r}")
         if self.zarr_format != 3 and self.format != "zarr":

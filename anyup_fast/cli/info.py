@@ -20,6 +20,7 @@ ADDED = (
     ("zarr", "outputs larger than memory, as .zarr", "'anyup-fast[stream]'"),
     ("av", "videos", "'anyup-fast[batch]'"),
     ("filelock", "runs of `anyup-fast batch` that keep out of each other's way", "'anyup-fast[batch]'"),
+    ("scikit-learn", "`--kind linear` of `anyup-fast fit-head`", "'anyup-fast[fit]'"),
     ("ray", "data sets on several machines", "'anyup-fast[ray]'"),
     ("onnxscript", "`anyup_fast.export.export_onnx`", "'anyup-fast[onnx]'"),
     ("pillow-heif", "pictures in .heic", "pillow-heif"),

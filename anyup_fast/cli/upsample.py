@@ -1,5 +1,6 @@
 """`anyup-fast upsample`: the features of one photograph at pixel resolution, whole, in part, or through a head."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -71,8 +72,9 @@ def run(arguments):
     from ..checkpoints import locate_checkpoint
     from ..encoders import load_encoder
     from ..files import check_writable
-    from ..heads import load_head
+    from ..heads import read_head
     from ..model import AnyUp
+    from ..stores import open_zarr
     from ..visualize import FIGURE_SUFFIXES
 
     for option, path, suffixes in (
@@ -89,7 +91,7 @@ def run(arguments):
     ):  # fmt: skip
         if given and not present:
             raise ValueError(f"{option}: needs {other}")
-    head = load_head(arguments.head) if arguments.head else None
+    head = read_head(arguments.head) if arguments.head else None
     outputs = [path for path in (arguments.out, arguments.figure, arguments.stream) if path]
     if not outputs:
         raise ValueError("nothing would be written: name a file with --out, --figure or --stream")
@@ -115,21 +117,30 @@ def run(arguments):
         _check_memory(model, picture, lr_features, size or tuple(picture.shape[1:]))
     prepared, written = prepare(image, lr_features, model, dtype=compute_dtype), []
     if head is not None:
+        if reason := head.why_not_on(arguments.encoder):
+            logger.warning("%s", reason)
         prepared = prepared.head(head, argmax=arguments.labels)
-        steps.done(f"head: {prepared.channels} outputs in place of {len(lr_features)} channels")
+        names = f" ({', '.join(head.classes)})" if head.classes else ""
+        steps.done(f"head: {prepared.channels} outputs{names} in place of {len(lr_features)} channels")
     if arguments.stream:
-        written.append(prepared.stream(arguments.tile, size, out=arguments.stream, resume=arguments.resume))
+        streamed = prepared.stream(arguments.tile, size, out=arguments.stream, resume=arguments.resume)
+        if head is not None and head.classes and streamed.suffix == ".zarr":
+            open_zarr().open_array(store=str(streamed), mode="r+").attrs["classes"] = list(head.classes)
+        written.append(streamed)
         steps.done("output streamed")
     if not arguments.stream or arguments.out or arguments.figure:
         hr_features = (prepared.region(*arguments.region, size) if arguments.region else prepared.full(size))[0]
         steps.done(f"high-res {'labels' if arguments.labels else 'features'}: {_shape(hr_features)}")
+        if arguments.labels and head.classes:
+            for line in _shares(hr_features, head.classes):
+                logger.info("%s", line)
     if arguments.figure:
         visualize_feature_comparison(image, lr_features, hr_features, arguments.mode, arguments.figure)
         steps.done("figure drawn")
         written.append(arguments.figure)
     if arguments.out:
         tensors = {"lr_features": lr_features, "hr_features": hr_features}
-        _save_features(arguments.out, tensors, getattr(torch, arguments.dtype), arguments)
+        _save_features(arguments.out, tensors, getattr(torch, arguments.dtype), arguments, head)
         steps.done(f"features written as {arguments.dtype}")
         written.append(arguments.out)
     for path in written:
@@ -178,7 +189,15 @@ def _shape(tensor):
     return "x".join(str(n) for n in tensor.shape)
 
 
-def _save_features(path, tensors, dtype, arguments):
+def _shares(labels, classes):
+    """A line for each class that a label map shows: its index, its name, its share of the pixels."""
+    counts = labels.flatten().bincount(minlength=len(classes)).tolist()
+    for index, (name, count) in enumerate(zip(classes, counts, strict=True)):
+        if count:
+            yield f"  {index} {name}: {count / labels.numel():.1%}"
+
+
+def _save_features(path, tensors, dtype, arguments, head=None):
     import torch
     from safetensors.torch import save_file
 
@@ -191,5 +210,7 @@ def _save_features(path, tensors, dtype, arguments):
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError(f"--dtype: the features leave the range of {arguments.dtype}; use bfloat16 or float32")
     about = {"encoder": arguments.encoder, "weights": arguments.weights, "anyup_fast": __version__}
+    if head is not None and head.classes:
+        about["classes"] = json.dumps(head.classes, ensure_ascii=False)
     with written_aside(path) as aside:
         save_file(tensors, aside, {name: str(value) for name, value in about.items()})

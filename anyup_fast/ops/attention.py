@@ -195,26 +195,29 @@ def windowed_attention_backward_op(
     head_mode: str,
     for_value: bool,
     backend: str,
+    for_query: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty), on a named back end."""
+    """Gradients of `windowed_attention` for query and key, and for value (empty if not asked for), on a back end."""
     tensors = grad, query, key, value, row_bounds, col_bounds
 
     def kernel():
         from ..kernels.attention_backward import windowed_attention_bwd
 
-        *grads, of_value = windowed_attention_bwd(*tensors, scale=scale, head_mode=head_mode)
+        options = {"scale": scale, "head_mode": head_mode, "for_query": for_query}
+        *grads, of_value = windowed_attention_bwd(*tensors, **options)
         return *grads, of_value if for_value else value.new_empty(len(value), 0)
 
     def in_plain_pytorch():
-        return plain.windowed_attention_backward(*tensors, scale=scale, head_mode=head_mode, for_value=for_value)
+        options = {"scale": scale, "head_mode": head_mode, "for_value": for_value, "for_query": for_query}
+        return plain.windowed_attention_backward(*tensors, **options)
 
     return attempt("windowed_attention_backward", backend, query.device, kernel, in_plain_pytorch)
 
 
 @windowed_attention_backward_op.register_fake
-def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value, backend):
-    of_value = value.new_empty(value.shape if for_value else (value.shape[0], 0))
-    return query.new_empty(query.shape), key.new_empty(key.shape), of_value
+def _(grad, query, key, value, row_bounds, col_bounds, scale, head_mode, for_value, backend, for_query=True):
+    asked = (query, for_query), (key, for_query), (value, for_value)
+    return tuple(x.new_empty(x.shape if wanted else (x.shape[0], 0)) for x, wanted in asked)
 
 
 def _save(ctx, inputs, output):
@@ -223,10 +226,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    for_value = ctx.needs_input_grad[2]
+    for_value, for_query = ctx.needs_input_grad[2], any(ctx.needs_input_grad[:2])
     *grads, of_value = windowed_attention_backward_op(
-        grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, for_value, ctx.backend
+        grad, *ctx.saved_tensors, ctx.scale, ctx.head_mode, for_value, ctx.backend, for_query
     )
+    grads = grads if for_query else (None, None)
     return *grads, of_value if for_value else None, None, None, None, None, None
 
 

@@ -55,9 +55,9 @@ def windowed_attention(query, key, value, row_bounds, col_bounds, *, scale=None,
 
 @led
 def windowed_attention_backward(
-    grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", for_value=True
+    grad, query, key, value, row_bounds, col_bounds, *, scale=None, head_mode="mean", for_value=True, for_query=True
 ):
-    """Gradients of `windowed_attention` for query, key and value (if asked for, else empty).
+    """Gradients of `windowed_attention` for query and key, and for value; those that are not asked for are empty.
 
     Weights are computed again, a few tiles at a time.
     """
@@ -65,8 +65,8 @@ def windowed_attention_backward(
     scale = head_dim**-0.5 if scale is None else scale
     compute = _compute_dtype(query, value)
     grads = [
-        new_empty(query, query.shape, compute, recorded=True),
-        torch.zeros(key.shape, dtype=compute, device=key.device),
+        new_empty(query, query.shape if for_query else (len(query), 0), compute, recorded=True),
+        torch.zeros(key.shape if for_query else (len(key), 0), dtype=compute, device=key.device),
         torch.zeros(value.shape if for_value else (len(value), 0), dtype=compute, device=value.device),
     ]
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
@@ -279,26 +279,29 @@ def _forward(row, strip, query, key, value, out, scale, head_mode, room):
 
 
 def _backward(row, strip, grad, query, key, value, grad_query, grad_key, grad_value, scale, head_mode):
-    """Write the query gradient of one strip, add to those of the keys and values it reads."""
+    """Write the query gradient of one strip, add to those of the keys and values it reads; empty ones are left out."""
     room = Room()
     q, k, weights = _weights(row, strip, query, key, scale, grad_value.dtype, room)
     heads = weights.shape[1]
     grad, v = _groups(grad, heads, head_mode), strip.keys(row, _groups(value, heads, head_mode), q.dtype)
     share = v.shape[1] / heads
     of_value = torch.empty_like(v) if grad_value.numel() else None
-    slope = torch.empty_like(weights)
+    slope = torch.empty_like(weights) if grad_query.numel() else None
     for part in _some(v, weights.shape[3]):
         g = strip.queries(row, grad, q.dtype, Room(), part)
-        torch.mul(weights[part], v[part].mul(share) @ g.mT, out=slope[part])
+        if slope is not None:
+            torch.mul(weights[part], v[part].mul(share) @ g.mT, out=slope[part])
         if of_value is not None:
             shared = weights[part].mean(1, keepdim=True) if head_mode == "mean" else weights[part]
             torch.matmul(shared, g, out=of_value[part])
-    slope.addcmul_(weights, slope.sum(-2, keepdim=True), value=-1)
-    for_query = (slope.mT @ k).transpose(1, 2).unflatten(1, (-1, strip.length))
-    for_key = (slope @ q).mul_(scale).transpose(1, 2)
-    for tile, part in zip(strip.tiles, for_query, strict=True):
-        grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
-    sums = [(grad_key, for_key)]
+    sums = []
+    if slope is not None:
+        slope.addcmul_(weights, slope.sum(-2, keepdim=True), value=-1)
+        for_query = (slope.mT @ k).transpose(1, 2).unflatten(1, (-1, strip.length))
+        for_key = (slope @ q).mul_(scale).transpose(1, 2)
+        for tile, part in zip(strip.tiles, for_query, strict=True):
+            grad_query[row.start : row.stop, tile.start : tile.stop] = part[:, : tile.stop - tile.start]
+        sums.append((grad_key, for_key))
     if of_value is not None:
         sums.append((grad_value, of_value.transpose(1, 2).flatten(2)))
     for total, parts in sums:

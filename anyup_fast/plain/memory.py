@@ -19,15 +19,18 @@ FOR_WORKER = 15 << 20  # bytes of each further worker
 WALKING, CONVOLVING, CONVOLVING_WHOLE = 3, 5, 2
 
 
-def forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain):
+def forward_memory(image_shape, features_shape, output_size, dim, dtype, device, plain, values_shape=None):
     """Bytes at the peak of a forward without gradients beyond its inputs, its output included.
 
     Args:
         image_shape: (B, channels, H, W). features_shape: (B, C, h, w). output_size: (H', W').
         dim: width of queries and keys. dtype: of model, image and features. device: a torch.device.
         plain: whether plain PyTorch computes there, which widens 16 bits to float32 and works piece by piece.
+        values_shape: (B, V, h, w) of what is mixed; None means the features.
     """
-    batch = max(image_shape[0], features_shape[0])
+    values_shape = features_shape if values_shape is None else values_shape
+    batch, attended = max(image_shape[0], features_shape[0]), values_shape[1]
+    answers = max(batch, values_shape[0])
     height, width = output_size
     channels, h, w = features_shape[1:]
     compute = torch.promote_types(dtype, torch.float32) if plain else dtype
@@ -36,7 +39,7 @@ def forward_memory(image_shape, features_shape, output_size, dim, dtype, device,
     image, query = (n * dim * compute.itemsize for n in (pixels, batch * height * width))
     keys = batch * h * w * dim * max(4, compute.itemsize)
     encoders = (2 if same_size else 3) * image + pixels * image_shape[1] * (16 + compute.itemsize)
-    output = batch * height * width * channels * dtype.itemsize
+    output = answers * height * width * attended * dtype.itemsize
     walking = convolving = attending = low_res = 0
     if plain and device.type != "cpu":
         wide, grid = compute.itemsize, h * w
@@ -46,8 +49,8 @@ def forward_memory(image_shape, features_shape, output_size, dim, dtype, device,
         else:
             walking = WALKING * min(pixels, MANY_PIXELS) * dim * wide
         convolving = _convolving((height, width), batch, MANY_PIXELS, device) * dim * wide
-        numbers = batch * height * width * channels
-        attending = min(scratch_for(numbers), batch * height * width * (8 * grid + channels)) * wide
+        numbers = answers * height * width * attended
+        attending = min(scratch_for(numbers), answers * height * width * (8 * grid + attended)) * wide
         responses = min(MANY_RESPONSES, batch * grid * channels * dim) * 5 // 4  # with what the filters meet
         merging = 4 * batch * grid * dim + min(GATHERED, 18 * batch * grid * dim)
         low_res = max(responses + batch * grid * channels, merging) * wide

@@ -15,6 +15,7 @@ import tiny
 import torch
 from datasets import broken_files, contents, encoded, fill, picture
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import anyup_fast
@@ -22,6 +23,8 @@ from anyup_fast import cli
 from anyup_fast.batch import Settings, grouping, local, make_film, open_archive, outputs, run, runner, sources, stages
 from anyup_fast.batch.manifest import Manifest
 from anyup_fast.cpu import products
+from anyup_fast.heads import read_head, save_head
+from anyup_fast.stores import open_zarr
 
 pytest.importorskip("transformers")
 pytest.importorskip("filelock")
@@ -216,6 +219,37 @@ def test_other_settings_are_refused_and_overwritten(tmp_path, parts):
     with pytest.raises(ValueError, match="head_sha256"):
         run(data, tmp_path / "out", kind="labels", head=torch.zeros(3, 32), format="npy", **parts["run"])
     assert not (tmp_path / "out" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "png", "zarr", "npy"])
+def test_names_of_classes_go_along(tmp_path, parts, caplog, format):
+    if format == "zarr":
+        pytest.importorskip("zarr")
+    data, out, names = fill(tmp_path / "in", 1), tmp_path / "out", ("sky", "Wiese", "<b>")
+    save_head(tmp_path / "named.safetensors", torch.randn(3, 32), classes=names, encoder="another")
+    options = {"kind": "labels", "format": format, "output_size": 20, **parts["run"]}
+    assert run(data, out, head=tmp_path / "named.safetensors", **options).done == 1
+    assert (
+        f"made for features of the encoder 'another' and is applied to those of '{options['encoder']}'" in caplog.text
+    )
+    archive = open_archive(out)
+    assert archive.classes("000.png") == names
+    assert read_head(out / "head.safetensors").classes == names
+    file = out / f"000.png.{format}" if format != "zarr" else out / "store.zarr" / "000.png"
+    if format == "safetensors":
+        with safe_open(file, "pt") as opened:
+            assert json.loads(opened.metadata()["classes"]) == list(names)
+    if format == "png":
+        assert json.loads(Image.open(file).text["classes"]) == list(names)
+    if format == "zarr":
+        assert open_zarr().open_array(store=str(file), mode="r").attrs["classes"] == list(names)
+    assert archive["000.png"].full().shape[-2:] == archive["000.png"].output_size and archive.verify() == []
+    # the same again, from the copy in the folder; and with other names, which are another setting
+    assert run(data, out, **options).skipped == 1
+    with pytest.raises(ValueError, match="made with classes .*'sky', 'Wiese'.* .now .*'a', 'b', 'c'"):
+        run(data, out, classes=("a", "b", "c"), **options)
+    with pytest.raises(ValueError, match="classes: need a different name for each of the 3 outputs"):
+        run(data, out, classes=("a", "b"), **options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line: what it writes, prints and returns, and what it refuses in one sentence."""
 
 import functools
+import json
 import os
 import re
 import signal
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from tree import ROOT
 
 import anyup_fast
-from anyup_fast import checkpoints, cli
-from anyup_fast.cli import info
+from anyup_fast import checkpoints, cli, masks
+from anyup_fast.cli import fit_head, info
 from anyup_fast.encoders import list_encoders
+from anyup_fast.heads import save_head
+from anyup_fast.stores import open_zarr
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -180,6 +183,22 @@ def test_a_head_and_its_labels(upsample, tmp_path):
     code, printed, _ = upsample("--out", labels, *head, "--labels")
     assert code == 0 and "high-res labels: 56x84" in printed and "5 outputs in place of 32" in printed
     assert torch.equal(load_file(labels)["hr_features"], load_file(logits)["hr_features"].argmax(0))
+
+
+def test_the_names_of_a_head_go_along(upsample, tmp_path):
+    pytest.importorskip("zarr")
+    head, out, stream = tmp_path / "head.safetensors", tmp_path / "labels.safetensors", tmp_path / "labels.zarr"
+    save_head(head, torch.randn(2, 32), classes=["sky", "Wiese"], encoder="another")
+    code, printed, told = upsample("--head", head, "--labels", "--out", out, "--stream", stream)
+    assert code == 0 and "2 outputs (sky, Wiese) in place of 32" in printed
+    assert "made for features of the encoder 'another'" in told + printed and "encoder" in (told + printed)
+    labels = load_file(out)["hr_features"]
+    for index, name in enumerate(("sky", "Wiese")):
+        share = (labels == index).float().mean().item()
+        assert (f"  {index} {name}: {share:.1%}" in printed) == (share > 0)
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["sky", "Wiese"]
+    assert open_zarr().open_array(store=str(stream), mode="r").attrs["classes"] == ["sky", "Wiese"]
 
 
 def test_a_stream_is_written_and_not_overwritten(upsample, tmp_path):
@@ -492,6 +511,7 @@ def test_the_command_line_is_there_before_torch_is():
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-1] == "1000 False"
+    assert fit_head.IGNORED == masks.IGNORED
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

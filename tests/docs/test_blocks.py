@@ -131,6 +131,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         "anyup_fast": anyup_fast,
         "np": np,
         "torch": torch,
+        "classes": torch.randn(5, 4, 5, generator=generator),
         "linear": torch.nn.Linear(32, 4),
         "points": torch.tensor([[3, 5], [10, 2]]),
         "images": torch.randn(1, 3, 28, 28, generator=generator),

@@ -68,6 +68,21 @@ def test_every_kernel_in_every_dtype(dtype, window, head_mode):
 
 
 @pytest.mark.parametrize("window", [True, False], ids=["window", "blocks"])
+@pytest.mark.parametrize("head_mode", ["mean", "split"])
+def test_values_alone_take_one_kernel(window, head_mode, monkeypatch):
+    problem = attention_cases.make(1, torch.float32, (5, 6), (5, 4), 20, heads=2, ratio=0.2, head_mode=head_mode)
+    for name in ("_query_window_kernel", "_query_blocks_kernel", "_key_kernel"):
+        monkeypatch.setattr(kernels, name, None)
+    there = problem.to(DEVICE)
+    options = {"scale": problem.scale, "head_mode": head_mode, "tiles": small(window), "for_query": False}
+    of_query, of_key, of_value = kernels.windowed_attention_bwd(problem.grad().to(DEVICE), *there.tensors, **options)
+    assert of_query.shape == of_key.shape == (len(of_value), 0)
+    monkeypatch.undo()
+    whole = solve(problem, small(window))
+    assert torch.allclose(of_value, whole[2], rtol=1e-5, atol=1e-6) and of_value.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("window", [True, False], ids=["window", "blocks"])
 def test_a_batch_of_two_and_four_heads(window):
     check(attention_cases.make(2, torch.float32, (4, 5), (3, 3), 8, batch=2, ratio=0.2), small(window))
 
