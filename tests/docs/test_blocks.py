@@ -142,7 +142,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     blocks = pages.blocks(pages.pages()[page], "python")
     assert blocks
     sentences = [block for block in blocks if block.startswith("inside = ")]
-    for block in blocks:
+    for block in (block for block in blocks if block not in sentences):
         for large, little in (("448", "56"), ("224", "28"), ("100", "10"), ("80", "8"), ("64", "32")):
             block = block.replace(f"={large}", f"={little}").replace(f"({large}, {large})", f"({little}, {little})")
         exec(compile(block, page, "exec"), names)
@@ -150,7 +150,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     assert names["hr_features"].shape[-2:] in ((56, 70), (28, 28)) and names["hr_features"].isfinite().all()
     if page == "README.md":
         assert (tmp_path / "comparison.png").stat().st_size > 0
-        assert torch.equal(names["patch"][0], names["prepared"].full()[0, :, 10:42, 8:40])
+        torch.testing.assert_close(names["patch"], names["prepared"].full()[..., 10:42, 8:40])
     else:
         assert (tmp_path / "logits.zarr").is_dir() and len(sentences) == 1
         windows = ops.window_bounds(4, 2, 0.1), ops.window_bounds(6, 3, 0.1)
