@@ -1,13 +1,16 @@
 """Features in the space of texts: what the model itself gives for a class token or a picture of one patch."""
 
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import anyup_fast
-from anyup_fast import encoders
+from anyup_fast import cli, encoders
 from anyup_fast.encoders import load_encoder
 from anyup_fast.encoders.text import TextEncoder
+from anyup_fast.heads import read_head
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "photo", "of", "cat", "dog", "grass"]
