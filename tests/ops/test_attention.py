@@ -64,7 +64,7 @@ def test_the_torch_back_end_equals_the_twin(seed, poisoned):
     check_sweep(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("300 more draws of the hundred above")
 @pytest.mark.parametrize("seed", range(100, 400))
 def test_the_torch_back_end_equals_the_twin_at_length(seed, poisoned):
     check_sweep(seed)

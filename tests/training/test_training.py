@@ -160,7 +160,7 @@ def test_a_failing_write_of_the_state_leaves_the_older_one(config, cache, tmp_pa
 
 
 def test_training_fits_one_picture(config, tmp_path):
-    config = replace(config, pictures=1, batch=1, steps=100, lr=3e-3, ema=0.9, plain_share=0.0)
+    config = replace(config, pictures=1, batch=1, steps=50, lr=3e-3, ema=0.9, plain_share=0.0)
     targets = TargetCache(tmp_path / "cache", config)
     targets.fill()
     trained = AnyUp.from_pretrained(train(config, tmp_path / "run", cache=tmp_path / "cache"))
