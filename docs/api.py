@@ -18,6 +18,7 @@ MODULES = [
     "anyup_fast",
     "anyup_fast.model",
     "anyup_fast.prepared",
+    "anyup_fast.heads",
     "anyup_fast.padded",
     "anyup_fast.encoders",
     "anyup_fast.encoders.text",

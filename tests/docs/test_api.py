@@ -29,7 +29,7 @@ def test_links_that_lead_nowhere_are_told(tmp_path):
     ]
 
 
-@pytest.mark.slow  # `make docs` does the same, in the public CI as well
+@pytest.mark.slow("`make docs` does the same, in the public CI as well")
 def test_the_pages_are_made(tmp_path, capsys):
     pytest.importorskip("pdoc")
     assert api.main(["--out", str(tmp_path)]) == 0, capsys.readouterr().out
