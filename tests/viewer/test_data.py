@@ -294,9 +294,7 @@ def test_bad_options_are_refused(photos, encoder, model, options, complaint):
 def test_pictures_of_several_encoders_are_refused(photos, encoder, model):
     image = load_image(photos[0], 42, 7)
     prepared = prepare(image, torch.randn(5, 6, 8), model)
-    with pytest.raises(
-        ValueError, match=r"^pictures: two.png has 12 channels, picture 1 5; one page takes"
-    ):
+    with pytest.raises(ValueError, match=r"^pictures: two.png has 12 channels, picture 1 5; one page takes"):
         view([prepared, photos[1]], encoder=encoder, weights=model, names=["picture 1", "two.png"])
     with pytest.raises(ValueError, match="what is prepared has to be one image .* got a batch of 2"):
         view(prepare(image[None].repeat(2, 1, 1, 1), torch.randn(2, 5, 6, 8), model))
