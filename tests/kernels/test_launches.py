@@ -6,10 +6,8 @@ are interpreted.
 """
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import pytest
 from tree import ROOT
 
@@ -72,9 +70,7 @@ def counted(call):
 
 def told(code):
     """The object that a process prints which runs `CHILD` and `code`."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(PYTHONPATH=str(SUPPORT), OMP_NUM_THREADS="1")
-    result = subprocess.run([sys.executable, "-c", CHILD + code], env=environment, capture_output=True, text=True)
+    result = forked.run("-c", CHILD + code, PYTHONPATH=str(SUPPORT))
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 

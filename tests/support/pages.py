@@ -1,42 +1,70 @@
-"""A page read back: its data, and the numbers in its pictures."""
+"""The pages of the project, taken apart: links, anchors, commands of the shell, blocks of Python."""
 
-import base64
-import io
-import json
 import re
+import shlex
+from functools import cache
 
-import numpy as np
-import torch
-from PIL import Image
+from tree import ROOT, project_files
 
-
-def data(html):
-    """What the page's scripts read."""
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
-    return json.loads(text)
-
-
-def floats(text, *shape):
-    """base64 of float32 as a tensor."""
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").copy()).view(*shape)
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.S | re.M)
+# Programs whose arguments are looked at, and others that a page may name.
+OURS = ("anyup-fast", "make", "python", "pip", "pytest")
+OTHERS = ("export", "cd", "git", "hf", "jupyter", "apt-get")
 
 
-def picture(url):
-    """A data URL as a PIL picture."""
-    kind, text = url.split(";base64,")
-    image = Image.open(io.BytesIO(base64.b64decode(text)))
-    assert f"image/{image.format.lower()}" == kind.removeprefix("data:")
-    return image
+@cache
+def pages():
+    """Path to text of every page, in order."""
+    return {
+        name.as_posix(): (ROOT / name).read_text(encoding="utf-8") for name in project_files() if name.suffix == ".md"
+    }
 
 
-def coordinates(stored, count, height, width):
-    """The planes (K, height, width) of one of a picture's two sets of features."""
-    image = picture(stored["image"])
-    assert image.mode == "L" and set(image.info) <= {"icc_profile"}
-    levels, columns = np.asarray(image), stored["columns"]
-    assert levels.shape == (-(-count // columns) * height, columns * width)
-    planes = [
-        levels[k // columns * height :, k % columns * width :][:height, :width].astype(np.float32) for k in range(count)
-    ]
-    scale, offset = (torch.tensor(stored[name])[:, None, None] for name in ("scale", "offset"))
-    return torch.from_numpy(np.stack(planes)) * scale + offset
+def blocks(text, language):
+    """The contents of the fenced blocks in a language."""
+    return [body for _, found, body in FENCE.findall(text) if found == language]
+
+
+def prose(text):
+    """A page without its blocks, and without code in backticks, which holds no links."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+
+
+def links(text):
+    """Targets of the links and pictures of a page."""
+    return re.findall(r"\]\(([^()\s]+)\)", prose(text)) + re.findall(r'<(?:a|img)\b[^>]*?(?:href|src)="([^"]+)"', text)
+
+
+def anchors(text):
+    """The anchors that the headings of a page get on GitHub."""
+    found, counts = set(), {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", FENCE.sub("", text), re.M):
+        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
+        counts[slug] = counts.get(slug, -1) + 1
+        found.add(f"{slug}-{counts[slug]}" if counts[slug] else slug)
+    return found | set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+
+
+def commands(text):
+    """Commands of a page: lists of words, those of its bash blocks, and indented ones of ours."""
+    lines = []
+    for body in (*blocks(text, "bash"), *blocks(text, "sh"), *blocks(text, "console")):
+        lines += body.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^    ((?:python (?:benchmarks|docs)/|anyup-fast |pytest ).*)$", FENCE.sub("", text), re.M)
+    found = []
+    for line in lines:
+        words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables of the environment
+            words = words[1:]
+        if words:
+            found.append(words)
+    return found
+
+
+def mentions(text):
+    """Commands in the middle of a sentence, as words: `python benchmarks/...`, `anyup-fast ...`, `make ...`."""
+    spans = re.findall(
+        r"`((?:python (?:benchmarks|docs|examples)/|anyup-fast |make |pytest )[^`]*)`", FENCE.sub("", text)
+    )
+    return [" ".join(span.split()).split(" ") for span in spans]

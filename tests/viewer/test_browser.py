@@ -5,10 +5,10 @@ import statistics
 
 import browser
 import numpy as np
-import pages
 import pytest
 import torch
 import torch.nn.functional as F
+import viewed
 from PIL import Image
 from safetensors import safe_open
 
@@ -77,9 +77,9 @@ def clicks(opened, *classes):
 
 
 def test_cosines_and_bytes_are_as_promised(page, prepared):
-    stored = pages.data(page.html)
+    stored = viewed.data(page.html)
     (picture,) = stored["pictures"]
-    z = pages.coordinates(picture["high"], stored["directions"], SIZE, SIZE)
+    z = viewed.coordinates(picture["high"], stored["directions"], SIZE, SIZE)
     generator = torch.Generator().manual_seed(0)
     points = torch.randint(SIZE, (1500, 2), generator=generator)
     true = F.normalize(prepared.at(points)[0], dim=1)
