@@ -62,13 +62,19 @@ def measure():
 
 
 def draw(out):
-    """Write the screenshot: points of three classes on the photograph of the demo, labels beside it."""
+    """Write the screenshot of the page of the demo's photograph."""
+    page = anyup_fast.view(photograph("astronaut"), names="astronaut", size=SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        shoot(page.write(Path(folder) / "view.html"), out)
+    print(f"-> {out}, {out.stat().st_size / 1e3:.0f} kB")
+
+
+def shoot(path, out):
+    """Click points of three classes in a page and write what it shows."""
     import browser
     from PIL import Image
 
-    page = anyup_fast.view(photograph("astronaut"), names="astronaut", size=SIZE)
     with tempfile.TemporaryDirectory() as folder, browser.launcher() as launch:
-        path = page.write(Path(folder) / "view.html")
         with browser.Opened(launch(), path, (1280, 860)) as opened:
             opened.press("Add a class")
             for number, (name, points) in enumerate(zip(CLASSES, POINTS, strict=True), start=1):
@@ -78,10 +84,10 @@ def draw(out):
                 for point in points:
                     opened.click(*point)
             opened.hover(*POINTS[0][0])
+            opened.page.evaluate("document.activeElement.blur()")
             opened.page.screenshot(path=Path(folder) / "view.png")
         picture = Image.open(Path(folder) / "view.png").convert("RGB")
         picture.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(out, optimize=True)
-    print(f"-> {out}, {out.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
