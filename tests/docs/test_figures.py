@@ -3,12 +3,12 @@
 import csv
 import re
 
-import pages
+import documents
 import pytest
 from tree import ROOT
 
-README = pages.pages()["README.md"]
-NOTES = pages.pages()["benchmarks/NOTES.md"]
+README = documents.pages()["README.md"]
+NOTES = documents.pages()["benchmarks/NOTES.md"]
 LENGTHS = {
     "README.md": 150,
     "docs/training.md": 120,
@@ -20,7 +20,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_a_page_keeps_to_its_length(name):
-    assert len(pages.pages()[name].splitlines()) <= LENGTHS[name]
+    assert len(documents.pages()[name].splitlines()) <= LENGTHS[name]
 
 
 def costs():
