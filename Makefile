@@ -18,7 +18,7 @@ help:
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
 	@echo "make test-all   the suite with the tests that are marked slow, the longer sweeps: an hour and more"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
-	@echo "make lint    check style and format with ruff"
+	@echo "make lint    check style and format with ruff, and the scripts of the viewer with oxlint"
 	@echo "make docs    the API pages out of the docstrings, links checked, to build/docs/"
 	@echo "make clean   remove $(VENV), demo/ and what builds and caches leave behind"
 	@echo
@@ -41,6 +41,7 @@ triton-releases: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/oxlint --deny-warnings
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/python docs/api.py $(ARGS)
