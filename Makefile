@@ -11,7 +11,7 @@ PYTEST := $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all triton-releases lint docs clean FORCE
+.PHONY: help demo test test-all triton-releases lint docs clean browser FORCE
 
 help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
@@ -29,10 +29,10 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/anyup-fast demo --out demo $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test browser
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test browser
 	$(PYTEST) -m "not releases" $(ARGS)
 
 triton-releases: $(VENV)/.test
@@ -84,5 +84,16 @@ $(VENV)/.demo $(VENV)/.test: $(METADATA) $(VENV)/.torch
 $(VENV)/.docs: $(METADATA) $(VENV)/.torch
 	@echo "== installing anyup-fast[docs] into $(VENV)"
 	$(call install,$(PIP) --no-build-isolation -e '.[docs]')
+
+# Tests look at the page of `anyup-fast view` in a browser; without one they are skipped.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+
+browser:
+	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	echo "== installing Chromium, in which the tests look at pages"; \
+	(apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium) < /dev/null > /dev/null 2>&1; fi; \
+	for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+	echo "== no Chromium: tests of pages in a browser are skipped (apt-get install chromium, or install Google Chrome)"
 
 FORCE:

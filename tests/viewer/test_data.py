@@ -4,6 +4,7 @@ import html
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 
 import anyup_fast
 from anyup_fast import load_image, prepare, view, wrap_encoder
+from anyup_fast.heads import Head, save_head
 from anyup_fast.viewer import SCRIPTS, planes
 from anyup_fast.viewer.budget import estimated
 from anyup_fast.viewer.directions import directions
@@ -37,7 +39,7 @@ class Cells(torch.nn.Module):
 
 @pytest.fixture
 def cells():
-    return Cells()
+    return Cells().eval()
 
 
 @pytest.fixture
@@ -115,8 +117,8 @@ def test_the_attention_of_the_lattice_is_that_of_its_pixels(photos, encoder, mod
     image = load_image(photos[0], size, 7, fit=fit)
     prepared = prepare(image, anyup_fast.extract_features(image, encoder), model)
     got = picture["attention"]
-    (tall, wide), levels = got["window"], torch.tensor(list(viewed.picture(got["image"]).getdata()))
-    assert (got["step"], len(got["rows"]), len(got["columns"])) == (10, size[0] // 10, size[1] // 10)
+    (tall, wide), levels = got["window"], torch.from_numpy(np.array(viewed.picture(got["image"])))
+    assert (got["step"], len(got["rows"]), len(got["columns"])) == (10, *(-(-(n - 5) // 10) for n in size))
     blocks = levels.view(len(got["rows"]), tall, len(got["columns"]), wide) * got["scale"][0]
     for i, top in enumerate(got["rows"]):
         for j, left in enumerate(got["columns"]):
@@ -127,9 +129,8 @@ def test_the_attention_of_the_lattice_is_that_of_its_pixels(photos, encoder, mod
 
 
 def test_no_attention_where_none_is_asked_for(photos, encoder, model):
-    assert (
-        stored(view(photos[0], encoder=encoder, weights=model, attention_step=None))["pictures"][0]["attention"] is None
-    )
+    (picture,) = stored(view(photos[0], encoder=encoder, weights=model, size=42, attention_step=None))["pictures"]
+    assert picture["attention"] is None
 
 
 def test_a_padded_picture_is_shown_without_its_padding(photos, encoder, model):
@@ -138,7 +139,7 @@ def test_a_padded_picture_is_shown_without_its_padding(photos, encoder, model):
     image = load_image(photos[0], (45, 59), 7, fit="pad")
     features = anyup_fast.extract_features(image, encoder)
     expected = prepare(image, features, model).head(basis_of(data)).full()[0]
-    got = viewed.coordinates(picture["high"], CHANNELS, 45, 59)
+    got = viewed.coordinates(picture["high"], data["directions"], 45, 59)
     assert (got - expected).abs().max() <= 0.501 * max(picture["high"]["scale"]) + 1e-4
     assert viewed.picture(picture["photo"]).size == (59, 45)
 
@@ -194,7 +195,7 @@ def test_planes_in_columns_are_where_they_are_looked_for(monkeypatch):
 
 def test_features_that_do_not_vary_are_grey(photos, model):
     encoder = wrap_encoder(lambda x: torch.ones(len(x), 1, x.shape[2] // 7, x.shape[3] // 7), patch_size=7)
-    data = stored(view(photos[0], encoder=encoder, weights=model))
+    data = stored(view(photos[0], encoder=encoder, weights=model, size=42))
     assert data["directions"] == 1
     assert [view["bias"] for view in data["views"]] == [[0.5, 0.5, 0.5], [0.5]]
 
@@ -207,7 +208,7 @@ def test_prompts_and_classes_are_seen_exactly(photos, encoder, model):
     encoder.similarity = lambda prompts: texts
     head = F.normalize(torch.randn(3, CHANNELS, generator=torch.Generator().manual_seed(4)), dim=1)
     prompts = ["a cat", "<b>dogs</b>"]
-    data = stored(view(photos, encoder=encoder, weights=model, prompts=prompts, head=head, directions=6))
+    data = stored(view(photos, encoder=encoder, weights=model, size=42, prompts=prompts, head=head, directions=6))
     basis = basis_of(data)
     assert [one["name"] for one in data["prompts"]] == prompts
     assert [one["name"] for one in data["classes"]] == ["class 1", "class 2", "class 3"]
@@ -217,7 +218,7 @@ def test_prompts_and_classes_are_seen_exactly(photos, encoder, model):
 
 def test_prompts_need_texts(photos, encoder, model):
     with pytest.raises(ValueError, match=r"^prompts: cells gives features .* load_encoder\(name, project=True\)"):
-        view(photos, encoder=encoder, weights=model, prompts="a cat")
+        view(photos, encoder=encoder, weights=model, size=42, prompts="a cat")
     with pytest.raises(ValueError, match="^prompts: efficientnet_lite0 was trained without texts; CLIP and SigLIP"):
         view(photos, encoder="efficientnet_lite0", prompts=["a cat"])
     image = load_image(photos[0], 42, 7)
@@ -232,45 +233,55 @@ def test_prompts_need_texts(photos, encoder, model):
         (torch.eye(3, CHANNELS + 1), "13 channels, the features 12: it was made with another encoder"),
         ((torch.eye(3, CHANNELS), torch.ones(3)), "has a bias"),
         (torch.eye(10, CHANNELS), "has 10 classes; the page shows 9 at most"),
-        (torch.diag(torch.arange(1.0, 10))[:3].repeat(1, 2)[:, :CHANNELS], "rows of 1 to 3 in length"),
+        (torch.eye(CHANNELS)[:3] * torch.tensor([[1.0], [2], [3]]), "rows of 1 to 3 in length"),
         (torch.zeros(3, CHANNELS), "rows of 0 to 0 in length"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(photos, encoder, model, head, complaint):
     with pytest.raises(ValueError, match=f"^head: it .*{complaint}|^head: it {complaint}"):
-        view(photos[0], encoder=encoder, weights=model, head=head)
+        view(photos[0], encoder=encoder, weights=model, size=42, head=head)
+
+
+def test_a_head_file_brings_its_names_and_is_told_to_be_another_encoders(photos, encoder, model, tmp_path, caplog):
+    weight = F.normalize(torch.randn(2, CHANNELS, generator=torch.Generator().manual_seed(4)), dim=1)
+    save_head(tmp_path / "head.safetensors", weight, None, ["sky", "<i>sea</i>"], "cells", "prototype")
+    data = stored(view(photos[0], encoder=encoder, weights=model, size=42, head=tmp_path / "head.safetensors"))
+    assert [one["name"] for one in data["classes"]] == ["sky", "<i>sea</i>"] and not caplog.records
+    other = Head(weight, None, ("sky", "sea"), "dinov2_vits14")
+    view(photos[0], encoder=encoder, weights=model, size=42, head=other)
+    assert "made for features of the encoder 'dinov2_vits14' and is applied to those of 'cells'" in caplog.text
 
 
 # Bad input
 
 
 def test_pictures_that_make_too_large_a_page_are_told_before_anything_is_computed(photos, encoder, cells, model):
-    one = estimated(42, 56, 32)
+    one, asked = estimated(42, 56, CHANNELS), cells.calls
     with pytest.raises(ValueError) as error:
         view([photos[0]] * 50, encoder=encoder, weights=model, size=None, max_bytes=int(20.5 * one))
     said = str(error.value)
-    assert "50 of 42x56 pixels with 32 directions make a page of some" in said and cells.calls == 0
+    assert "50 of 42x56 pixels with 12 directions make a page of some" in said and cells.calls == asked
     assert "20 of the 50 pictures would do" in said
     side, enough = (int(re.search(rf"{word}(\d+)", said)[1]) for word in ("size=", "max_bytes of "))
     height, width = (n * side / 42 for n in (42, 56))
-    assert 50 * estimated(height, width, 32) <= 20.5 * one and enough >= 50 * one
+    assert 50 * estimated(height, width, CHANNELS) <= 20.5 * one and enough >= 50 * one
     kept = wrap_encoder(cells, patch_size=7, name="cells")
     page = view([photos[0]] * 3, encoder=kept, weights=model, size=None, max_bytes=10**6)
     assert len(page.names) == 3 and page.size < 10**6
 
 
 def test_a_page_that_grows_beyond_what_was_estimated_is_refused(photos, encoder, model):
-    page = view(photos, encoder=encoder, weights=model)
-    with pytest.raises(ValueError, match=r"^pictures: 2 of \d+x\d+ pixels .* max_bytes is 0.0\d+ MB; .* would do"):
-        view(photos, encoder=encoder, weights=model, max_bytes=page.size - 1)
+    page = view(photos, encoder=encoder, weights=model, size=42)
+    with pytest.raises(ValueError, match=r"^pictures: 2 of \d+x\d+ pixels .* max_bytes is 0.1\d+ MB; .* would do, or"):
+        view(photos, encoder=encoder, weights=model, size=42, max_bytes=page.size - 1)
 
 
 def test_pictures_larger_than_a_canvas_are_told_with_a_size_that_would_do(encoder, cells, model):
-    picture = Image.new("L", (17000, 70))
-    with pytest.raises(ValueError, match=r"^pictures: picture 1 has 70x16996 pixels, .* size=\d+ would do$") as error:
+    picture, asked = Image.new("L", (17000, 70)), cells.calls
+    with pytest.raises(ValueError, match=r"^pictures: picture 1 has 70x17003 pixels, .* size=\d+ would do$") as error:
         view(picture, encoder=encoder, weights=model, size=None)
     side = int(re.search(r"size=(\d+)", str(error.value))[1])
-    assert cells.calls == 0 and planes.plane_columns(32, side, 17000 * side // 70) is not None
+    assert cells.calls == asked and planes.plane_columns(CHANNELS, side, 17000 * side // 70) is not None
 
 
 @pytest.mark.parametrize(
@@ -303,7 +314,7 @@ def test_pictures_of_several_encoders_are_refused(photos, encoder, model):
 def test_features_of_nothing_are_refused(photos, model):
     encoder = wrap_encoder(lambda x: torch.zeros(len(x), 3, x.shape[2] // 7, x.shape[3] // 7), patch_size=7)
     with pytest.raises(ValueError, match="^pictures: their features are zero everywhere"):
-        view(photos[0], encoder=encoder, weights=model)
+        view(photos[0], encoder=encoder, weights=model, size=42)
 
 
 # The page as a file and in a notebook
@@ -328,8 +339,8 @@ EVIL = "</script><img src=x onerror=alert(1)>&amp;<!-- data -->\udce9.png"
 
 
 def test_names_are_text_never_markup(photos, encoder, model):
-    plain = view(photos[0], encoder=encoder, weights=model, title="x", names="a")
-    page = view(photos[0], encoder=encoder, weights=model, names=EVIL)
+    plain = view(photos[0], encoder=encoder, weights=model, size=42, title="x", names="a")
+    page = view(photos[0], encoder=encoder, weights=model, size=42, names=EVIL)
     assert Elements(page.html).names() == Elements(plain.html).names()
     name = stored(page)["pictures"][0]["name"]
     assert name == EVIL.replace("\udce9", "?")
@@ -338,14 +349,14 @@ def test_names_are_text_never_markup(photos, encoder, model):
 
 
 def test_a_notebook_shows_the_page_in_a_frame_of_its_own(photos, encoder, model):
-    page = view(photos[0], encoder=encoder, weights=model)
+    page = view(photos[0], encoder=encoder, weights=model, size=42)
     ((tag, attributes),) = Elements(page._repr_html_()).found
     assert tag == "iframe" and attributes["srcdoc"] == page.html and attributes["title"] == "Features of one.png"
     assert attributes["sandbox"].split() == ["allow-scripts", "allow-downloads"]
 
 
 def test_the_file_is_the_page(photos, encoder, model, tmp_path):
-    page = view(photos, encoder=encoder, weights=model)
+    page = view(photos, encoder=encoder, weights=model, size=42)
     path = tmp_path / "new" / "page.html"
     assert page.write(str(path)) == path and path.read_text(encoding="utf-8") == page.html
     assert path.stat().st_size == page.size and "2 pictures" in repr(page)
@@ -355,7 +366,7 @@ def test_the_file_is_the_page(photos, encoder, model, tmp_path):
 
 
 def test_nothing_in_the_page_comes_from_elsewhere(photos, encoder, model):
-    page = view(photos[0], encoder=encoder, weights=model)
+    page = view(photos[0], encoder=encoder, weights=model, size=42)
     for tag, attributes in Elements(page.html).found:
         assert tag not in ("link", "base", "iframe", "object", "embed"), tag
         for name in ("src", "href", "action", "srcset", "poster"):
