@@ -28,7 +28,8 @@ ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 # one of our own choice would be unpacked over it. The tests, and who has a build without one, ask for it here.
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
-DEV = [*TESTS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
+NOTEBOOKS = ["nbclient>=0.9", "ipykernel>=6.25"]
+DEV = [*TESTS, *NOTEBOOKS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
 
 setup(
     name="anyup-fast",

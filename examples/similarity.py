@@ -8,7 +8,7 @@ import argparse
 import numpy as np
 import skimage.data
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 import anyup_fast
 from anyup_fast.encoders import load_encoder
@@ -26,7 +26,7 @@ def main(arguments=None):
     parser.add_argument("--out", default="similarity.jpg", help="picture to write (default: similarity.jpg)")
     args = parser.parse_args(arguments)
 
-    photo = Image.open(args.photo) if args.photo else Image.fromarray(skimage.data.coffee())
+    photo = ImageOps.exif_transpose(Image.open(args.photo)) if args.photo else Image.fromarray(skimage.data.coffee())
     encoder = load_encoder(args.encoder)
     image = anyup_fast.load_image(photo, size=args.size, patch_multiple=encoder.patch_size)
     lr_features = anyup_fast.extract_features(image, encoder)
