@@ -15,7 +15,7 @@ help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
-	@echo "make lint    check style and format with ruff"
+	@echo "make lint    check style and format with ruff, and the scripts of the viewer with oxlint"
 	@echo "make clean   remove $(VENV), demo/ and what builds and caches leave behind"
 	@echo
 	@echo "The first run installs into $(VENV). PYTHON=python3.12 chooses the interpreter; pip's own"
@@ -34,6 +34,7 @@ triton-releases: $(VENV)/.test
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/oxlint --deny-warnings
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -29,7 +29,7 @@ ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
 NOTEBOOKS = ["nbclient>=0.9", "ipykernel>=6.25"]
-DEV = [*TESTS, *NOTEBOOKS, "ruff>=0.6", "build>=1.2", "setuptools>=64"]
+DEV = [*TESTS, *NOTEBOOKS, "ruff>=0.6", "oxlint>=1.60", "build>=1.2", "setuptools>=64"]
 
 setup(
     name="anyup-fast",
@@ -41,7 +41,11 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir={"anyup_fast.kernels": "kernels"},
-    package_data={"anyup_fast.weights": ["*.safetensors", "*.md"], "anyup_fast.kernels": ["tuned/*.json"]},
+    package_data={
+        "anyup_fast.weights": ["*.safetensors", "*.md"],
+        "anyup_fast.kernels": ["tuned/*.json"],
+        "anyup_fast.viewer": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         "torch>=2.7",
         "numpy>=1.24",

@@ -22,6 +22,7 @@ _HOME_OF = {
     "accelerate": "acceleration",
     "install_as_anyup": "published",
     "open": "batch.archive",
+    "view": "viewer.view",
 }
 
 # `from anyup_fast import *` must not hide the built-in open.

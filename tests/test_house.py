@@ -16,7 +16,7 @@ from tree import ROOT, project_files
 # A part may import its own level and the levels below; files and weights serve everybody and need nobody.
 LEVELS = [
     {"cli"},
-    {"api", "batch", "fitting", "labelled", "training"},
+    {"api", "batch", "fitting", "labelled", "training", "viewer"},
     {"acceleration", "examination", "export", "published"},
     {"recognition"},
     {"model"},

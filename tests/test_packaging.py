@@ -15,7 +15,14 @@ import pytest
 from tree import ROOT, project_files
 
 MAX_WHEEL_BYTES = 6_000_000
-DATA = ("anyup_fast/weights/*.safetensors", "anyup_fast/weights/*.md", "kernels/tuned/*.json")
+DATA = (
+    "anyup_fast/viewer/*.css",
+    "anyup_fast/viewer/*.html",
+    "anyup_fast/viewer/*.js",
+    "anyup_fast/weights/*.safetensors",
+    "anyup_fast/weights/*.md",
+    "kernels/tuned/*.json",
+)
 
 KINDS = ("wheel", "sdist", "editable")
 

@@ -18,7 +18,7 @@ from anyup_fast import cli, ops
 NAMES = {
     "anyup_fast": (
         "AnyUp accelerate install_as_anyup extract_dinov2_features extract_features load_image prepare wrap_encoder "
-        "upsample_features_with_anyup visualize_feature_comparison open batch fit_head prompt_head"
+        "upsample_features_with_anyup visualize_feature_comparison open batch fit_head prompt_head view"
     ),
     "anyup_fast.ops": (
         "Block GuidanceWeights KeyWeights backends branches choose_backend feature_unification guidance "
@@ -57,6 +57,10 @@ OPTIONS = {
         "--as-stored --compute-dtype --device --dtype --encoder --figure --fit --head --labels --layer --mode --out "
         "--output-size --precision --region --resume --size --stream --tile --value-range --weights photo"
     ),
+    "view": (
+        "--as-stored --attention-step --compute-dtype --device --directions --encoder --fit --head --layer --max-bytes "
+        "--out --precision --prompt --size --value-range --weights photos"
+    ),
     "train": (
         "--all --batch --cache --camouflage-share --consistency-share --consistency-weight --crop "
         "--degraded-share --dense-weight --draws --ema --encoders --float32 --guide-pixels --init "
@@ -86,6 +90,10 @@ ARGUMENTS = {
     "prepare": "image features weights device backend precision value_range dtype values",
     "fit_head": "inputs targets kind classes encoder ignore samples seed C weights",
     "prompt_head": "encoder prompts classes templates device",
+    "view": (
+        "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names title "
+        "max_bytes device backend precision dtype"
+    ),
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
 

@@ -7,7 +7,7 @@ import sys
 from contextlib import contextmanager
 
 from .. import __version__
-from . import batch, check, demo, fit_head, info, train, upsample
+from . import batch, check, demo, fit_head, info, train, upsample, view
 
 logger = logging.getLogger("anyup_fast")
 
@@ -84,6 +84,6 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"anyup-fast {__version__}")
     parser.add_argument("--quiet", action="store_true", help="(before the command) print warnings and errors only")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, upsample, fit_head, train, batch, check, info):
+    for command in (demo, upsample, view, fit_head, train, batch, check, info):
         command.add(commands)
     return parser

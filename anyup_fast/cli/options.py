@@ -28,6 +28,27 @@ def add_inputs(command):
     )
 
 
+def add_picture(command):
+    """How a picture file is read, and which layer of the encoder it goes to."""
+    command.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("BLACK", "WHITE"),
+        help="values of the picture that are black and white, such as 0 4095 (default: those of its type)",
+    )
+    command.add_argument(
+        "--as-stored", action="store_true", help="leave the picture as it is stored, whatever its EXIF"
+    )
+    command.add_argument(
+        "--fit",
+        choices=("stretch", "pad"),
+        default="stretch",
+        help="how the sides become multiples of the encoder's patch: by resizing, or by padding that is cut off again",
+    )
+    command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
+
+
 def add_precision(command):
     """How precisely float32 is multiplied."""
     command.add_argument(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .. import __version__
-from .options import add_inputs, add_outputs, as_device, as_size
+from .options import add_inputs, add_outputs, add_picture, as_device, as_size
 from .progress import Steps
 
 logger = logging.getLogger("anyup_fast")
@@ -18,23 +18,7 @@ def add(commands):
     """Add the command to the parser's."""
     command = commands.add_parser("upsample", help="upsample the features of a photograph")
     command.add_argument("photo", help="a picture file")
-    command.add_argument(
-        "--value-range",
-        type=float,
-        nargs=2,
-        metavar=("BLACK", "WHITE"),
-        help="values of the picture that are black and white, such as 0 4095 (default: those of its type)",
-    )
-    command.add_argument(
-        "--as-stored", action="store_true", help="leave the picture as it is stored, whatever its EXIF"
-    )
-    command.add_argument(
-        "--fit",
-        choices=("stretch", "pad"),
-        default="stretch",
-        help="how the sides become multiples of the encoder's patch: by resizing, or by padding that is cut off again",
-    )
-    command.add_argument("--layer", type=int, default=-1, help="layer of the encoder (default: the last)")
+    add_picture(command)
     command.add_argument(
         "--output-size",
         type=as_size,
@@ -105,7 +89,7 @@ def run(arguments):
     encoder = load_encoder(arguments.encoder, device=device)
     steps.done("encoder loaded")
     options = {"value_range": arguments.value_range, "upright": not arguments.as_stored, "fit": arguments.fit}
-    image = load_image(_photo(arguments.photo), arguments.size, encoder.patch_size, **options).to(device)
+    image = load_image(photograph(arguments.photo), arguments.size, encoder.patch_size, **options).to(device)
     picture = image.picture if arguments.fit == "pad" else image
     steps.done(f"photograph {arguments.photo or DEMO_PHOTO}: {_shape(picture)}")
     lr_features = extract_features(image, encoder, layer=arguments.layer)
@@ -173,7 +157,8 @@ def _check_memory(model, image, features, size):
         )
 
 
-def _photo(name):
+def photograph(name):
+    """A picture's name, or the photograph of the demo where there is none."""
     if name is not None:
         return name
     try:

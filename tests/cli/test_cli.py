@@ -241,11 +241,11 @@ def test_bad_sizes_are_wrong_arguments(upsample, capsys, option, size):
     assert "need a positive number of pixels or HEIGHTxWIDTH" in capsys.readouterr().err
 
 
-def test_the_demo_writes_both_files(made, tmp_path, capsys):
+def test_the_demo_writes_its_files(made, tmp_path, capsys):
     folder, options = made
     out = tmp_path / "demo"
     assert cli.main(["demo", str(folder / "photo.png"), *options, "--size", "56", "--out", str(out)]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["comparison.png", "features.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.png", "features.safetensors", "view.html"]
     assert f"-> {out / 'comparison.png'}" in capsys.readouterr().out
 
 
