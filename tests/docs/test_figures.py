@@ -73,3 +73,9 @@ def test_no_figure_stands_without_its_command():
 
 def test_a_wrong_figure_is_told():
     assert same("0.97", 0.9693) and same("5.3", 5.265) and not same("0.96", 0.9693) and not same("5.2", 5.265)
+
+
+def test_no_page_waits_for_a_figure():
+    """Words in capitals that stand for what is to be measured."""
+    waiting = re.compile(r"^[A-Z]{4,}$|\b(?:TODO|FIXME|TBD|XXX|FOUND|MEASURED)\b(?!`)", re.M)
+    assert {name: waiting.findall(text) for name, text in documents.pages().items() if waiting.search(text)} == {}
