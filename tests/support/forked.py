@@ -29,16 +29,16 @@ def _parent():
 
     @atexit.register
     def end():
-        process.stdin.close()
-        process.wait()
+        process.communicate()
 
     return process
 
 
-def run(*arguments, **environment):
+def run(*arguments, cwd=None, **environment):
     """A Python process with these arguments ("-c" and code, "-m" and a module, or a script) and those that follow.
 
     Args:
+        cwd: the folder to begin in; None is that of this process.
         environment: variables, beside those of this process without LEFT_OUT.
 
     Returns:
@@ -48,7 +48,9 @@ def run(*arguments, **environment):
     given = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        request = dict(arguments=[str(a) for a in arguments], environment={**given, **environment}, folder=os.getcwd())
+        request = dict(
+            arguments=[str(a) for a in arguments], environment={**given, **environment}, folder=str(cwd or os.getcwd())
+        )
         print(json.dumps({**request, "out": str(out), "err": str(err)}), file=parent.stdin, flush=True)
         code = json.loads(parent.stdout.readline())
         return subprocess.CompletedProcess(arguments, code, out.read_text("utf-8"), err.read_text("utf-8"))
