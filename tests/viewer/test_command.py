@@ -26,7 +26,20 @@ def test_options_reach_the_page(made, tmp_path, capsys):
     photos, options = made
     save_head(tmp_path / "head.safetensors", torch.eye(2, 32), None, ["one", "two"])
     out = tmp_path / "new" / "page.html"
-    more = ["--directions", "7", "--attention-step", "0", "--layer", "1", "--fit", "pad", "--size", "50x64"]
+    more = [
+        "--directions",
+        "7",
+        "--attention-step",
+        "0",
+        "--layer",
+        "1",
+        "--fit",
+        "pad",
+        "--size",
+        "50x64",
+        "--compute-dtype",
+        "bfloat16",
+    ]
     more += ["--head", str(tmp_path / "head.safetensors"), "--out", str(out)]
     assert cli.main(["view", *photos, *options, *more]) == 0
     data = viewed.data(out.read_text(encoding="utf-8"))
