@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import INTERPRETED, _dot, _on
+from .attention import INTERPRETED, _dot, _on, _unit_below
 from .launches import Launches, cdiv, layout, side_by_side
 from .queries import _dot_halves, in_halves, in_parts
 from .tiling import RDNA, Device
@@ -116,13 +116,6 @@ def _active(x, affine_ptr, image, offs_d, D: tl.constexpr, CUDA: tl.constexpr):
     scale = tl.load(affine_ptr + image * (2 * D) + offs_d)
     shift = tl.load(affine_ptr + image * (2 * D) + D + offs_d)
     return _silu(x.to(tl.float32) * scale[None, :] + shift[None, :], CUDA)
-
-
-@triton.jit
-def _unit_below(limit):
-    """A power of two and its reciprocal, by which what is no larger than `limit` comes into the range of float16."""
-    exponent = tl.minimum(tl.maximum(limit.to(tl.int32, bitcast=True) >> 23, 15), 254)
-    return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _dot, _on
+from .attention import _dot, _halves, _on
 from .launches import Launches, cdiv, layout, side_by_side
 from .tiling import Device
 
@@ -25,13 +25,6 @@ PRECISIONS = ("tf32x3", "tf32", "ieee")
 # warps, stages.
 HALVED = {8: (8, 32, 32, 8, 2), 9: (16, 32, 16, 8, 3), 10: (8, 32, 64, 8, 2), 12: (8, 32, 32, 8, 2)}
 SCALE = tl.constexpr(1024.0)  # of a normalised pixel, whose numbers lie within the square root of DIM
-
-
-@triton.jit
-def _halves(x):
-    """Float32 within the range of float16 as two of those, what is rounded off being the second."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
