@@ -205,7 +205,7 @@ def guidance(target, dtype, dim=128):
     if halves:
         both.update(dict.fromkeys(("query_weight_ptr", "key_weight_ptr"), "float16"))
         stored["weight_ptr"] = "float16"
-    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], num_warps=4)
+    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], STAGES=g.POOL_STAGES, num_warps=4)
     last = dict(BLOCK_P=g.LAST_ROWS, BLOCK_N=min(dim, 64), BLOCK_K=32, PRECISION=wide, num_warps=4)
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
     found = [

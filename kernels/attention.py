@@ -10,9 +10,9 @@ two_pass  any window, any number of channels: log-sum-exp per pixel and head fir
 stored    any window, many channels: weights are summed over the heads once and written down, for as many tiles at a
           time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are
           sums of two float16, and three products of them take the place of one.
-halved    the same for float32 and windows of up to 16 x 16 keys: softmax per head in registers, so that weights are made
-          in one pass. Queries and keys are halves too, side by side with places that hide the keys that a pixel does
-          not see: one product makes logits and masks. A key's place is its row and column modulo 16.
+halved    the same for float32 and windows of up to 16 x 16 keys: softmax per head in registers, so that weights are
+          made in one pass. Queries and keys are halves too, side by side with places that hide the keys that a pixel
+          does not see: one product makes logits and masks. A key's place is its row and column modulo 16.
 heads     any window, few channels: one pass, one running sum per head.
 
 In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is
@@ -36,23 +36,8 @@ from .tiling import Device, Tile, choose_tile
 INTERPRETED = tl.constexpr(_INTERPRETED)
 LOG2E = 1.4426950408889634
 # Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
-COUNTS = [
-    "height",
-    "width",
-    "grid_h",
-    "grid_w",
-    "pad_w",
-    "n_places",
-    "each",
-    "step",
-    "pitch",
-    "n_tiles_h",
-    "n_tiles_w",
-    "n_blocks_c",
-    "first_tile",
-    "quarter",
-    "span_w",
-]
+COUNTS = ["height", "width", "grid_h", "grid_w", "n_cells", "each", "step", "pitch", "n_tiles_h", "n_tiles_w",
+          "n_blocks_c", "first_tile", "quarter", "span_w"]  # fmt: skip
 MOST_PLANS = 512
 SLAB = 1 << 28
 PARTS_X, PARTS_C = 256, 8  # cells and channels of a program that splits numbers in two
@@ -423,16 +408,15 @@ def _halves(x):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _parts_kernel(
-    x_ptr, high_ptr, low_ptr, unit_ptr, x_b, x_h, x_w, height, width, channels, n_blocks_c,
-    pad_w, n_places, each, step, pitch,
+    x_ptr, high_ptr, low_ptr, unit_ptr, x_b, x_h, x_w, height, width, channels, n_blocks_c, n_cells, each, step, pitch,
     BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Float32 as the sum of two float16, times a power of two of each image and channel, its `unit`.
 
     What is not finite counts for nothing in the choice of the unit. Cells have `pitch` places and runs of `each`
-    channels begin at multiples of `step` of them. Of values `step` is `each`. Of keys these are heads, there are rows of
-    `pad_w` cells, beyond the grid, and one more cell which everybody misses; each channel has four numbers side by
-    side, its halves, the first of them again, and one of the cell's own places, see `_halved_kernel`.
+    channels begin at multiples of `step` of them. Of values `step` is `each`. Of keys these are heads, and there is one
+    more cell, which everybody misses; each channel has four numbers side by side, its halves, the first of them again,
+    and one of the cell's own places, see `_halved_kernel`.
     """
     image = (tl.program_id(0) // n_blocks_c).to(tl.int64)
     offs_c = tl.program_id(0) % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -450,16 +434,16 @@ def _parts_kernel(
     of_keys = step > each
     apart = tl.where(of_keys, 4, 1)
     column = offs_c // each * step + offs_c % each * apart
-    for first in tl.range(0, n_places, BLOCK_X, num_stages=1):
+    for first in tl.range(0, n_cells, BLOCK_X, num_stages=1):
         place = first + offs_x
-        row = place // pad_w
-        col = place % pad_w
+        row = place // width
+        col = place % width
         offs = row.to(tl.int64) * x_h + col.to(tl.int64) * x_w
-        there = (row < height) & (col < width)
+        there = place < height * width
         x = tl.load(base + offs[:, None], mask=there[:, None] & mask_c, other=0.0).to(tl.float32) * factor[None, :]
         high, low = _halves(x)
-        out = (image * n_places + place)[:, None] * pitch + column[None, :]
-        mask = (place < n_places)[:, None] & mask_c
+        out = (image * n_cells + place)[:, None] * pitch + column[None, :]
+        mask = (place < n_cells)[:, None] & mask_c
         tl.store(high_ptr + out, high, mask=mask)
         tl.store(low_ptr + tl.where(of_keys, 1, 0) + out, low, mask=mask)
         if of_keys:
@@ -467,7 +451,7 @@ def _parts_kernel(
             for more in tl.range(0, step // 4, each, num_stages=1):
                 n = (offs_c % each + more)[None, :]
                 own = tl.where(n < 16, row[:, None] % 16 == n, (n < 32) & (col[:, None] % 16 == n - 16))
-                own = own | ((place == n_places - 1)[:, None] & (n < 32))
+                own = own | ((there == 0)[:, None] & (n < 32))
                 value = tl.where(own, 32768.0, 0.0).to(tl.float16)
                 tl.store(high_ptr + out + (3 + 4 * more), value, mask=mask & (n < step // 4))
 
@@ -475,7 +459,7 @@ def _parts_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def _halved_kernel(
     q_ptr, k_ptr, unit_ptr, w_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, q_b, q_h, q_w, q_n,
-    height, width, pad_w, n_places, n_tiles_h, n_tiles_w, first_tile, quarter, n_keys, qk_scale,
+    height, width, grid_h, grid_w, n_tiles_h, n_tiles_w, first_tile, quarter, n_keys, qk_scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -490,13 +474,16 @@ def _halved_kernel(
     image = image.to(tl.int64)
     pitch = quarter * 4
     offs_k = tl.arange(0, BLOCK_K)
-    row = offs_k // pitch
-    # Rows have 16 different places; what comes after them is the cell that everybody misses.
-    place = tl.where(row < 16, (span_r0 + row) * pad_w + span_c0 + offs_k - row * pitch, n_places - 1)
+    key_r, key_c = _key_places(pitch, BLOCK_K)
+    row = span_r0 + key_r
+    col = span_c0 + key_c
+    # For keys that are not there stands the cell that everybody misses: where such are, no pixel sees 16 x 16 keys.
+    there = (key_r < 16) & (row < grid_h) & (col < grid_w)
+    place = tl.where(there, row * grid_w + col, grid_h * grid_w)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     offs_4 = tl.arange(0, 4 * BLOCK_D)
-    k_ptrs = k_ptr + ((image * n_places + place) * (HEADS * 4 * BLOCK_D))[None, :] + offs_4[:, None]
+    k_ptrs = k_ptr + ((image * (grid_h * grid_w + 1) + place) * (HEADS * 4 * BLOCK_D))[None, :] + offs_4[:, None]
     n = offs_d[None, :]
     unseen = tl.where(n < 16, (n - r0[:, None]) & 15, (n - c0[:, None]) & 15)
     unseen = (unseen >= tl.where(n < 16, (r1 - r0)[:, None], (c1 - c0)[:, None])) & (n < 32)
@@ -901,21 +888,20 @@ def _split_values(launch, value):
     """Float32 values as two tensors of float16, and the units (B, C) of their channels."""
     high, low = (torch.empty(value.shape, dtype=torch.float16, device=value.device) for _ in range(2))
     _, h, w, channels = value.shape
-    return high, low, _parts(launch, value, (high, low), w, h * w, channels, channels, channels)
+    return high, low, _parts(launch, value, (high, low), h * w, channels, channels, channels)
 
 
 def _split_keys(launch, key, block_d):
     """Keys as `_halved_kernel` reads them, (B, cells, heads, block_d, 4) float16, and the units of their channels.
 
-    There are rows of w + 15 cells; both numbers come along, too. The four parts are the first half, the second one, the
-    first one again, and the cell's own places: one of 16 for its row, one of 16 for its column.
+    There is one cell more than in the grid. The four parts are the first half, the second one, the first one again, and
+    the cell's own places: one of 16 for its row, one of 16 for its column.
     """
     batch, h, w, heads, head_dim = key.shape
-    pad_w, cells = w + 15, (h + 15) * (w + 15) + 1
     make = torch.empty if head_dim == block_d else torch.zeros
-    out = make(batch, cells, heads, block_d, 4, dtype=torch.float16, device=key.device)
-    units = _parts(launch, key.flatten(3), (out, out), pad_w, cells, head_dim, 4 * block_d, heads * 4 * block_d)
-    return out, units, pad_w, cells
+    out = make(batch, h * w + 1, heads, block_d, 4, dtype=torch.float16, device=key.device)
+    sizes = h * w + 1, head_dim, 4 * block_d, heads * 4 * block_d
+    return out, _parts(launch, key.flatten(3), (out, out), *sizes)
 
 
 def _launch_stored(launch, plan, query, key, value, out, qk_scale):
@@ -929,7 +915,7 @@ def _launch_stored(launch, plan, query, key, value, out, qk_scale):
     options = {name: value for name, value in plan.constants.items() if name != "SPLIT"}
     if halved:
         block_d = max(32, options["BLOCK_D"])
-        keys, key_units, *padded = _split_keys(launch, key, block_d)
+        keys, key_units = _split_keys(launch, key, block_d)
         del options["PRECISION"]
         options.update(BLOCK_D=block_d, BLOCK_P=min(HALVED_P, pixels))
     else:
@@ -950,8 +936,8 @@ def _launch_stored(launch, plan, query, key, value, out, qk_scale):
         if halved:
             launch(
                 _halved_kernel, count * (pixels // options["BLOCK_P"]), query, keys, key_units, weights, rows, cols,
-                row_tiles, col_tiles, *query.stride()[:4], height, width, *padded, *plan.n_tiles, first, quarter, n_keys,
-                qk_scale, **options,
+                row_tiles, col_tiles, *query.stride()[:4], height, width, *key.shape[1:3], *plan.n_tiles, first,
+                quarter, n_keys, qk_scale, **options,
             )  # fmt: skip
         else:
             launch(

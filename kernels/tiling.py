@@ -147,7 +147,7 @@ HALF_TILES = {
 WIDE_TILES = {
     _window(8, 8, 64, 32, 4): dict(sm_80=17, sm_90=24, sm_100=25, gfx9=25, gfx950=25),
     _window(8, 8, 64, 32, 8): dict(sm_120=17),
-    Tile("halved", 8, 16, 256, 256, 8, mix_k=32): dict(sm_90=153),
+    Tile("halved", 8, 16, 256, 128, 8, mix_k=32): dict(sm_90=153),
     Tile("stored", 8, 16, 32, 256, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
     Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32, mix_stages=2): dict(sm_80=153),
     _window(8, 8, 128, 16, 8): dict(sm_80=77, sm_90=88, sm_100=33, sm_120=77, gfx9=32, gfx950=32),
@@ -204,6 +204,10 @@ def _estimate(tile, kind, dtype, head_dim, heads):
     depth = 16
     while depth < head_dim:
         depth *= 2
+    if tile.design == "halved":  # whatever comes in, what is multiplied has 16 bits
+        depth = max(32, depth)
+        numbers = tile.block_k * (4 * depth * stages + pixels) + pixels * 4 * depth
+        return 2 * max(numbers, 2 * tile.mix_k * (pixels + tile.block_c) * tile.mix_stages) + 4096
     if tile.design in ("two_pass", "stored"):
         numbers = pixels * max(heads * depth + tile.block_k, tile.block_c)
         numbers += tile.block_k * (heads * depth + tile.block_c) * stages
