@@ -1,12 +1,15 @@
 """Figures in README are those of the tables that its commands make; pages keep to their length."""
 
-import csv
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 
 import documents
 import pytest
 from tree import ROOT
 
+spec = spec_from_file_location("costs_of_cards", ROOT / "docs" / "costs.py")
+costs_of_cards = module_from_spec(spec)
+spec.loader.exec_module(costs_of_cards)
 README = documents.pages()["README.md"]
 NOTES = documents.pages()["benchmarks/NOTES.md"]
 LENGTHS = {
@@ -37,18 +40,25 @@ def same(told, exact):
     return abs(float(told) - exact) <= 0.5 * 10**-digits * 1.0001
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_counted_figures_are_those_of_the_ledger(dtype):
-    with open(ROOT / "benchmarks" / "results" / "ledger.csv", newline="", encoding="utf-8") as file:
-        sums = {
-            row["shape"]: float(row["expected_ms"])
-            for row in csv.DictReader(file)
-            if (row["dtype"], row["target"], row["stage"]) == (dtype, "sm_90", "sum")
-        }
+def test_counted_figures_are_those_of_the_ledger():
+    """`python docs/costs.py` writes them."""
     shapes, rows = costs()
-    (cells,) = [cells for name, cells in rows.items() if f"H100, {dtype}: counted" in name]
-    told = dict(zip(shapes, cells, strict=True))
-    assert [shape for shape, cell in told.items() if not same(cell.removesuffix(" ms"), sums[shape])] == []
+    assert shapes == ["224/16/384", "448/32/384", "518/37/768", "1024/64/768"]
+    assert costs_of_cards.page(README) == README
+    assert sum("H100" in name and all(cells) for name, cells in rows.items()) == 2
+    assert costs_of_cards.page(README.replace("| 0.", "| 9.")) != README.replace("| 0.", "| 9.")
+
+
+def test_other_pages_tell_the_ledgers_figures():
+    page = " ".join(documents.pages()["docs/migration.md"].split())
+    (told,) = re.findall(
+        r"float32 takes ([\d.]+) ms at 448/32/384 where one in bfloat16 takes ([\d.]+), and ([\d.]+) at 1024/64/768 "
+        r"where that takes ([\d.]+):",
+        page,
+    )
+    shapes = ("448/32/384", "1024/64/768")
+    exact = [costs_of_cards.sums(dtype)[shape] for shape in shapes for dtype in ("float32", "bfloat16")]
+    assert all(same(*pair) for pair in zip(told, exact, strict=True)), (told, exact)
 
 
 @pytest.mark.parametrize(("row", "time", "memory"), [("float32: measured", 1, 0), ('precision="medium"', 2, 1)])
