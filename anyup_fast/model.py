@@ -227,7 +227,7 @@ class AnyUp(Fused, Recording, nn.Module):
             check_max_memory(max_memory, mixing, self._why_not_prepared())
             maps = self._coloured(values, vis_attn)
             shapes = image.shape, features.shape, output_size
-            if max_memory < self.estimate_memory(*shapes, maps.dtype, image.device, values_shape=maps.shape):
+            if max_memory < self.estimate_memory(*shapes, maps.dtype, image.device, None, maps.shape):
                 out = filled_by_tiles(self, image, features, maps, output_size, max_memory)
                 return out.tensor_split((values.shape[1],), 1) if vis_attn else out
         kept = None

@@ -265,7 +265,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=448, help="shorter side of the pictures")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4, help="pictures of a step")
-    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate at its highest")
+    parser.add_argument("--rate", type=float, default=2e-2, help="learning rate at its highest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--make", metavar="FOLDER", help="write composites into this folder, in place of probing")

@@ -178,6 +178,7 @@ def test_import_loads_nothing_heavy(probed, kind):
         "safetensors",
         "scipy",
         "skimage",
+        "sklearn",
         "tqdm",
         "transformers",
         "triton",
