@@ -5,7 +5,7 @@ from .planes import CANVAS, plane_columns
 MAX_BYTES = 128_000_000
 # Bytes of the page for a pixel, as measured on photographs (docs/labelling.md), a little on the safe side: of each
 # direction, and of the photograph.
-DIRECTION, PHOTOGRAPH = 0.34, 0.4
+DIRECTION, PHOTOGRAPH = 0.36, 0.4
 
 
 def estimated(height, width, count):

@@ -72,7 +72,7 @@ def test_prompts_are_in_the_page_and_their_encoder_is_named(made, tmp_path, caps
     ("more", "complaint"),
     [
         (["--out", "page.png"], "--out: the file must end in .html or .htm, got 'page.png'"),
-        (["--max-bytes", "20000"], "pictures: 2 of 56x70 pixels with 32 directions make a page of some 0.0884 MB"),
+        (["--max-bytes", "20000"], "pictures: 2 of 56x70 pixels with 32 directions make a page of some 0.0935 MB"),
         (["--prompt", "a cat"], "has no tower for texts; a CLIP or SigLIP model has"),
         (["--head", "nowhere.safetensors"], "head: there is no file"),
         (["--directions", "0"], "directions: need a whole number from 1 to 32, got 0"),

@@ -68,8 +68,8 @@ def test_from_five_clicks_to_label_maps_of_twenty_pictures(tmp_path, monkeypatch
 
     assert cli.main([*label, "--workers", "0"]) == 0
     made = sorted((tmp_path / "labels").glob("*.png"))
-    assert [path.stem for path in made] == [f"{index:02}" for index in range(1, 21)]
-    maps = {path.stem: np.asarray(Image.open(path)) for path in made}
+    assert [path.name for path in made] == [f"{index:02}.png.png" for index in range(1, 21)]
+    maps = {path.name[:2]: np.asarray(Image.open(path)) for path in made}
     assert all(one.shape == (SIZE, SIZE) and one.max() <= 1 for one in maps.values())
     assert json.loads(Image.open(made[0]).text["classes"]) == ["suit & <b>helmet</b>", "behind"]
     assert (maps["12"] == shown).mean() >= 0.99 and (maps["03"] == again).mean() >= 0.99
