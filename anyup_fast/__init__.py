@@ -6,7 +6,7 @@ it loads torch and numpy and nothing heavier.
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME_OF = {
     "load_image": "api",

@@ -8,10 +8,10 @@ from functools import cache
 _log = logging.getLogger("anyup_fast.ops")
 
 
-def log_once(message):
-    """Log `message` at level INFO, the first time it comes up; while a graph is traced, not at all."""
+def log_once(message, level=logging.INFO):
+    """Log `message`, the first time it comes up; while a graph is traced, not at all."""
     if not _traced():
-        _logged(message)
+        _logged(message, level)
 
 
 def warn_once(message):
@@ -35,8 +35,8 @@ def _traced():
 
 
 @cache
-def _logged(message):
-    _log.info(message)
+def _logged(message, level):
+    _log.log(level, message)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Where no GPU is at hand, Triton's kernels run in its interpreter; it has to know before anything imports it."""
 
-import importlib
+import importlib.util
 import math
 import os
 import shutil
@@ -13,11 +13,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # What a processor multiplies fastest is measured in a test of its own, not in every process that tests start.
 os.environ.setdefault("ANYUP_FAST_PRODUCTS", "default")
 
+import longest  # noqa: E402
 import pytest  # noqa: E402
+import quick_interpreter  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    quick_interpreter.hasten()
+
+
+def pytest_collection_modifyitems(items):
+    """Between several processes the longest files are shared out first, so that none is left alone with one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = {name: number for number, name in enumerate(longest.FILES)}
+        items.sort(key=lambda item: place.get(item.nodeid.split("::")[0].removeprefix("tests/"), len(place)))
 
 
 def _threads(number):

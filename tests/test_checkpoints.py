@@ -315,7 +315,7 @@ def test_a_cache_that_cannot_be_written_serves_what_it_holds(site, published, mo
     assert site.requests == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("five processes that import PyTorch; one loads by default")
 def test_four_processes_and_a_late_fifth_load(site, published):
     site.content, site.delay = published, 3
     script = f"from anyup_fast import AnyUp, checkpoints; checkpoints.PUBLISHED[{NAME!r}] = {site.url!r}; "

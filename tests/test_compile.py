@@ -61,7 +61,15 @@ def same(compiled, plain):
     torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6 * plain.abs().max().item())
 
 
-@pytest.mark.parametrize("grad, limit", [(False, 3), pytest.param(True, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "grad, limit",
+    [
+        (False, 3),
+        pytest.param(
+            True, 4, marks=pytest.mark.slow("ten seconds of tracing; ten sizes with gradients are traced below")
+        ),
+    ],
+)
 def test_squares_first_and_rectangles_later(grad, limit):
     """Sizes that are equal in the first call share a symbol, and cost a graph where they differ later."""
     model, counter = tiny.model(), CompileCounter()
@@ -88,7 +96,13 @@ def test_ten_sizes_with_gradients():
 
 @pytest.mark.parametrize(
     "config",
-    [{}, pytest.param({"window_rule": "neighborhood", "head_mode": "split", "kernel_size": 3}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param(
+            {"window_rule": "neighborhood", "head_mode": "split", "kernel_size": 3},
+            marks=pytest.mark.slow("ten seconds of tracing"),
+        ),
+    ],
 )
 def test_gradients_through_the_compiled_model(config):
     model = tiny.model(**config)
@@ -138,7 +152,7 @@ def test_inductor_keeps_the_windows():
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.slow
+@pytest.mark.slow("inductor's C++ is compiled for a minute")
 @needs_compiler
 @torch.no_grad()
 def test_inductor_pools_to_sizes_that_stay_open():
@@ -152,7 +166,7 @@ def test_inductor_pools_to_sizes_that_stay_open():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.slow("inductor's C++ is compiled for minutes")
 @pytest.mark.parametrize("config", [{}, {"kernel_size": 3}])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -1,12 +1,10 @@
 """`anyup-fast check`: what it finds right, wrong, failing, and what it does not claim to have judged."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from anyup_fast.kernels import probe
@@ -85,7 +83,7 @@ def test_not_a_number_is_wrong(one_dtype, monkeypatch):
     assert {row.error for row in examine("cpu").faults} == {float("inf")}
 
 
-def test_the_command_passes_here(capsys):
+def test_the_command_passes_here(one_dtype, capsys):
     assert cli.main(["check", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "comparisons are right" in printed and "fused path" not in printed
@@ -127,17 +125,15 @@ print(json.dumps([[[row.backend, row.verdict] for row in found.rows], absent.LAU
 
 def test_under_a_driver_without_a_device(tmp_path):
     """The kernels compile and are launched, and nothing runs: "not run", not "ok"."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(SUPPORT))
-    command = [sys.executable, "-c", ABSENT]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    verdicts, launched = json.loads(printed)
+    result = forked.run("-c", ABSENT, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(SUPPORT))
+    assert result.returncode == 0, result.stderr
+    verdicts, launched = json.loads(result.stdout)
     assert {tuple(pair) for pair in verdicts} == {("triton", "not run"), ("torch", "ok")}
     assert launched.pop("_probe_kernel") > 0
     assert launched == {"_grouped_kernel": 1, "_written_kernel": 1, "_gathered_kernel": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes in the interpreter; each kernel has tests of its own there")
 def test_the_kernels_are_judged_where_they_run(monkeypatch):
     """In Triton's interpreter, which the tests stand for a GPU where there is none."""
     if not torch.cuda.is_available():

@@ -34,7 +34,10 @@ def distance(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("output_size", [pytest.param(None, marks=pytest.mark.slow), (33, 21)])
+@pytest.mark.parametrize(
+    "output_size",
+    [pytest.param(None, marks=pytest.mark.slow("with an output size it runs by default")), (33, 21)],
+)
 @torch.no_grad()
 def test_an_exported_program_runs_at_other_sizes(output_size, tmp_path):
     model = tiny.model()
@@ -117,7 +120,7 @@ def test_onnxruntime_gives_the_same(tmp_path):
     check(session, model, [(1, size, grid, 8) for _, size, grid, _ in SIZES])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ten seconds for each configuration")
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("output_size", [None, (17, 40)])
 def test_onnxruntime_gives_the_same_for_every_configuration(config, output_size, tmp_path):
@@ -126,7 +129,7 @@ def test_onnxruntime_gives_the_same_for_every_configuration(config, output_size,
     check(session, model, SIZES, output_size)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("ten seconds for a larger picture")
 def test_onnxruntime_gives_the_same_over_many_pixels(tmp_path):
     model = tiny.model()
     session = onnx_file(tmp_path / "anyup.onnx", model, (1, 3, 448, 448), (1, 8, 8, 8), output_size=(28, 28))

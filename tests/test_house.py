@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import longest
 import pytest
 from tree import ROOT, project_files
 
@@ -263,6 +264,10 @@ def test_imports_follow_the_order_of_the_house():
     assert len(sources) > 5 and "anyup_fast/ops/__init__.py" in sources and "kernels/__init__.py" in sources
     assert import_faults(sources) == []
     assert circles(sources) == []
+
+
+def test_the_longest_files_of_tests_exist():
+    assert [name for name in longest.FILES if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_files_are_short():

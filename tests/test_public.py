@@ -91,8 +91,8 @@ ARGUMENTS = {
     "fit_head": "inputs targets kind classes encoder ignore samples seed C weights",
     "prompt_head": "encoder prompts classes templates device",
     "view": (
-        "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names title "
-        "max_bytes device backend precision dtype"
+        "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names "
+        "title max_bytes device backend precision dtype"
     ),
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }

@@ -249,7 +249,13 @@ def everything(weights, encoder, folder):
 
 
 @pytest.mark.parametrize(
-    "default", [torch.float64, torch.bfloat16, "meta", pytest.param(torch.float16, marks=pytest.mark.slow)]
+    "default",
+    [
+        torch.float64,
+        torch.bfloat16,
+        "meta",
+        pytest.param(torch.float16, marks=pytest.mark.slow("bfloat16 is narrow, too")),
+    ],
 )
 def test_defaults_of_pytorch_change_nothing(tmp_path, monkeypatch, default):
     pytest.importorskip("transformers")
@@ -336,12 +342,13 @@ def ended(what, threads, after, daemon="daemon"):
     return out.split("\n")[:-1]
 
 
-@pytest.mark.parametrize("what, threads", [("training", 1), ("parts verb training", 2)])
+# Alone and at other moments: slow, in the sweep below.
+@pytest.mark.parametrize("what, threads", [("parts verb training", 2)])
 def test_a_process_ends_while_a_daemon_thread_computes(what, threads):
     assert ended(what, threads, 0.03) == ["end"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fifty processes")
 @pytest.mark.parametrize("after", [0, 0.01, 0.05, 0.1, 0.2])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("what", ["verb", "training", "parts", "verb verb", "parts training"])

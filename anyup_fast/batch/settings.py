@@ -3,10 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from ..checks import COMPUTE_DTYPES
-from ..heads import checked_classes
-from ..image import MAX_PIXELS
-from ..plain.precision import PRECISIONS, asked
+from ..pixels import MAX_PIXELS
 
 KINDS = {
     "features": "every channel of every output pixel",
@@ -16,6 +13,7 @@ KINDS = {
     "lowres": "the encoder's features and what answers for any pixel later",
 }
 DTYPES = ("float16", "bfloat16", "float32", "int8")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("safetensors", "npy", "zarr", "png")
 
 
@@ -67,6 +65,8 @@ class Settings:
     classes: tuple | None = None
 
     def __post_init__(self):
+        from ..plain.precision import PRECISIONS, asked  # loads torch, which the command line sets up first
+
         if self.format is None:
             object.__setattr__(self, "format", "png" if self.kind == "pca" else "safetensors")
         if self.precision is None:
@@ -99,6 +99,8 @@ class Settings:
         if self.classes is not None:
             if self.kind not in ("head", "labels"):
                 raise ValueError(f"classes: goes with the kinds 'head' and 'labels', got kind={self.kind!r}")
+            from ..heads import checked_classes
+
             object.__setattr__(self, "classes", checked_classes(self.classes, len(self.classes)))
         if self.zarr_format not in (2, 3):
             raise ValueError(f"zarr_format: must be 2 or 3, got {self.zarr_format!r}")

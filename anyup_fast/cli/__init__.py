@@ -19,7 +19,7 @@ def main(argv=None):
     """Run `anyup-fast` with the arguments `argv` (None: the command line's) and return its exit code.
 
     0 = done, 1 = it could not be done (a sentence on standard error says why), 2 = wrong arguments, 3 = done, but for
-    pictures that could not be made (`batch`), 130 = interrupted, 143 = terminated.
+    pictures that could not be made (`batch`), 130 = interrupted, 141 = nobody reads the output, 143 = terminated.
     """
     if "torch" not in sys.modules:
         # Threads of GNU's OpenMP spin while they wait; beside any other busy process that costs a factor of thirty.
@@ -32,6 +32,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("anyup-fast: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         print(f"anyup-fast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1

@@ -2,11 +2,12 @@
 
 import logging
 
-from ..masks import IGNORED
 from .options import add_inputs, as_device
 from .progress import Steps
 
 logger = logging.getLogger("anyup_fast")
+
+IGNORED = 255  # that of anyup_fast.masks, which would load torch
 
 
 def add(commands):

@@ -72,6 +72,9 @@ def add(commands):
         )
     command.add_argument("--save-every", type=int, default=200, help="steps between two states on disk (default: 200)")
     command.add_argument(
+        "--until", type=int, metavar="STEP", help="stop after this step; without it the same command goes on"
+    )
+    command.add_argument(
         "--crop",
         type=float,
         nargs=2,
@@ -103,5 +106,6 @@ def run(arguments):
         **{name: getattr(arguments, name) for name in ("scenes", "stamps", "init", *SETTINGS)},
     )
     bar = progress.bar(disable=arguments.quiet, extra="train")
-    path = train(config, arguments.out, cache=arguments.cache, save_every=arguments.save_every, progress=bar)
+    options = {"cache": arguments.cache, "save_every": arguments.save_every, "until": arguments.until}
+    path = train(config, arguments.out, progress=bar, **options)
     logger.info("-> %s", path)

@@ -137,10 +137,12 @@ def _device(name):
     from ..checks import checked_device
 
     device = checked_device(as_device(name))
-    described = {"cpu": f", {torch.get_num_threads()} threads"}.get(device.type, "")
-    if device.type == "cuda":
-        described = f", {torch.cuda.get_device_name(device)}"
-    logger.info("device: %s%s", device, described)
+    if device.type == "cpu":
+        why = ": PyTorch finds no GPU" if name == "auto" else ""
+        logger.info("computing on the CPU, %d threads%s", torch.get_num_threads(), why)
+    else:
+        described = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+        logger.info("computing on %s%s", device, described)
     return device
 
 

@@ -28,7 +28,7 @@ def add(commands):
         default=[],
         metavar="TEXT",
         help="a text whose similarity can be shown; may be given several times; for encoders that were trained with "
-        "texts, such as siglip2_base",
+        "texts, such as text:siglip2_base",
     )
     command.add_argument("--head", metavar="FILE", help="class prototypes to start with, a .safetensors file")
     command.add_argument(

@@ -18,6 +18,7 @@ products of half the cost each. With PyTorch's own setting at "medium" or "high"
 of the products that are float32 here as well (logits, low-res keys); `use_precision` leaves those alone.
 """
 
+import logging
 import os
 import threading
 from contextvars import ContextVar
@@ -64,7 +65,7 @@ def _find():
         if _found is None:
             given = parsed(os.environ.get(VARIABLE, "auto"))
             _found = (given, f"{VARIABLE} in the environment", {}) if given else kept_or_measured()
-            log_once(f"products on this CPU, {_found[1]}: {'; '.join(explained()[0])}")
+            log_once(f"products on this CPU, {_found[1]}: {'; '.join(explained()[0])}", logging.DEBUG)
         return _found
 
 

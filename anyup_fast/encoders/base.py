@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         return [self.features(image, layer) for layer in layers]
 
     def features(self, image, layer):
-        """Features of `image`, checked and in the encoder's normalisation; `layer` is 1 to `num_layers`."""
+        """Features of `image`, checked and in the encoder's normalisation; `layer` counts from 1."""
         raise NotImplementedError
 
     def not_finite(self):

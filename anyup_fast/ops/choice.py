@@ -8,6 +8,7 @@ crashes, shared memory that runs out, an assembler older than the chip) is met b
 PyTorch for that operator on that device from then on.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -124,9 +125,10 @@ def choose(operator, backend, why_not):
         reason = why_not(name)
         if reason is None:
             return TRITON_OR_TORCH if name == "triton" else name
-        # what is true of all operators is said once, not for each
-        of = "" if reason.startswith(_NO_GPU) else f"{operator}: "
-        log_once(f"{of}{name!r} not taken: {reason}")
+        if reason.startswith(_NO_GPU):  # what is true of all operators is said once, and who asked for a CPU knows it
+            log_once(f"{name!r} not taken: {reason}", logging.DEBUG)
+        else:
+            log_once(f"{operator}: {name!r} not taken: {reason}")
     raise RuntimeError(f"{operator}: no back end can run")
 
 

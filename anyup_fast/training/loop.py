@@ -25,7 +25,7 @@ logger = logging.getLogger("anyup_fast")
 METRICS = ("step", "loss", "main", *OWN_TERMS, "reconstruction", "consistency", "norm", "lr", "seconds")
 
 
-def train(config, output, *, cache=None, save_every=200, progress=iter):
+def train(config, output, *, cache=None, save_every=200, until=None, progress=iter):
     """Train AnyUp, from scratch or from the weights `config.init`.
 
     Args:
@@ -34,22 +34,27 @@ def train(config, output, *, cache=None, save_every=200, progress=iter):
             `anyup.safetensors` (the exponential moving average of the weights).
         cache: folder of the cached targets; None = `targets` inside `output`.
         save_every: steps between two writes of `state.pt`.
+        until: stop after this step as if it were the last one; None = at the end of `config.steps`. The same call
+            with another one, or none, goes on from there.
         progress: wraps the iterables of the two stages (for instance in a progress bar).
 
     Returns:
         pathlib.Path of the trained weights.
 
     Raises:
-        FileNotFoundError: no pictures, no weights to start from. ValueError: `output` holds a run with other settings;
-            what `TargetCache.fill` refuses. RuntimeError: the gradient is not finite any more, or weights are missing.
+        FileNotFoundError: no pictures, no weights to start from. ValueError: `output` holds a run with other settings,
+            or one that is past `until`; what `TargetCache.fill` refuses. RuntimeError: the gradient is not finite any
+            more, or weights are missing.
     """
     if save_every < 1:
         raise ValueError(f"save_every: must be at least 1, got {save_every}")
+    if until is not None and not 1 <= until <= config.steps:
+        raise ValueError(f"until: must lie between 1 and steps, {config.steps}, got {until}")
     with torch.device("cpu"):  # whatever the default device
-        return _train(config, expanded(output), cache, save_every, progress)
+        return _train(config, expanded(output), cache, save_every, until or config.steps, progress)
 
 
-def _train(config, output, cache, save_every, progress):
+def _train(config, output, cache, save_every, last, progress):
     settings = json.loads(json.dumps(asdict(config), default=os.fspath))
     record = output / "config.json"
     if record.exists() and json.loads(record.read_text()) != settings:
@@ -78,6 +83,8 @@ def _train(config, output, cache, save_every, progress):
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         logger.info("resuming at step %d of %d", first, config.steps)
+        if first > last:
+            raise ValueError(f"until: {output} is at step {first} already, got {last}")
 
     narrow = config.bf16 and fast_in_bfloat16()
     if config.bf16 and not narrow:
@@ -85,7 +92,7 @@ def _train(config, output, cache, save_every, progress):
     _cut_metrics(output / "metrics.csv", first)
     with open(output / "metrics.csv", "a", newline="") as file:
         metrics = csv.writer(file)
-        for step in progress(range(first, config.steps)):
+        for step in progress(range(first, last)):
             start = time.perf_counter()
             rng = np.random.default_rng((config.seed, config.pictures, step, *([config.draws] if config.draws else ())))
             sample = draw_sample(targets, rng)
@@ -102,13 +109,13 @@ def _train(config, output, cache, save_every, progress):
             row |= {"lr": learning_rate(config, step), "seconds": time.perf_counter() - start}
             metrics.writerow([step, *(f"{row[name]:.6g}" if name in row else "" for name in METRICS[1:])])
             file.flush()
-            if (step + 1) % save_every == 0 or step + 1 == config.steps:
+            if (step + 1) % save_every == 0 or step + 1 == last:
                 state = {"model": model.state_dict(), "average": average.state_dict()}
                 state |= {"optimizer": optimizer.state_dict(), "step": step + 1}
                 with written_aside(state_file) as aside:
                     torch.save(state, aside)
     weights = output / "anyup.safetensors"
-    save_checkpoint(weights, average.module.state_dict(), arguments, steps=config.steps)
+    save_checkpoint(weights, average.module.state_dict(), arguments, steps=last)
     return weights
 
 

@@ -212,9 +212,9 @@ def _encoder(encoder, prompts, device):
         return encoder
     try:
         return load_encoder(encoder, device=device, project=bool(prompts))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if str(error).startswith("project: "):
-            raise ValueError(f"prompts: {str(error).removeprefix('project: ')}") from error
+            raise type(error)(f"prompts: {str(error).removeprefix('project: ')}") from error
         raise
 
 

@@ -6,10 +6,8 @@ import shlex
 import numpy as np
 import pytest
 import tiny
-import torch
 from datasets import fill, picture
 from PIL import Image
-from safetensors.torch import save_file
 from tree import ROOT
 
 from anyup_fast import cli
@@ -26,7 +24,14 @@ def commands():
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     fill(root / "photographs", 3)
-    save_file({"weight": torch.randn(5, 32, generator=torch.Generator().manual_seed(5))}, root / "head.safetensors")
+    fill(root / "few", 3)
+    for path in (path for path in (root / "few").rglob("*") if path.is_file()):
+        width, height = Image.open(path).size
+        stripes = np.arange(width)[None].repeat(height, 0) * 3 // width
+        mask = (root / "masks" / path.relative_to(root / "few")).with_suffix(".png")
+        mask.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(stripes.astype(np.uint8)).save(mask)
+    (root / "names.txt").write_text("left\nmiddle\nright\n")
     small = [
         "--encoder",
         tiny.encoder_folder(root / "encoder"),
@@ -46,9 +51,12 @@ def run(place, index, monkeypatch):
 
 
 def test_folder_to_label_maps(place, monkeypatch):
-    root = run(place, 0, monkeypatch)
-    labels = np.asarray(Image.open(root / "labels" / "000.png.png"))
-    assert labels.shape == (56, 70) and labels.max() < 5 and len(np.unique(labels)) > 1
+    run(place, 0, monkeypatch)
+    root = run(place, 1, monkeypatch)
+    found = Image.open(root / "labels" / "000.png.png")
+    labels = np.asarray(found)
+    assert labels.shape == (56, 70) and labels.max() < 3 and len(np.unique(labels)) > 1
+    assert found.text["classes"] == '["left", "middle", "right"]'
 
 
 def test_video_to_film(place, monkeypatch):
@@ -56,16 +64,16 @@ def test_video_to_film(place, monkeypatch):
     from anyup_fast.batch.video import frame_times, write_film
 
     write_film([np.asarray(picture(0).rotate(5 * i)) for i in range(6)], place[0] / "clip.mp4", 10)
-    root = run(place, 1, monkeypatch)
+    root = run(place, 2, monkeypatch)
     assert len(frame_times(root / "film.mp4")) == 6 and (root / "colours" / "pca.safetensors").exists()
 
 
-@pytest.mark.slow  # tests/batch/test_distributed.py has the same run without the page
+@pytest.mark.slow("test_distributed.py has the same run without the page")
 def test_data_set_on_ray_and_opened(place, monkeypatch):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        run(place, 2, monkeypatch)
+        run(place, 3, monkeypatch)
     finally:
         ray.shutdown()
     (code,) = re.findall(r"```python\n(.+?)```", PAGE, re.S)

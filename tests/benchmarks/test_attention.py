@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import forked
 import pytest
 from tree import ROOT
 
@@ -27,8 +28,8 @@ def scripts(monkeypatch):
 
 
 def test_attention_command_prints_one_json_object():
-    command = [sys.executable, FOLDER / "attention.py", "--device", "cpu", "--json", "--shapes", "40/8/12"]
-    result = subprocess.run([*command, "--repeats", "2"], capture_output=True, text=True)
+    given = "--device", "cpu", "--json", "--shapes", "40/8/12", "--repeats", "2"
+    result = forked.run(FOLDER / "attention.py", *given)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     (row,) = report["results"]
@@ -37,7 +38,7 @@ def test_attention_command_prints_one_json_object():
     assert all(row[name]["peak_gib"] >= 0 for name in ("torch", "reference"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two processes of half a gigabyte")
 def test_peak_memory_tells_the_back_ends_apart(scripts):
     flat, whole = (scripts["attention"].peak("160/24/8", name) for name in ("torch", "reference"))
     # The twin's logits alone: 160 * 160 pixels, 24 * 24 keys, 4 heads, 4 bytes.

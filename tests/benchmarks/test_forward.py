@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from tree import ROOT
@@ -28,12 +28,12 @@ def forward(monkeypatch):
 
 
 def run(script, *arguments):
-    result = subprocess.run([sys.executable, FOLDER / script, *arguments], capture_output=True, text=True)
+    result = forked.run(FOLDER / script, *arguments)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("processes that measure memory; the parts of it run by default")
 def test_forward_prints_one_json_object():
     report = run("forward.py", "--json", "--shapes", "64/8/12", "--rivals", "eager", "chunks", "--repeats", "1")
     (row,) = report["results"]
@@ -73,11 +73,10 @@ def test_parts_are_compared_with_the_whole(forward):
 
 
 def test_streams_are_checked_and_measured():
-    report = run("stream.py", "--json", "--sides", "60", "90", "--grid", "6", "--channels", "16", "--tile", "32")
-    first, second = report["results"]
-    assert (first["side"], second["side"]) == (60, 90)
-    for row in (first, second):
-        assert row["error"] < 1e-5 and row["statistics_s"] < row["seconds"] and row["peak_gib"] > row["beyond_gib"] >= 0
+    report = run("stream.py", "--json", "--sides", "90", "--grid", "6", "--channels", "16", "--tile", "32")
+    (row,) = report["results"]
+    assert row["side"] == 90 and row["error"] < 1e-5
+    assert row["statistics_s"] < row["seconds"] and row["peak_gib"] > row["beyond_gib"] >= 0
 
 
 def test_the_sweep_for_gpus_sees_what_is_wrong(gpu_scripts, here, taken, monkeypatch):

@@ -5,10 +5,10 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import attention_cases
+import forked
 import pytest
 import torch
 from tree import ROOT
@@ -47,7 +47,7 @@ def wrong(attention, monkeypatch):
 def test_it_refuses_in_one_sentence_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    result = subprocess.run([sys.executable, FOLDER / "gpu.py"], capture_output=True, text=True)
+    result = forked.run(FOLDER / "gpu.py")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "nothing to measure on: needs a GPU that torch.cuda.is_available() sees, found none\n"
 
@@ -331,15 +331,10 @@ print("codes", json.dumps(codes))
 """
 
 
-def natively(*command, **more):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**environment, **more})
-
-
 def test_a_rehearsal(tmp_path):
     """448/32/384 on a card that isn't there: a launcher raises at first; then goes on; then everything again."""
     path = tmp_path / "gpu.csv"
-    result = natively("-c", REHEARSAL.format(folder=str(FOLDER)), str(path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    result = forked.run("-c", REHEARSAL.format(folder=str(FOLDER)), str(path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == "codes [1, 1, 0]"
     rows = read(path)
@@ -363,7 +358,7 @@ def test_kernels_are_compiled_beforehand_and_found(tmp_path):
     command += ["--parts", "attention", "--shapes", "448/32/384", "--cache"]
     told = []
     for cache, workers in ((made, "2"), (moved, "1")):
-        result = natively(*command, cache, "--workers", workers)
+        result = forked.run(*command, cache, "--workers", workers)
         assert result.returncode == 0, result.stderr[-2000:]
         told.append(result.stdout.splitlines())
         if cache is made:

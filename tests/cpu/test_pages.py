@@ -5,10 +5,10 @@ import gc
 import io
 import os
 import pickle
-import subprocess
 import sys
 import threading
 
+import forked
 import pytest
 import torch
 
@@ -184,9 +184,8 @@ def test_where_nothing_can_be_kept_tensors_are_plain(monkeypatch):
 def test_the_environment_sets_the_limit():
     code = "from anyup_fast.cpu import pages; print(pages.KEPT)"
     for given, expected in ((None, 128 << 20), ("0", 0)):
-        env = {**os.environ} | ({} if given is None else {"ANYUP_FAST_KEPT_BYTES": given})
-        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert int(result.stdout) == expected
+        result = forked.run("-c", code, **({} if given is None else {"ANYUP_FAST_KEPT_BYTES": given}))
+        assert result.returncode == 0 and int(result.stdout) == expected, result.stderr
 
 
 @pytest.mark.parametrize("given", ["much", "-1", "1.5", ""])
@@ -218,5 +217,5 @@ def test_a_forked_process_writes_to_memory_of_its_own():
         "    x.fill_(7); new_empty(x, x.shape).fill_(7); os._exit(0)\n"
         "print(os.waitpid(child, 0)[1], bool(x.eq(1).all()))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = forked.run("-c", code)
     assert result.stdout.split() == ["0", "True"], result.stderr

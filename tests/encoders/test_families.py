@@ -195,7 +195,11 @@ def a_grid(encoder, cell):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in families.FAMILIES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow("variants, and the slowest")] if name in SLOW else [])
+        for name in families.FAMILIES
+    ],
 )
 def test_every_layer_lies_as_the_picture_does(tmp_path, name):
     encoder = load_encoder(saved(tmp_path, build(name, alive=name not in AS_MADE)))

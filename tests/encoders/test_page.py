@@ -33,7 +33,7 @@ def test_the_page_has_the_rows_as_they_are_written():
         assert row.patch in cells[2]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("makes every family of encoders")
 def test_the_table_is_what_its_script_makes():
     pytest.importorskip("transformers", minversion="5.0")
     text = page.PAGE.read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ BROAD = {
     "mobilevit_xxs",
     "tiny_vit_5m_224",
 }
-NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow("more models of kinds that QUICK has")) for name in SLOW)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -355,9 +355,9 @@ def scripted(tmp_path, parts, method, data, text=SCRIPT, **options):
     "engine, method",
     [
         ("local", "spawn"),
-        pytest.param("local", "forkserver", marks=pytest.mark.slow),
-        pytest.param("local", "fork", marks=pytest.mark.slow),
-        pytest.param("ray", "spawn", marks=pytest.mark.slow),
+        pytest.param("local", "forkserver", marks=pytest.mark.slow("half a minute; spawn has the same faults")),
+        pytest.param("local", "fork", marks=pytest.mark.slow("half a minute; spawn has the same faults")),
+        pytest.param("ray", "spawn", marks=pytest.mark.slow("half a minute of Ray")),
     ],
 )
 def test_all_of_them_at_once(tmp_path, parts, engine, method):
@@ -398,9 +398,13 @@ SLOW_PLACES = {
     "place, number",
     [
         ("loading the encoder", signal.SIGINT),
-        pytest.param("computing", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("computing", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("reading", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(
+            "computing", signal.SIGINT, marks=pytest.mark.slow("another process; the signal's way is the same")
+        ),
+        pytest.param(
+            "computing", signal.SIGTERM, marks=pytest.mark.slow("another process; the signal's way is the same")
+        ),
+        pytest.param("reading", signal.SIGINT, marks=pytest.mark.slow("six seconds of waiting")),
     ],
 )
 def test_a_signal_ends_a_run_within_seconds(tmp_path, parts, place, number):

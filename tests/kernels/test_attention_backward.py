@@ -296,7 +296,7 @@ def test_what_is_broken_is_caught(window, old, new, broken, monkeypatch):
     assert problem.gradient_faults(solve(problem, small(window), module=module))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes: 120 draws of what the tests above name")
 @pytest.mark.parametrize("index", range(120))
 def test_long_sweep(index):
     problem = attention_cases.draw(index, longest=9 if DEVICE == "cpu" else 60)

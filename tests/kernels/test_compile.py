@@ -1,14 +1,12 @@
 """Every kernel compiled for GPUs that are not there: hardly a spill, tensor cores in use, shared memory as foretold.
 
-Each test runs benchmarks/compile_kernels.py by itself, so that nothing is interpreted. The default run takes some
-targets; `pytest -m slow` all of them, in every dtype.
+Each test runs benchmarks/compile_kernels.py in a process of its own, so that nothing is interpreted. The
+default run takes some targets; `pytest -m slow` all of them, in every dtype.
 """
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import pytest
 from tree import ROOT
 
@@ -30,13 +28,19 @@ INTEGERS = "height width n_pixels n_tiles n_rows n_cols n_cells n_blocks n_image
 
 def some(values, fast):
     """Parameters of which only those in `fast` belong to the default run."""
-    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
+    return [
+        pytest.param(
+            value,
+            marks=()
+            if value in fast
+            else pytest.mark.slow("minutes; the kernels are the same for another GPU or dtype"),
+        )
+        for value in values
+    ]
 
 
 def compiled(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, SCRIPT, "--json", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = forked.run(SCRIPT, "--json", *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert rows
@@ -84,14 +88,14 @@ def test_default_tiles(target):
     assert faults(rows) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes for each target")
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile(target):
     rows = compiled("--targets", target, "--groups", "attention", "--dtypes", *DTYPES)
     assert faults(rows) == [] and overrated(rows) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes for each target")
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_with_heads_that_split_channels(target):
     rows = compiled("--targets", target, "--groups", "attention", "--split", "--dtypes", *DTYPES)
@@ -141,21 +145,21 @@ def test_guidance(target):
     assert len(rows) == 12 and faults(rows) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("half a minute; sizes of one are launched in the interpreter")
 def test_guidance_with_sizes_of_one():
     given = "--groups", "guidance", "--dims", "32", "--dtypes", "bfloat16", "--ones", *INTEGERS
     rows = compiled("--targets", "sm_90", *given)
     assert len(rows) == 12 and faults(rows) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes for each target")
 @pytest.mark.parametrize("target", TARGETS)
 def test_guidance_of_every_width(target):
     rows = compiled("--targets", target, "--groups", "guidance", "--dtypes", *DTYPES, "--dims", "128", "64", "32")
     assert len(rows) == (2 if target in RDNA else 3) * 3 * 12 and faults(rows) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("minutes for each target")
 @pytest.mark.parametrize("target", TARGETS)
 def test_guidance_of_the_largest_width(target):
     rows = compiled("--targets", target, "--groups", "guidance", "--dims", "256")

@@ -321,7 +321,11 @@ def test_tiles_of_other_devices(capability, monkeypatch):
     check((9, 11), (4, 5), (3, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow("bfloat16 has the same turns"))],
+    ids=str,
+)
 def test_programs_that_work_on_several_tiles(dtype, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: cls("cuda", (9, 0), 232448)))

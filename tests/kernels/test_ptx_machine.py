@@ -3,10 +3,10 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from functools import cache
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -18,10 +18,7 @@ TARGETS = "sm_80", "sm_90"
 @cache
 def small(target):
     """Rows of the small Triton kernels by name, from a process in which Triton compiles."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "ptx.small", target]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = forked.run("-m", "ptx.small", target, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     assert result.returncode == 0, result.stderr[-3000:]
     return {row["name"]: row for row in map(json.loads, result.stdout.splitlines())}
 

@@ -218,7 +218,7 @@ def test_a_broken_mask_is_caught(old, new, broken):
     assert not error_of(out, arguments) <= 100 * TOLERANCE[torch.float32]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("asks for 8 GiB of address space")
 @pytest.mark.skipif(DEVICE != "cpu", reason="uses memory that is never touched")
 def test_offsets_beyond_two_to_the_31():
     query, *weights = make(12, torch.bfloat16, (1, 4, 3), 16)

@@ -1,6 +1,6 @@
 """The front end of every kernel on every release of Triton that is promised, none of which needs a GPU.
 
-The default run takes the installed release. `pytest -m releases` fetches the newest patch of each minor release that
+`pytest -m slow` takes the installed release. `pytest -m releases` fetches the newest patch of each minor release that
 constraints.txt allows, with pip, into the folder that TRITON_RELEASES names (kept there for the next run) or into a
 temporary one; 0.6 GB each.
 """
@@ -61,6 +61,7 @@ def faults(rows):
     ]
 
 
+@pytest.mark.slow("ten seconds; test_compile.py and test_ptx.py have its kernels")
 def test_the_installed_release(tmp_path):
     rows = front_end(None, tmp_path)
     assert {row["target"] for row in rows} == set(TARGETS)

@@ -64,7 +64,7 @@ def test_the_torch_back_end_equals_the_twin(seed, poisoned):
     check_sweep(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("300 more draws of the hundred above")
 @pytest.mark.parametrize("seed", range(100, 400))
 def test_the_torch_back_end_equals_the_twin_at_length(seed, poisoned):
     check_sweep(seed)
@@ -185,7 +185,7 @@ def test_back_ends_say_why_they_cannot_run():
 def test_the_choice_is_logged_once_for_all_operators(caplog):
     arguments, _ = case(1)
     choice.log_once.cache_clear()
-    with caplog.at_level("INFO", logger="anyup_fast"):
+    with caplog.at_level("DEBUG", logger="anyup_fast"):
         for _ in range(3):
             ops.windowed_attention(*arguments)
             ops.feature_unification(torch.randn(1, 4, 3, 3), torch.randn(8, 1, 5, 5))

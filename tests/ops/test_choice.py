@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 
+import forked
 import pytest
 import tiny
 import torch
@@ -356,9 +357,9 @@ print(json.dumps(triton_precision()))
 def test_every_way_to_set_the_precision_of_products_is_heeded(setting, expected):
     if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this PyTorch has no fp32_precision")
-    command = [sys.executable, "-c", PRECISION, setting]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert json.loads(printed) == expected
+    result = forked.run("-c", PRECISION, setting)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == expected
 
 
 NO_COMPILER = """

@@ -103,7 +103,7 @@ def test_sizes_that_divide_give_dilated_neighborhood_attention(seed):
     compare(rng, *dividing(rng), by_dilation)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("300 more draws of the hundred above")
 @pytest.mark.parametrize("seed", range(100, 400))
 def test_many_sizes_that_divide(seed):
     rng = random.Random(seed)

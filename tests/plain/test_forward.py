@@ -311,12 +311,24 @@ def measured_memory(arguments, limit=None, threads=1):
     "threads, arguments",
     [
         (1, ((1, 3, 320, 320), (1, 384, 24, 24), None)),
-        pytest.param(2, ((1, 3, 320, 320), (1, 384, 24, 24), None), marks=pytest.mark.slow),
-        pytest.param(1, ((2, 3, 256, 256), (2, 21, 16, 16), None), marks=pytest.mark.slow),
-        pytest.param(1, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow),
-        pytest.param(2, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow),
-        pytest.param(1, ((1, 3, 320, 320), (1, 1, 128, 128), None), marks=pytest.mark.slow),
-        pytest.param(1, ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64)), marks=pytest.mark.slow),
+        pytest.param(
+            2, ((1, 3, 320, 320), (1, 384, 24, 24), None), marks=pytest.mark.slow("a process with large buffers")
+        ),
+        pytest.param(
+            1, ((2, 3, 256, 256), (2, 21, 16, 16), None), marks=pytest.mark.slow("a process with large buffers")
+        ),
+        pytest.param(
+            1, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow("a process with large buffers")
+        ),
+        pytest.param(
+            2, ((1, 3, 320, 320), (1, 384, 24, 24), (80, 80)), marks=pytest.mark.slow("a process with large buffers")
+        ),
+        pytest.param(
+            1, ((1, 3, 320, 320), (1, 1, 128, 128), None), marks=pytest.mark.slow("a process with large buffers")
+        ),
+        pytest.param(
+            1, ((1, 3, 96, 96), (1, 4096, 64, 64), (64, 64)), marks=pytest.mark.slow("a process with large buffers")
+        ),
     ],
 )
 def test_memory_is_what_was_estimated(threads, arguments):
@@ -330,9 +342,11 @@ def test_memory_is_what_was_estimated(threads, arguments):
 @pytest.mark.parametrize(
     "limit, arguments",
     [
-        (130 << 20, ((1, 3, 384, 384), (1, 21, 24, 24), None)),
+        (110 << 20, ((1, 3, 224, 224), (1, 21, 14, 14), None)),
         # large tiles of several sizes
-        pytest.param(300 << 20, ((1, 3, 700, 530), (1, 64, 40, 30), None), marks=pytest.mark.slow),
+        pytest.param(
+            300 << 20, ((1, 3, 700, 530), (1, 64, 40, 30), None), marks=pytest.mark.slow("a process with large buffers")
+        ),
     ],
 )
 def test_a_call_stays_within_its_memory(limit, arguments):

@@ -138,14 +138,14 @@ def block(n_in=16, n_out=16, groups=8):
     return module
 
 
-@pytest.mark.parametrize("n_in", [16, 24])
+@pytest.mark.parametrize("n_in", [8, 12])
 def test_res_block_is_its_twin_and_its_gradients_are_differences(n_in):
-    module, x = block(n_in), torch.randn(2, 2, 3, n_in, dtype=torch.float64, requires_grad=True)
+    module, x = block(n_in, 8, 4), torch.randn(2, 2, 3, n_in, dtype=torch.float64, requires_grad=True)
     (weights,) = matrices_of([module])
     expected = module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    assert distance(ops.res_block(x, weights), expected.detach()) < 1e-13
+    assert distance(ops.res_block(x, weights, num_groups=4), expected.detach()) < 1e-13
     tensors = [tensor.detach().requires_grad_() for tensor in weights if tensor is not None]
-    assert torch.autograd.gradcheck(lambda x, *t: ops.res_block(x, ops.Block(*t)), (x, *tensors))
+    assert torch.autograd.gradcheck(lambda x, *t: ops.res_block(x, ops.Block(*t), num_groups=4), (x, *tensors))
 
 
 def test_res_block_in_16_bits_stores_16_bits():
@@ -263,18 +263,18 @@ def test_registered_operators_keep_torchs_rules():
 
 
 def test_training_follows_the_plain_layers():
-    """A hundred steps on one picture, in float32, from the same start: the losses stay within one per cent."""
+    """Forty steps on one picture, in float32, from the same start: the losses stay within one per cent."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, 24, 24, generator=generator)
-    fine = torch.randn(1, 6, 24, 24, generator=generator)
+    image = torch.rand(1, 3, 20, 20, generator=generator)
+    fine = torch.randn(1, 6, 20, 20, generator=generator)
     fine = F.avg_pool2d(F.pad(fine, (2,) * 4, mode="reflect"), 5, 1) * 3 + image.mean(1, keepdim=True)
-    features = F.adaptive_avg_pool2d(fine, 6)
+    features = F.adaptive_avg_pool2d(fine, 5)
     losses = []
     for run in (AnyUp.__call__, plain):
         model = peaky(torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses.append([])
-        for _ in range(100):
+        for _ in range(40):
             loss = F.mse_loss(run(model, image, features), fine)
             optimizer.zero_grad()
             loss.backward()

@@ -206,7 +206,7 @@ def test_the_device_refuses_what_it_has_not(monkeypatch):
     assert sum(device.float64.values()) > 50
 
 
-@pytest.mark.parametrize("side", [168, pytest.param(448, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", [168, pytest.param(448, marks=pytest.mark.slow("a larger picture"))])
 @torch.no_grad()
 def test_shipped_weights_are_as_good_as_on_a_cpu(side):
     image, features = inputs((side, side), 48, (side // 14, side // 14))
@@ -234,7 +234,7 @@ def test_published_features_of_a_photograph(photo, name, start, step):
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])
-@pytest.mark.parametrize("side", [300, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", [300, pytest.param(1500, marks=pytest.mark.slow("a larger picture"))])
 @torch.no_grad()
 def test_sums_over_many_pixels_far_from_zero(side, in_pieces, monkeypatch):
     monkeypatch.setattr(whole, "PIXELS", 0 if in_pieces else side * side)
@@ -454,7 +454,7 @@ with Elsewhere():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a process with large buffers")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure resident memory")
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not beside the tests")
 def test_memory_elsewhere_is_no_more_than_estimated():

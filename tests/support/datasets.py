@@ -1,6 +1,7 @@
 """Small data sets made on the spot, whole and broken pictures, and what a run has made of them."""
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,7 @@ def encoded(image, kind="png", **options):
     return file.getvalue()
 
 
+@cache
 def broken_files():
     """name -> content that can't be read as a picture, each in a way of its own."""
     jpeg, png = encoded(picture(90), "jpeg"), encoded(picture(91))

@@ -93,6 +93,17 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(config, cache, tmp_path
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
 
 
+def test_a_run_stops_where_it_is_told_and_goes_on(config, cache, tmp_path):
+    early = weights_of(train(config, tmp_path / "run", cache=cache, until=4))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 4 and len(losses(tmp_path / "run")) == 5
+    assert all(torch.equal(tensor, state["average"][f"module.{name}"]) for name, tensor in early.items())
+    with pytest.raises(ValueError, match="until: .* is at step 4 already, got 3"):
+        train(config, tmp_path / "run", cache=cache, until=3)
+    train(config, tmp_path / "run", cache=cache)
+    assert len(losses(tmp_path / "run")) == config.steps + 1
+
+
 def test_a_step_without_a_loss_resumes_like_any_other(config, tmp_path, monkeypatch):
     """Without cut-outs a step that maps a grid to itself has no loss, but weight decay and momentum go on."""
     config = replace(config, stamps=None, steps=4)
@@ -149,7 +160,7 @@ def test_a_failing_write_of_the_state_leaves_the_older_one(config, cache, tmp_pa
 
 
 def test_training_fits_one_picture(config, tmp_path):
-    config = replace(config, pictures=1, batch=1, steps=100, lr=3e-3, ema=0.9, plain_share=0.0)
+    config = replace(config, pictures=1, batch=1, steps=50, lr=3e-3, ema=0.9, plain_share=0.0)
     targets = TargetCache(tmp_path / "cache", config)
     targets.fill()
     trained = AnyUp.from_pretrained(train(config, tmp_path / "run", cache=tmp_path / "cache"))
@@ -768,6 +779,9 @@ def test_bad_settings_are_named(config, tmp_path, change, message):
 def test_more_bad_arguments_are_named(config, tmp_path):
     with pytest.raises(ValueError, match="save_every: must be at least 1, got 0"):
         train(config, tmp_path, save_every=0)
+    for until in (0, config.steps + 1):
+        with pytest.raises(ValueError, match=f"until: must lie between 1 and steps, 6, got {until}"):
+            train(config, tmp_path, until=until)
     with pytest.raises(FileNotFoundError, match="scenes: no folder .*nowhere"):
         train(replace(config, scenes=str(tmp_path / "nowhere")), tmp_path)
     with pytest.raises(ValueError, match="encoders: .*:7 must name a layer from 1 to 2, or its negative"):

@@ -5,11 +5,11 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
-import pages
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import viewed
 from PIL import Image
 
 import anyup_fast
@@ -62,11 +62,11 @@ def model():
 
 
 def stored(page):
-    return pages.data(page.html)
+    return viewed.data(page.html)
 
 
 def basis_of(data):
-    return pages.floats(data["basis"], data["directions"], data["channels"])
+    return viewed.floats(data["basis"], data["directions"], data["channels"])
 
 
 def test_planes_are_the_features_along_the_directions(photos, encoder, model):
@@ -86,22 +86,22 @@ def test_planes_are_the_features_along_the_directions(photos, encoder, model):
         high = prepare(image, features, model).head(basis).full()[0]
         low = torch.einsum("kc,chw->khw", basis, features)
         for name, expected in (("high", high), ("low", low)):
-            got = pages.coordinates(picture[name], CHANNELS, *expected.shape[1:])
+            got = viewed.coordinates(picture[name], CHANNELS, *expected.shape[1:])
             step = torch.tensor(picture[name]["scale"])[:, None, None]
             assert ((got - expected).abs() <= 0.501 * step + 1e-4).all()
         assert low.std() > 10 * step.max(), "the features hardly vary: nothing is shown"
-        shown = pages.picture(picture["photo"])
+        shown = viewed.picture(picture["photo"])
         assert (shown.format, shown.size) == ("JPEG", (picture["width"], picture["height"]))
 
 
 def test_colours_are_those_of_the_low_res_features(photos, encoder, model):
     data = stored(view(photos, encoder=encoder, weights=model, size=None))
     count = data["directions"]
-    low = torch.cat([pages.coordinates(p["low"], count, *p["grid"]).flatten(1) for p in data["pictures"]], 1)
+    low = torch.cat([viewed.coordinates(p["low"], count, *p["grid"]).flatten(1) for p in data["pictures"]], 1)
     pca, mean = data["views"]
     assert (pca["name"], mean["name"]) == ("PCA", "mean")
     for shown, rows in ((pca, 3), (mean, 1)):
-        painted = pages.floats(shown["weight"], rows, count) @ low + torch.tensor(shown["bias"])[:, None]
+        painted = viewed.floats(shown["weight"], rows, count) @ low + torch.tensor(shown["bias"])[:, None]
         assert painted.quantile(0.01) > -0.2 and painted.quantile(0.99) < 1.2 and painted.std() > 0.1
     channel_mean = (basis_of(data).T @ low).mean(0)
     expected = (channel_mean - channel_mean.min()) / (channel_mean.max() - channel_mean.min())
@@ -117,7 +117,7 @@ def test_the_attention_of_the_lattice_is_that_of_its_pixels(photos, encoder, mod
     image = load_image(photos[0], size, 7, fit=fit)
     prepared = prepare(image, anyup_fast.extract_features(image, encoder), model)
     got = picture["attention"]
-    (tall, wide), levels = got["window"], torch.from_numpy(np.array(pages.picture(got["image"])))
+    (tall, wide), levels = got["window"], torch.from_numpy(np.array(viewed.picture(got["image"])))
     assert (got["step"], len(got["rows"]), len(got["columns"])) == (10, *(-(-(n - 5) // 10) for n in size))
     blocks = levels.view(len(got["rows"]), tall, len(got["columns"]), wide) * got["scale"][0]
     for i, top in enumerate(got["rows"]):
@@ -139,9 +139,9 @@ def test_a_padded_picture_is_shown_without_its_padding(photos, encoder, model):
     image = load_image(photos[0], (45, 59), 7, fit="pad")
     features = anyup_fast.extract_features(image, encoder)
     expected = prepare(image, features, model).head(basis_of(data)).full()[0]
-    got = pages.coordinates(picture["high"], data["directions"], 45, 59)
+    got = viewed.coordinates(picture["high"], data["directions"], 45, 59)
     assert (got - expected).abs().max() <= 0.501 * max(picture["high"]["scale"]) + 1e-4
-    assert pages.picture(picture["photo"]).size == (59, 45)
+    assert viewed.picture(picture["photo"]).size == (59, 45)
 
 
 def test_what_is_prepared_is_shown_as_it_is(photos, encoder, model):
@@ -190,7 +190,7 @@ def test_planes_in_columns_are_where_they_are_looked_for(monkeypatch):
     levels = planes.Levels(coordinates)
     got = levels.stored(coordinates)
     assert got["columns"] == 4
-    assert (pages.coordinates(got, 7, 15, 6) - coordinates).abs().max() <= 0.501 * levels.scale.max()
+    assert (viewed.coordinates(got, 7, 15, 6) - coordinates).abs().max() <= 0.501 * levels.scale.max()
 
 
 def test_features_that_do_not_vary_are_grey(photos, model):
@@ -212,7 +212,7 @@ def test_prompts_and_classes_are_seen_exactly(photos, encoder, model):
     basis = basis_of(data)
     assert [one["name"] for one in data["prompts"]] == prompts
     assert [one["name"] for one in data["classes"]] == ["class 1", "class 2", "class 3"]
-    seen = torch.stack([pages.floats(one["weight"], 6) for one in data["prompts"] + data["classes"]])
+    seen = torch.stack([viewed.floats(one["weight"], 6) for one in data["prompts"] + data["classes"]])
     torch.testing.assert_close(seen @ basis, torch.cat([texts, head]), rtol=0, atol=1e-5)
 
 

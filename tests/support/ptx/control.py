@@ -19,7 +19,7 @@ class Control:
     """
 
     def _control(self, full, masked, predicates):
-        """Execute the program: functions of its blocks, for all threads and under a mask; predicates of branches."""
+        """Execute the program: functions of its blocks for all threads, masked(block, mask), predicates of branches."""
         blocks = self.program.blocks
         counts, at, together = Counter(), 0, True
         for _ in range(MOST_BLOCKS):
@@ -52,7 +52,7 @@ class Control:
                 continue
             end = blocks[at].end
             counts[at] += int(mask.reshape(-1, 32).any(1).sum())
-            masked[at](mask)
+            masked(at, mask)
             if end[0] == "exit":
                 position[mask] = EXITED
             elif end[0] == "branch":

@@ -13,6 +13,8 @@ class Counters:
 
     def _sampled(self, selected):
         """Which of the selected threads are counted, and their numbers; None where there are none."""
+        if not self.counted:
+            return None
         chosen = self._take(self.sample, selected)
         if not chosen.any():
             return None

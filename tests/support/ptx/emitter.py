@@ -12,21 +12,34 @@ class Emitter:
     """Writes the Python source of all blocks of a `Program`.
 
     Attributes:
-        code: what defines the functions full_<block>() and masked_<block>(mask), compiled. Constants they refer to are
-            put into the program.
+        code: what defines the functions full_<block>(), compiled. Constants they refer to are put into the program.
     """
 
     def __init__(self, program):
         self.program, self.lines, self.mask = program, [], None
-        for number, block in enumerate(program.blocks):
-            for masked in (False, True):
-                self.lines.append(f"def {'masked' if masked else 'full'}_{number}({'mask' if masked else ''}):")
-                before = len(self.lines)
-                for run in self._runs(block.instructions):
-                    self._instruction(run, "mask" if masked else None)
-                if len(self.lines) == before:
-                    self.lines.append("    pass")
-        self.code = compile("\n".join(self.lines), f"<{program.name}>", "exec")
+        for number in range(len(program.blocks)):
+            self._function(number, None)
+        self.code = self._compiled()
+        self._masked = {}
+
+    def masked(self, number):
+        """What defines masked_<block>(mask), compiled when it is asked for: few blocks are ever run so."""
+        if number not in self._masked:
+            self.lines = []
+            self._function(number, "mask")
+            self._masked[number] = self._compiled()
+        return self._masked[number]
+
+    def _compiled(self):
+        return compile("\n".join(self.lines), f"<{self.program.name}>", "exec")
+
+    def _function(self, number, mask):
+        self.lines.append(f"def masked_{number}(mask):" if mask else f"def full_{number}():")
+        before = len(self.lines)
+        for run in self._runs(self.program.blocks[number].instructions):
+            self._instruction(run, mask)
+        if len(self.lines) == before:
+            self.lines.append("    pass")
 
     @staticmethod
     def _runs(instructions):

@@ -101,7 +101,7 @@ def launcher(target, *, constants=None, device_of=(), edit=None, ctas=None, **op
         device_of: classes whose static `of` is to say (as `tiling.Device.of` does) what the target is.
         edit: function PTX -> PTX, to see whether broken code is caught.
         ctas: function (kernel name, number of CTAs) -> numbers of those to execute; None executes all.
-        options: `collect`, `truncate` and `first_wins` of `run`.
+        options: `collect`, `truncate`, `first_wins` and `count` of `run`.
 
     Yields:
         the list of reports, one per launch.

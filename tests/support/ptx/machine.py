@@ -35,10 +35,12 @@ class Machine(Control, Accesses, Matrices, Counters):
         owners: whether to remember which CTA used a byte of global memory.
         collect: list faults in the report in place of raising the first.
         truncate: see `Matrices._product`. first_wins: of threads that store to one address at once.
+        count: whether to count what accesses cost.
     """
 
     def __init__(self, program, grid, params, memory, num_warps, shared_bytes, report, owners, collect, truncate,
-                 first_wins):  # fmt: skip
+                 first_wins, count=True):  # fmt: skip
+        self.counted = count
         self.program, self.grid, self.params, self.memory, self.report = program, grid, params, memory, report
         self.collect, self.truncate, self.first_wins = collect, truncate, first_wins
         self.threads = num_warps * 32
@@ -86,15 +88,20 @@ class Machine(Control, Accesses, Matrices, Counters):
         self._choose_sample()
         namespace = self._namespace(cta, thread)
         exec(self.program.code, namespace)
+
+        def masked(number, mask):
+            if f"masked_{number}" not in namespace:
+                exec(self.program.masked(number), namespace)
+                namespace.update(self.program.constants)
+            namespace[f"masked_{number}"](mask)
+
         blocks = range(len(self.program.blocks))
         predicates = [
             namespace[register_name(block.end[2], "?")] if block.end[0] == "branch" else None
             for block in self.program.blocks
         ]
         with np.errstate(all="ignore"):
-            self._control(
-                [namespace[f"full_{n}"] for n in blocks], [namespace[f"masked_{n}"] for n in blocks], predicates
-            )
+            self._control([namespace[f"full_{n}"] for n in blocks], masked, predicates)
 
     def _namespace(self, cta, thread):
         """What the generated code refers to."""
@@ -144,7 +151,7 @@ class Machine(Control, Accesses, Matrices, Counters):
 
 
 def run(program, grid, arguments, num_warps=None, shared_bytes=0, *, ctas=None, history=None, collect=False,
-        truncate=False, first_wins=False):  # fmt: skip
+        truncate=False, first_wins=False, count=True):  # fmt: skip
     """Launch a kernel on CPU tensors, in place.
 
     Args:
@@ -157,6 +164,7 @@ def run(program, grid, arguments, num_warps=None, shared_bytes=0, *, ctas=None, 
         collect: list faults in the report in place of raising the first.
         truncate: sums of the matrix units cut off as tensor cores do, in place of rounded to the nearest.
         first_wins: of threads that store to one address at once the first one's number stays, in place of the last's.
+        count: count what accesses cost, a quarter of the time; without it those figures of the report are 0.
 
     Returns:
         a `Report`.
@@ -184,7 +192,7 @@ def run(program, grid, arguments, num_warps=None, shared_bytes=0, *, ctas=None, 
         params.update({name: np.uint64(memory.add_constant(content)) for name, content in program.globals.items()})
         memory.fill()
         machine = Machine(program, grid, params, memory, num_warps or program.threads // 32, shared_bytes, report,
-                          owners, collect, truncate, first_wins)  # fmt: skip
+                          owners, collect, truncate, first_wins, count)  # fmt: skip
         try:
             machine.run(ctas)
         except NeedOwners:

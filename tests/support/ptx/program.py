@@ -28,7 +28,8 @@ class Program:
         name, target: of the entry. params: (name, NumPy type) in order. threads: of a CTA (0 if not stated).
         globals: name to bytes of constant tables.
         registers: name to NumPy type. blocks: list of `Block`. instructions: all of them, by index.
-        code, constants: what the machine executes to get the functions full_<block> and masked_<block>.
+        code, constants: what the machine executes to get the functions full_<block>; masked(block) is what defines
+            masked_<block>.
     """
 
     def __init__(self, ptx):
@@ -48,7 +49,8 @@ class Program:
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)
         self.threads = int(threads[1]) if threads else 0
         self._parse(body, ptx[: len(ptx) - len(body)].count("\n") + 1)
-        self.code = Emitter(self).code
+        emitter = Emitter(self)
+        self.code, self.masked = emitter.code, emitter.masked
 
     def where(self, index):
         """Text of where an instruction stands."""

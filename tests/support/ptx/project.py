@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import attention_cases
 import torch
@@ -123,13 +123,19 @@ def _spans(problem):
     return partial(attention._spans, *(attention._frozen(b) for b in (problem.row_bounds, problem.col_bounds)))
 
 
+@cache
+def _known(given, dtype):
+    """Channels of a head and spans of the problem of a shape, given as items: asked of hundreds of tiles."""
+    problem = problem_of(dict(given), dtype)
+    return problem.value.shape[3] // (problem.query.shape[3] if problem.head_mode == "split" else 1), _spans(problem)
+
+
 def _attention(tile, dtype, shape):
     """The case's functions `fits` and `solve` for one tile of the forward."""
 
     def fits(target):
-        problem, device = problem_of(shape, dtype), device_of(target)
-        channels = problem.value.shape[3] // (problem.query.shape[3] if problem.head_mode == "split" else 1)
-        return tile in tiling.candidates(dtype, device) and tile.fits(channels, _spans(problem))
+        channels, spans = _known(tuple(shape.items()), dtype)
+        return tile in tiling.candidates(dtype, device_of(target)) and tile.fits(channels, spans)
 
     def solve(target):
         problem = problem_of(shape, dtype)
@@ -146,6 +152,11 @@ def _small_shapes(tile):
     if tile.design == "window":
         grid = {64: (5, 9), 128: (7, 13), 256: (11, 17)}[tile.block_k]
         shape, channels = dict(size=(9, 17), grid=grid, ratio=0.5, head_dim=32), (tile.block_c + 16, tile.block_c + 8)
+    elif tile.design == "halved":
+        shape, channels = (
+            dict(size=(9, 17), grid=(11, 15), ratio=0.5, head_dim=32),
+            (tile.block_c + 16, tile.block_c + 8),
+        )
     else:
         shape = dict(size=(9, 9), grid=(3, tile.block_k + 5), ratio=0.4, head_dim=32)
         few = tile.block_c - 16 or 8
@@ -184,7 +195,7 @@ def _backward(dtype):
         for window in (True, False):
 
             def chosen(target, window=window, shape=shape):
-                spans = _spans(problem_of(shape, dtype)) if window else None
+                spans = _known(tuple(shape.items()), dtype)[1] if window else None
                 return attention_backward.plan(device_of(target), dtype, spans)
 
             def fits(target, window=window, chosen=chosen):
@@ -420,6 +431,7 @@ def measure(case, target, *, first_wins=False, edit=None):
     error, limit, failed = math.inf, 1.0, ""
     options = dict(constants=constants, device_of=(tiling.Device,), edit=edit)
     options.update(collect=True, truncate=case.truncate, first_wins=first_wins, ctas=ends if case.images else None)
+    options.update(count=False)
     with launcher(target, **options) as reports:
         try:
             error, limit = case.solve(target)

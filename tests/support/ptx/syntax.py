@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 NUMPY = {
     "pred": "?", "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "bf16": "u2",
@@ -56,6 +57,9 @@ class Instruction:
 
 def split(text):
     """Operands, at commas outside of braces and brackets."""
+    if "{" not in text and "[" not in text:
+        parts = [part.strip() for part in text.split(",")]
+        return parts if parts[-1] else parts[:-1]
     out, depth, start = [], 0, 0
     for position, c in enumerate(text):
         depth += (c in "{[") - (c in "}]")
@@ -66,6 +70,7 @@ def split(text):
     return [*out, last] if last else out
 
 
+@cache
 def register_name(register, kind):
     """Name in generated code of a register seen as a NumPy type of the same width."""
     return "R" + re.sub(r"\W", "", register) + "_" + kind.replace("?", "p")
