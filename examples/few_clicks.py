@@ -15,7 +15,7 @@ import anyup_fast
 from anyup_fast.encoders import load_encoder
 
 CLICKS = [  # on the default photograph
-    *(("suit", 300, 90), ("suit", 420, 200), ("suit", 390, 130), ("face", 115, 225), ("hair", 50, 225)),
+    *(("suit", 300, 90), ("suit", 420, 200), ("suit", 390, 170), ("face", 115, 225), ("hair", 50, 225)),
     *(("helmet", 430, 400), ("helmet", 200, 200), ("flag", 60, 20), ("flag", 230, 30), ("flag", 420, 40)),
     *(("shuttle", 150, 440), ("shuttle", 80, 405), ("table", 290, 430), ("wall", 60, 90), ("wall", 60, 330)),
 ]

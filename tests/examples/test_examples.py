@@ -72,7 +72,7 @@ def test_a_folder_is_labelled_by_the_clicks_in_another_picture(example):
     assert archive.classes("dark.png") == ("seat and handlebars", "bodywork", "engine and wheels", "floor", "behind")
     right, mirrored, dark = (archive[f"{name}.png"].full().numpy() for name in ("right", "mirrored", "dark"))
     assert len(np.unique(right)) == 5
-    assert (right == mirrored[:, ::-1]).mean() > 0.9 and (right == dark).mean() > 0.8
+    assert (right == mirrored[:, ::-1]).mean() > 0.85 and (right == dark).mean() > 0.8
 
 
 def test_a_folder_without_a_head_is_told(example, composite):
@@ -87,7 +87,12 @@ def test_film(example):
     with av.open("film.mp4") as film:
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
     assert [frame.shape for frame in frames] == [(112, 112, 3)] * 4
-    assert all(frame.std(axis=(0, 1)).min() > 10 for frame in frames)
+    # What the camera has moved away from by (down, right) keeps its colour.
+    down, right = (round((length - 378) / 3 * 112 / 378) for length in (500, 741))
+    for one, next_one in zip(frames, frames[1:], strict=False):
+        one, next_one = one.astype(float), next_one.astype(float)
+        moved = np.abs(one[down:, right:] - next_one[:-down, :-right]).mean()
+        assert moved < 0.6 * np.abs(one - next_one).mean()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
