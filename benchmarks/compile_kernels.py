@@ -134,18 +134,20 @@ def attention(target, dtype, defaults=False, split=False):
         pointers = dict(high_ptr="float16", low_ptr="float16")
         constants = dict(BLOCK_X=w.PARTS_X, BLOCK_C=w.PARTS_C, num_warps=8)
         yield Launch.of("attention", "parts", dtype, w._parts_kernel, constants, pointers, default_for="")
-    chosen = {}
+    chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
         spans = _spans_of(image, cells)
         tile = tiling.choose_tile(device, kind, channels, spans, tuned=[])
         chosen.setdefault(tile, []).append(grid)
+        widths.setdefault(tile, spans(tile.block_h, tile.block_w)[1])
     for tile in chosen if defaults else dict.fromkeys((*tiling.candidates(kind, device), *chosen)):
         if split and tile.design in ("stored", "halved"):
             continue
         for name, (fn, block_k) in kernels_of(tile).items():
             constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
             constants["HIDE"] = w.hides(tile)
-            constants.update(PACKED=True, STAGES=tile.stages)
+            constants.update(SPAN_W=w.known_width(tile, widths.get(tile, round(block_k**0.5))), PACKED=True)
+            constants.update(STAGES=tile.stages)
             constants.update(_attention_constants(target, dtype, tile.precision), SPLIT=split)
             constants.update(num_warps=tile.warps, num_stages=tile.stages)
             pointers = SUMS

@@ -107,19 +107,22 @@ def _length(q):
 
 
 @triton.jit
-def _key_places(span_w, BLOCK_K: tl.constexpr):
-    """Row and column in the rectangle of each of its up to 256 keys, (K,)."""
+def _key_places(span_w, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr):
+    """Row and column in the rectangle of each of its up to 256 keys, (K,); it is SPAN_W wide, or `span_w` where 0."""
     offs_k = tl.arange(0, BLOCK_K)
-    # Exact for so few keys, and no division by what is not known before.
-    key_r = (offs_k * ((65535 + span_w) // span_w)) >> 16
-    return key_r, offs_k - key_r * span_w
+    if SPAN_W == 0:
+        # Exact for so few keys, and no division by what is not known before.
+        key_r = (offs_k * ((65535 + span_w) // span_w)) >> 16
+        return key_r, offs_k - key_r * span_w
+    else:
+        return offs_k // SPAN_W, offs_k % SPAN_W
 
 
 @triton.jit
 def _rectangle(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, span_w,
-               BLOCK_K: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+               BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """All keys of a tile: rows and columns (K,), which of them exist, and bits of keys (K,) and pixels (P,)."""
-    key_r, key_c = _key_places(span_w, BLOCK_K)
+    key_r, key_c = _key_places(span_w, BLOCK_K, SPAN_W)
     mask_k = (key_r < span_r1 - span_r0) & (key_c < span_c1 - span_c0)
     if PACKED:
         # One bit per row and column of the rectangle: a key is seen if both of its bits are among the pixel's.
@@ -145,7 +148,7 @@ def _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED: tl.const
 
 @triton.jit
 def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w,
-            P: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+            P: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr):  # fmt: skip
     """Factors (P, 32) and (32, K) of a product that is zero where a pixel sees a key, and below -2 ** 119 elsewhere.
 
     One place for each of 16 rows and 16 columns of the rectangle: a pixel has a number where it sees none, a key a one.
@@ -155,7 +158,7 @@ def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w,
     first = tl.where(of_row[None, :], (r0 - span_r0)[:, None], (c0 - span_c0)[:, None])
     last = tl.where(of_row[None, :], (r1 - span_r0)[:, None], (c1 - span_c0)[:, None])
     unseen = (n[None, :] < first) | (n[None, :] >= last)
-    key_r, key_c = _key_places(span_w, BLOCK_K)
+    key_r, key_c = _key_places(span_w, BLOCK_K, SPAN_W)
     own = tl.where(of_row[:, None], key_r[None, :], key_c[None, :]) == n[:, None]
     # Keys beyond the rectangle have all places: no pixel sees 16 rows and 16 columns where there are such keys.
     own = own | (mask_k == 0)[None, :]
@@ -168,7 +171,7 @@ def _window_kernel(
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
     height, width, channels, n_tiles_h, n_tiles_w, span_w, qk_scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HIDE: tl.constexpr,
 ):  # fmt: skip
     image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
@@ -177,7 +180,7 @@ def _window_kernel(
     )  # fmt: skip
     P: tl.constexpr = BLOCK_H * BLOCK_W
     row, col, mask_k, key_bits, pix_bits = _rectangle(
-        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, span_w, BLOCK_K, PACKED
+        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, span_w, BLOCK_K, SPAN_W, PACKED
     )
     key_h, key_w = row.to(tl.int64), col.to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -191,7 +194,7 @@ def _window_kernel(
     per_head = channels // HEADS
     weights = tl.zeros((P, BLOCK_K), tl.float32)
     if HIDE:
-        unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w, P, BLOCK_K)
+        unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w, P, BLOCK_K, SPAN_W)
     for head in tl.range(0, HEADS, num_stages=1):
         q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
         k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
@@ -474,7 +477,7 @@ def _halved_kernel(
     image = image.to(tl.int64)
     pitch = quarter * 4
     offs_k = tl.arange(0, BLOCK_K)
-    key_r, key_c = _key_places(pitch, BLOCK_K)
+    key_r, key_c = _key_places(pitch, BLOCK_K, 0)
     row = span_r0 + key_r
     col = span_c0 + key_c
     # For keys that are not there stands the cell that everybody misses: where such are, no pixel sees 16 x 16 keys.
@@ -834,7 +837,7 @@ def _plan(card, query, value, row_bounds, col_bounds, split, tile):
         window = dict(quarter=quarter, n_keys=cdiv(span_h * 4 * quarter, MIX_KEYS) * MIX_KEYS)
     if tile.design == "window":
         width = _rounded(span_h, span_w, tile.block_k)
-        window = dict(span_w=width, PACKED=width <= 16 and span_h <= 16)
+        window = dict(span_w=width, SPAN_W=known_width(tile, width), PACKED=width <= 16 and span_h <= 16)
         window["HIDE"] = window["PACKED"] and hides(tile)
     plan = _Plan(tile, (rows, cols, row_tiles, col_tiles), (len(row_tiles), len(col_tiles)), constants, window)
     if key is not None:
@@ -852,8 +855,16 @@ def hides(tile):
     return tile.block_h * tile.block_w >= 16 * tile.warps
 
 
+def known_width(tile, width):
+    """The width of a "window" for which its kernel is compiled, 0 for one that serves all.
+
+    Of few keys it is one of many that don't round; for many keys, what is not known beforehand takes instructions.
+    """
+    return width if tile.block_k > 64 else 0
+
+
 def _rounded(span_h, span_w, block_k):
-    """Keys in a row of the block of a window, no fewer than it spans."""
+    """Keys in a row of the block of a window: no fewer than it spans, and such that few kernels serve many sizes."""
     square = cdiv(math.isqrt(block_k - 1) + 1, 4) * 4
     widths = *range(square, 33, 4), *range(square - 4, 0, -4)
     return next((width for width in widths if width >= span_w and width * span_h <= block_k), span_w)
@@ -981,8 +992,8 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         if tile.design == "window":
             launch(
                 _window_kernel, programs, query, key, value, out, *plan.pointers, *strides, height, width, channels,
-                *plan.n_tiles, plan.window["span_w"], qk_scale, **options, PACKED=plan.window["PACKED"],
-                HIDE=plan.window["HIDE"], BLOCK_C=tile.block_c,
+                *plan.n_tiles, plan.window["span_w"], qk_scale, **options, BLOCK_C=tile.block_c,
+                **{name: plan.window[name] for name in ("SPAN_W", "PACKED", "HIDE")},
             )  # fmt: skip
         elif tile.design == "heads":
             launch(

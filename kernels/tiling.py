@@ -148,7 +148,7 @@ WIDE_TILES = {
     _window(8, 8, 64, 32, 4): dict(sm_80=17, sm_90=24, sm_100=25, gfx9=25, gfx950=25),
     _window(8, 8, 64, 32, 8): dict(sm_120=17),
     Tile("halved", 8, 16, 256, 128, 8, mix_k=32): dict(sm_90=153),
-    Tile("stored", 8, 16, 32, 256, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
+    Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
     Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32, mix_stages=2): dict(sm_80=153),
     _window(8, 8, 128, 16, 8): dict(sm_80=77, sm_90=88, sm_100=33, sm_120=77, gfx9=32, gfx950=32),
     _window(8, 8, 256, 16, 8): dict(sm_100=65),
