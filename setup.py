@@ -29,7 +29,13 @@ ONNX = ["onnx>=1.16", "onnxscript>=0.5"]
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 TESTS = [*TRITON, "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "onnxruntime>=1.20"]
 DOCS = ["pdoc>=15"]
-DEV = [*TESTS, *DOCS, "ruff>=0.6", "oxlint>=1.60", "playwright>=1.49", "build>=1.2", "setuptools>=64"]
+NOTEBOOKS = ["nbclient>=0.9", "ipykernel>=6.25"]
+DEV = [
+    *TESTS,
+    *DOCS,
+    *NOTEBOOKS,
+    *("ruff>=0.6", "oxlint>=1.60", "playwright>=1.49", "build>=1.2", "setuptools>=64"),
+]
 
 setup(
     name="anyup-fast",

@@ -221,7 +221,7 @@ def prepare(
             where they are not those of its type.
         dtype: see `upsample_features_with_anyup`; the answers come in it where it is given.
         values: (V, h, w) or (B, V, h, w) floating point, what is mixed in place of the features, which then only tell
-            where to look (see `AnyUp.forward`); heads are applied to it.
+            where to look (see `AnyUp.forward`); heads are applied to it. `AnyUp.prepare` records its gradients.
 
     Returns:
         `anyup_fast.prepared.Prepared`; answers always carry the batch dimension.

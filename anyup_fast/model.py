@@ -227,7 +227,7 @@ class AnyUp(Fused, Recording, nn.Module):
             check_max_memory(max_memory, mixing, self._why_not_prepared())
             maps = self._coloured(values, vis_attn)
             shapes = image.shape, features.shape, output_size
-            if max_memory < self.estimate_memory(*shapes, maps.dtype, image.device, values_shape=maps.shape):
+            if max_memory < self.estimate_memory(*shapes, maps.dtype, image.device, None, maps.shape):
                 out = filled_by_tiles(self, image, features, maps, output_size, max_memory)
                 return out.tensor_split((values.shape[1],), 1) if vis_attn else out
         kept = None
@@ -315,7 +315,8 @@ class AnyUp(Fused, Recording, nn.Module):
             features: (B, C, h, w), B = 1 for a picture that is read.
             state: of `Prepared.state`, of the same model, image and features: saves the passes over the image.
             backend: of every answer, see `forward`; None means what is asked for now.
-            values: (B, V, h, w), what is mixed in place of the features, see `forward`; heads are applied to it.
+            values: (B, V, h, w), what is mixed in place of the features, see `forward`; heads are applied to it. Where
+                it asks for gradients answers record them, at their own cost.
 
         Returns:
             anyup_fast.prepared.Prepared. What depends on the whole image is computed with the first answer.
@@ -325,7 +326,7 @@ class AnyUp(Fused, Recording, nn.Module):
         """
         from .rows import rows_of
 
-        given = {"image": image, "features": features, "values": values}
+        given = {"image": image, "features": features}
         tell_of_lost_gradients("AnyUp.prepare", given, "to train through it, call the model itself")
         read = None
         if not isinstance(image, torch.Tensor):

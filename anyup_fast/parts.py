@@ -1,6 +1,8 @@
 """What `Prepared` asks for: how its methods run, and queries of parts of an image by the fused kernels."""
 
+import copy
 import functools
+import hashlib
 
 import torch
 
@@ -12,15 +14,22 @@ from .ops.guidance import guided_queries
 from .plain.pooling import Bins, pooled_part
 from .plain.precision import as_asked
 from .plain.walks import pieces
+from .stores import as_stored, on_host
 
 MOST_BYTES = 40 << 20  # of one of the three pictures of a rectangle that is computed at a time
 
 
 def answer(method):
-    """Run a method of `Prepared` without recording gradients, on the back end that it was prepared with."""
+    """Run a method of `Prepared` on the back end that it was prepared with, without recording gradients.
+
+    What is mixed is an exception: where it asks for gradients, the mixing is recorded (`Prepared._recorded`).
+    """
 
     @functools.wraps(method)
     def run(self, *arguments, **options):
+        if torch.is_grad_enabled() and self._value.requires_grad and not self._argmax:
+            self = copy.copy(self)
+            self._records = True
         with torch.no_grad(), use_backend(self._backend), as_asked(self._precision), step():
             return method(self, *arguments, **options)
 
@@ -36,6 +45,29 @@ def exactly(method):
             return method(self, *arguments)
 
     return run
+
+
+def filled(out, shape, dtype, parts, kept):
+    """`out`, a tensor or an array of `shape` (numpy's `dtype` in an array), with the tiles of `parts` in it.
+
+    Args:
+        parts: pairs ((top, left, height, width), tile). kept: of `on_host`.
+    """
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
+    elsewhere = isinstance(out, torch.Tensor) and out.device.type != "cpu"
+    for (top, left, height, width), part in parts if elsewhere else on_host(parts, kept):
+        part = part if isinstance(out, torch.Tensor) else as_stored(part, dtype)
+        out[..., top : top + height, left : left + width] = part
+    return out
+
+
+def digest_of(settings, tensors):
+    """Settings and tensors as a hexadecimal number."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def chosen_tile(tile, max_memory, memory):

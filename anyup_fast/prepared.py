@@ -6,7 +6,6 @@ is computed in parts equals the whole.
 """
 
 import copy
-import hashlib
 import os
 
 import torch
@@ -19,7 +18,7 @@ from .ops import windowed_attention
 from .ops.attention import runs_plain
 from .ops.choice import requested
 from .padded import whole_size
-from .parts import answer, chosen_tile, exactly, part_queries, whole_queries
+from .parts import answer, chosen_tile, digest_of, exactly, filled, part_queries, whole_queries
 from .plain import guidance as plain_guidance
 from .plain import precision
 from .plain.memory import new_empty, nothing_kept, tile_memory
@@ -37,6 +36,8 @@ GATHERED = 1 << 24  # numbers gathered at once for points
 class Prepared:
     """What `prepare` returns. Statistics and keys are computed when the first answer is asked for, and kept.
 
+    Answers record no gradients but those of `values`, or of maps given to `showing`, that ask for some.
+
     Attributes:
         output_size: (H, W) of the image, or of the picture in it (`within`), the default of every answer.
         channels: of the answers.
@@ -44,10 +45,10 @@ class Prepared:
 
     def __init__(self, model, image, features, read=None, state=None, backend=None):
         """Use `AnyUp.prepare`. With `read` (first, last) -> rows (n, W, channels), `image` is but a shape."""
-        self.model, self._features, self._value = model, features, features.permute(0, 2, 3, 1)
+        self.model, self._features, self._value = model, features, features.detach().permute(0, 2, 3, 1)
         self._image, self._read, self._image_shape = (image if read is None else None), read, tuple(image.shape)
         self._shared = {} if state is None else checked_state(state, features)
-        self._argmax, self._precision, self._picture = False, precision.requested(), None
+        self._argmax, self._precision, self._picture, self._records = False, precision.requested(), None, False
         self._backend = requested() if backend is None else backend
 
     @property
@@ -156,13 +157,14 @@ class Prepared:
     def _answers_at(self, points, query, size):
         row_bounds, col_bounds = self._bounds(size)
         key, answers = self._shared["key"], []
-        for b, value in enumerate(self._value):
-            windows = row_bounds[points[b, :, 0]], col_bounds[points[b, :, 1]]
-            keys = windows[0].diff(dim=1).max() * windows[1].diff(dim=1).max()
-            step = max(1, GATHERED // (int(keys) * max(key[0, 0, 0].numel(), self.channels)))
-            parts = zip(query[b].split(step), *(bounds.split(step) for bounds in windows), strict=True)
-            answers.append(torch.cat([weighted(*weights_at(q, key[b], r, c), value) for q, r, c in parts]))
-        answers = torch.stack(answers)
+        with self._recorded():
+            for b, value in enumerate(self._value):
+                windows = row_bounds[points[b, :, 0]], col_bounds[points[b, :, 1]]
+                keys = windows[0].diff(dim=1).max() * windows[1].diff(dim=1).max()
+                step = max(1, GATHERED // (int(keys) * max(key[0, 0, 0].numel(), self.channels)))
+                parts = zip(query[b].split(step), *(bounds.split(step) for bounds in windows), strict=True)
+                answers.append(torch.cat([weighted(*weights_at(q, key[b], r, c), value) for q, r, c in parts]))
+            answers = torch.stack(answers)
         return answers.argmax(-1) if self._argmax else answers
 
     @answer
@@ -215,7 +217,7 @@ class Prepared:
         weight, bias = linear_head(linear, self.channels)
         value = self._value
         wide = torch.promote_types(value.dtype, torch.float32)
-        with torch.autocast(value.device.type, enabled=False):
+        with torch.autocast(value.device.type, enabled=False), self._recorded():
             weight, bias = (None if t is None else t.detach().to(value.device, wide) for t in (weight, bias))
             headed = self.showing(F.linear(value.to(wide), weight, bias).to(value.dtype).permute(0, 3, 1, 2))
         headed._argmax = argmax
@@ -235,7 +237,7 @@ class Prepared:
                 f"value: need (B, C, h, w) as the features {tuple(self._features.shape)}, got {tuple(value.shape)}"
             )
         other = copy.copy(self)
-        other._value, other._argmax = value.permute(0, 2, 3, 1), False
+        other._value, other._argmax, other._records = value.permute(0, 2, 3, 1), False, False
         return other
 
     def within(self, height, width):
@@ -277,7 +279,8 @@ class Prepared:
         """
         size = checked_output_size(output_size, self.output_size)
         tile = chosen_tile(tile, max_memory, self.tile_memory)
-        compute = self.region if max_memory is None else nothing_kept()(self.region)
+        region = self.region if out is None else torch.no_grad()(self.region)
+        compute = region if max_memory is None else nothing_kept()(region)
         boxes = [
             (top, left, min(tile[0], size[0] - top), min(tile[1], size[1] - left))
             for top in range(0, size[0], tile[0])
@@ -293,15 +296,7 @@ class Prepared:
             for box, part in on_host(((box, compute(*box, size)) for box in missing), self._shared):
                 store.write(box, as_stored(part, dtype))
             return store.finish()
-        if tuple(out.shape) != shape:
-            raise ValueError(f"out: need shape {shape}, got {tuple(out.shape)}")
-        elsewhere = isinstance(out, torch.Tensor) and out.device.type != "cpu"
-        parts = ((box, compute(*box, size)) for box in boxes)
-        parts = parts if elsewhere else on_host(parts, self._shared)
-        for (top, left, height, width), part in parts:
-            part = part if isinstance(out, torch.Tensor) else as_stored(part, dtype)
-            out[..., top : top + height, left : left + width] = part
-        return out
+        return filled(out, shape, dtype, ((box, compute(*box, size)) for box in boxes), self._shared)
 
     def tile_memory(self, tile):
         """Bytes that a tile (height, width) takes while it is computed, itself included; statistics and keys not."""
@@ -317,10 +312,7 @@ class Prepared:
             tensors.append(self._image)
         decode = self.model.cross_decode
         settings = self._image_shape, decode.window_ratio, decode.window_rule, self._argmax, *(self._picture or ())
-        digest = hashlib.sha256(repr(settings).encode())
-        for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest_of(settings, tensors)
 
     def _prepare(self):
         """Statistics of the normalisations and keys, once for everything that shares them."""
@@ -353,13 +345,16 @@ class Prepared:
         self._prepare()
         top, left, height, width = box
         shape = len(self._features), height, width
-        if self._argmax:
-            out = torch.empty(shape, dtype=torch.int64, device=self._value.device)
-        else:
-            out = new_empty(self._value, (*shape, self.channels)).permute(0, 3, 1, 2)
+        with self._recorded():
+            if self._argmax:
+                out = torch.empty(shape, dtype=torch.int64, device=self._value.device)
+            else:
+                out = new_empty(self._value, (*shape, self.channels), recorded=self._records).permute(0, 3, 1, 2)
         for rows, cols in pieces(height, width, BAND):
             part = top + rows.start, left + cols.start, rows.stop - rows.start, cols.stop - cols.start
-            out[..., rows, cols] = self._piece(part, size)
+            answers = self._piece(part, size)
+            with self._recorded():
+                out[..., rows, cols] = answers
         return out
 
     def _piece(self, box, size):
@@ -430,6 +425,10 @@ class Prepared:
             [self._read(int(r[0]), int(r[-1]) + 1)[r - r[0]][:, c] for r, c in zip(rows, cols, strict=True)]
         )
 
+    def _recorded(self):
+        """The mixing, whose gradients are recorded where `answer` says so."""
+        return torch.set_grad_enabled(self._records)
+
     def _bounds(self, size):
         return self.model.cross_decode.bounds(size, self._features.shape[-2:])
 
@@ -441,7 +440,8 @@ class Prepared:
             row_bounds, col_bounds = row_bounds[top : top + height], col_bounds[left : left + width]
         key, value = self._shared["key"], self._value
         if not self._argmax:
-            return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)
+            with self._recorded():
+                return windowed_attention(query, key, value, row_bounds, col_bounds).permute(0, 3, 1, 2)
         labels = torch.empty(query.shape[:3], dtype=torch.int64, device=query.device)
         for rows, cols in pieces(height, width, BAND):
             logits = windowed_attention(query[:, rows, cols], key, value, row_bounds[rows], col_bounds[cols])

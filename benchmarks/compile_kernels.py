@@ -115,6 +115,8 @@ def kernels_of(tile):
     """The device functions a tile launches, each with its own block_k."""
     from anyup_fast.kernels import attention as w
 
+    if tile.design == "halved":
+        return {"halved": (w._halved_kernel, tile.block_k), "mix": (w._mix_kernel, tile.mix_k)}
     if tile.design == "stored":
         kernels = {"stats": (w._stats_kernel, tile.stats_block_k), "weights": (w._weights_kernel, tile.block_k)}
         return {**kernels, "mix": (w._mix_kernel, tile.mix_k)}
@@ -130,7 +132,7 @@ def attention(target, dtype, defaults=False, split=False):
     device, kind = device_of(target), getattr(torch, dtype)
     if dtype == "float32":
         pointers = dict(high_ptr="float16", low_ptr="float16")
-        constants = dict(BLOCK_X=128, BLOCK_C=w.PARTS_C, num_warps=8)
+        constants = dict(BLOCK_X=w.PARTS_X, BLOCK_C=w.PARTS_C, num_warps=8)
         yield Launch.of("attention", "parts", dtype, w._parts_kernel, constants, pointers, default_for="")
     chosen, widths = {}, {}
     for grid, (image, cells, channels) in GRIDS.items():
@@ -139,12 +141,13 @@ def attention(target, dtype, defaults=False, split=False):
         chosen.setdefault(tile, []).append(grid)
         widths.setdefault(tile, spans(tile.block_h, tile.block_w)[1])
     for tile in chosen if defaults else dict.fromkeys((*tiling.candidates(kind, device), *chosen)):
-        if split and tile.design == "stored":
+        if split and tile.design in ("stored", "halved"):
             continue
         for name, (fn, block_k) in kernels_of(tile).items():
             constants = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=block_k, BLOCK_C=tile.block_c)
             constants["HIDE"] = w.hides(tile)
-            constants.update(SPAN_W=widths.get(tile, round(block_k**0.5)), PACKED=True, STAGES=tile.stages)
+            constants.update(SPAN_W=w.known_width(tile, widths.get(tile, round(block_k**0.5))), PACKED=True)
+            constants.update(STAGES=tile.stages)
             constants.update(_attention_constants(target, dtype, tile.precision), SPLIT=split)
             constants.update(num_warps=tile.warps, num_stages=tile.stages)
             pointers = SUMS
@@ -153,6 +156,9 @@ def attention(target, dtype, defaults=False, split=False):
                 constants.update(PARTS=2 if wide else 1, BLOCK_N=w.MIX_KEYS if name == "weights" else block_k)
                 pointers = dict(SUMS, w_ptr="float16" if wide else dtype, unit_ptr="float32", low_ptr="float16")
                 pointers.update(v_ptr="float16" if wide else dtype)
+            if name == "halved":
+                constants["BLOCK_P"] = w.HALVED_P
+                pointers = dict(k_ptr="float16", unit_ptr="float32", w_ptr="float16")
             if name == "mix":
                 constants.update(STAGES=tile.mix_stages, num_stages=tile.mix_stages)
             bound = tiling.shared_memory(tile, device, kind)
@@ -201,7 +207,7 @@ def guidance(target, dtype, dim=128):
     if halves:
         both.update(dict.fromkeys(("query_weight_ptr", "key_weight_ptr"), "float16"))
         stored["weight_ptr"] = "float16"
-    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], num_warps=4)
+    pool = dict(BLOCK_J=1, BLOCK_X=16, BLOCK_D=min(dim, 128), CUDA=layer["CUDA"], STAGES=g.POOL_STAGES, num_warps=4)
     last = dict(BLOCK_P=g.LAST_ROWS, BLOCK_N=min(dim, 64), BLOCK_K=32, PRECISION=wide, num_warps=4)
     tiles = dict(BLOCK_P=g.IMAGE_PIXELS, BLOCK=g.TILES, num_warps=8)
     found = [

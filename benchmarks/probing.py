@@ -15,7 +15,7 @@ and order of pictures are equal. Predictions are made at the resolution of the m
 Plus/minus of a difference is one standard error, by a bootstrap over the pictures of val; "near edges" counts pixels
 with another class at most `BAND` rows and columns away.
 
-    python benchmarks/probing.py --cost values          # or features: time and memory of a training step, random input
+    python benchmarks/probing.py --cost values          # or features, guide: time and memory of a training step
 """
 
 import argparse
@@ -218,11 +218,12 @@ def told_row(row):
     return "".join(parts) + f"| {row['seconds']:.0f} s |"
 
 
-def cost(what, size, channels, classes, repeats=3):
+def cost(what, size, channels, classes, repeats=5):
     """Time of a training step of a linear layer and the memory that it takes beyond its inputs.
 
     Args:
-        what: "values", the layer before the upsampling, or "features", after it.
+        what: "values", the layer before the upsampling; "features", after it; "guide", no layer and one channel without
+            gradients, which is what both have in common.
 
     Returns:
         (seconds, and seconds of all processors together, the least of `repeats`; bytes by which the process grew at its
@@ -238,12 +239,12 @@ def cost(what, size, channels, classes, repeats=3):
     for _ in range(repeats):
         start, worked = time.perf_counter(), time.process_time()
         if what == "values":
-            logits = model(image, features, values=layer(features))
+            F.cross_entropy(model(image, features, values=layer(features)), target).backward()
         else:
             with torch.no_grad():
-                upsampled = model(image, features)
-            logits = layer(upsampled)
-        F.cross_entropy(logits, target).backward()
+                upsampled = model(image, features, values=features[:, :1] if what == "guide" else None)
+            if what == "features":
+                F.cross_entropy(layer(upsampled), target).backward()
         times.append(time.perf_counter() - start)
         busy.append(time.process_time() - worked)
     return min(times), min(busy), _peak() - before
@@ -264,14 +265,14 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=448, help="shorter side of the pictures")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4, help="pictures of a step")
-    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate at its highest")
+    parser.add_argument("--rate", type=float, default=2e-2, help="learning rate at its highest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--make", metavar="FOLDER", help="write composites into this folder, in place of probing")
     parser.add_argument("--scenes", help="with --make: folder of photographs")
     parser.add_argument("--stamps", help="with --make: folder of folders of cut-outs, a class each")
     parser.add_argument("--count", type=int, nargs=2, default=(160, 80), metavar=("TRAIN", "VAL"), help="with --make")
-    parser.add_argument("--cost", choices=("values", "features"), help="measure one training step, nothing else")
+    parser.add_argument("--cost", choices=("values", "features", "guide"), help="measure one training step")
     parser.add_argument("--channels", type=int, default=384, help="with --cost")
     parser.add_argument("--classes", type=int, default=21, help="with --cost")
     arguments = parser.parse_args(argv)

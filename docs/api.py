@@ -23,6 +23,7 @@ MODULES = [
     "anyup_fast.encoders",
     "anyup_fast.encoders.text",
     "anyup_fast.batch",
+    "anyup_fast.viewer",
     "anyup_fast.training",
     "anyup_fast.ops",
     "anyup_fast.plain.reference",

@@ -1,7 +1,7 @@
 """Windowed attention, forward: every output pixel against its own rectangle of low-resolution keys.
 
 A program owns a tile of BLOCK_H x BLOCK_W output pixels and the rectangle of keys that their windows span, which the
-host has computed per tile (`_spans`), for bounds of any order. Four designs, chosen in `tiling.py`:
+host has computed per tile (`_spans`), for bounds of any order. Five designs, chosen in `tiling.py`:
 
 window    the whole rectangle is one block of keys: softmax per head in registers, probabilities summed over the heads,
           then one product per block of channels. Bytes: the output once; keys and values come from the caches.
@@ -10,6 +10,9 @@ two_pass  any window, any number of channels: log-sum-exp per pixel and head fir
 stored    any window, many channels: weights are summed over the heads once and written down, for as many tiles at a
           time as SLAB bytes hold; a second kernel multiplies them with the values. Of float32 weights and values are
           sums of two float16, and three products of them take the place of one.
+halved    the same for float32 and windows of up to 16 x 16 keys: softmax per head in registers, so that weights are
+          made in one pass. Queries and keys are halves too, side by side with places that hide the keys that a pixel
+          does not see: one product makes logits and masks. A key's place is its row and column modulo 16.
 heads     any window, few channels: one pass, one running sum per head.
 
 In the two looping designs the columns of a block stay the same while its row advances, so which columns a pixel sees is
@@ -33,10 +36,12 @@ from .tiling import Device, Tile, choose_tile
 INTERPRETED = tl.constexpr(_INTERPRETED)
 LOG2E = 1.4426950408889634
 # Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
-COUNTS = ["height", "width", "grid_h", "n_tiles_h", "n_tiles_w", "n_blocks_c", "first_tile", "quarter"]
+COUNTS = ["height", "width", "grid_h", "grid_w", "n_cells", "each", "step", "pitch", "n_tiles_h", "n_tiles_w",
+          "n_blocks_c", "first_tile", "quarter", "span_w"]  # fmt: skip
 MOST_PLANS = 512
 SLAB = 1 << 28
-PARTS_C = 32
+PARTS_X, PARTS_C = 256, 8  # cells and channels of a program that splits numbers in two
+HALVED_P = 64  # pixels of a program of the design "halved"
 MIX_KEYS = 64  # that weights are stored for: whole blocks of as many
 # Largest offset, in powers of two, that may replace the running maximum: 2 ** (-2 * offset) has to be a normal number,
 # and float32 results must not lose digits to the size of the exponent.
@@ -53,12 +58,18 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _tile(pid, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
-          BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Image, pixels (P,), which of them exist, their windows (P,) and the window of the whole tile."""
+          BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, first=0, P: tl.constexpr = None):  # fmt: skip
+    """Image, pixels (P,), which of them exist, their windows (P,) and the window of the whole tile.
+
+    With P they are those of the tile from the pixel `first` on.
+    """
     image = pid // (n_tiles_h * n_tiles_w)
     tile_h = pid // n_tiles_w % n_tiles_h
     tile_w = pid % n_tiles_w
-    offs = tl.arange(0, BLOCK_H * BLOCK_W)
+    if P is None:
+        offs = tl.arange(0, BLOCK_H * BLOCK_W)
+    else:
+        offs = first + tl.arange(0, P)
     i = tile_h * BLOCK_H + offs // BLOCK_W
     j = tile_w * BLOCK_W + offs % BLOCK_W
     mask_pix = (i < height) & (j < width)
@@ -96,12 +107,22 @@ def _length(q):
 
 
 @triton.jit
-def _rectangle(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1,
+def _key_places(span_w, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr):
+    """Row and column in the rectangle of each of its up to 256 keys, (K,); it is SPAN_W wide, or `span_w` where 0."""
+    offs_k = tl.arange(0, BLOCK_K)
+    if SPAN_W == 0:
+        # Exact for so few keys, and no division by what is not known before.
+        key_r = (offs_k * ((65535 + span_w) // span_w)) >> 16
+        return key_r, offs_k - key_r * span_w
+    else:
+        return offs_k // SPAN_W, offs_k % SPAN_W
+
+
+@triton.jit
+def _rectangle(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, span_w,
                BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
     """All keys of a tile: rows and columns (K,), which of them exist, and bits of keys (K,) and pixels (P,)."""
-    offs_k = tl.arange(0, BLOCK_K)
-    key_r = offs_k // SPAN_W
-    key_c = offs_k % SPAN_W
+    key_r, key_c = _key_places(span_w, BLOCK_K, SPAN_W)
     mask_k = (key_r < span_r1 - span_r0) & (key_c < span_c1 - span_c0)
     if PACKED:
         # One bit per row and column of the rectangle: a key is seen if both of its bits are among the pixel's.
@@ -126,7 +147,7 @@ def _seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED: tl.const
 
 
 @triton.jit
-def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k,
+def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w,
             P: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr):  # fmt: skip
     """Factors (P, 32) and (32, K) of a product that is zero where a pixel sees a key, and below -2 ** 119 elsewhere.
 
@@ -137,8 +158,8 @@ def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k,
     first = tl.where(of_row[None, :], (r0 - span_r0)[:, None], (c0 - span_c0)[:, None])
     last = tl.where(of_row[None, :], (r1 - span_r0)[:, None], (c1 - span_c0)[:, None])
     unseen = (n[None, :] < first) | (n[None, :] >= last)
-    offs_k = tl.arange(0, BLOCK_K)
-    own = tl.where(of_row[:, None], (offs_k // SPAN_W)[None, :], (offs_k % SPAN_W)[None, :]) == n[:, None]
+    key_r, key_c = _key_places(span_w, BLOCK_K, SPAN_W)
+    own = tl.where(of_row[:, None], key_r[None, :], key_c[None, :]) == n[:, None]
     # Keys beyond the rectangle have all places: no pixel sees 16 rows and 16 columns where there are such keys.
     own = own | (mask_k == 0)[None, :]
     return tl.where(unseen, -(2.0**120), 0.0).to(tl.bfloat16), tl.where(own, 1.0, 0.0).to(tl.bfloat16)
@@ -148,7 +169,7 @@ def _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k,
 def _window_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr,
     q_b, q_h, q_w, q_n, k_b, k_h, k_w, k_n, v_b, v_h, v_w,
-    height, width, channels, n_tiles_h, n_tiles_w, qk_scale,
+    height, width, channels, n_tiles_h, n_tiles_w, span_w, qk_scale,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HIDE: tl.constexpr,
@@ -159,7 +180,7 @@ def _window_kernel(
     )  # fmt: skip
     P: tl.constexpr = BLOCK_H * BLOCK_W
     row, col, mask_k, key_bits, pix_bits = _rectangle(
-        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, BLOCK_K, SPAN_W, PACKED
+        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, span_w, BLOCK_K, SPAN_W, PACKED
     )
     key_h, key_w = row.to(tl.int64), col.to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -173,7 +194,7 @@ def _window_kernel(
     per_head = channels // HEADS
     weights = tl.zeros((P, BLOCK_K), tl.float32)
     if HIDE:
-        unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, P, BLOCK_K, SPAN_W)
+        unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w, P, BLOCK_K, SPAN_W)
     for head in tl.range(0, HEADS, num_stages=1):
         q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
         k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
@@ -374,41 +395,126 @@ def _apply_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_pix[:, None] & mask_c)
 
 
+@triton.jit
+def _unit_below(limit):
+    """A power of two and its reciprocal, by which what is no larger than `limit` comes into the range of float16."""
+    exponent = tl.minimum(tl.maximum(limit.to(tl.int32, bitcast=True) >> 23, 15), 254)
+    return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _halves(x):
+    """Float32 within the range of float16 as two of those, what is rounded off being the second."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _parts_kernel(
-    x_ptr, high_ptr, low_ptr, unit_ptr, x_b, x_h, x_w, height, width, channels, n_blocks_c,
+    x_ptr, high_ptr, low_ptr, unit_ptr, x_b, x_h, x_w, height, width, channels, n_blocks_c, n_cells, each, step, pitch,
     BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Float32 as the sum of two float16, times a power of two of each image and channel, its `unit`; (B, h * w, C).
+    """Float32 as the sum of two float16, times a power of two of each image and channel, its `unit`.
 
-    What is not finite counts for nothing in the choice of the unit.
+    What is not finite counts for nothing in the choice of the unit. Cells have `pitch` places and runs of `each`
+    channels begin at multiples of `step` of them. Of values `step` is `each`. Of keys these are heads, and there is one
+    more cell, which everybody misses; each channel has four numbers side by side, its halves, the first of them again,
+    and one of the cell's own places, see `_halved_kernel`.
     """
     image = (tl.program_id(0) // n_blocks_c).to(tl.int64)
     offs_c = tl.program_id(0) % n_blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = (offs_c < channels)[None, :]
     offs_x = tl.arange(0, BLOCK_X)
-    n = height * width
     base = x_ptr + image * x_b + offs_c[None, :]
     most = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
-    for first in tl.range(0, n, BLOCK_X, num_stages=1):
+    for first in tl.range(0, height * width, BLOCK_X, num_stages=1):
         place = first + offs_x
         offs = (place // width).to(tl.int64) * x_h + (place % width).to(tl.int64) * x_w
-        x = tl.abs(tl.load(base + offs[:, None], mask=(place < n)[:, None] & mask_c, other=0.0))
+        x = tl.abs(tl.load(base + offs[:, None], mask=(place < height * width)[:, None] & mask_c, other=0.0))
         most = tl.maximum(most, tl.where(x < float("inf"), x, 0.0))
-    # The largest lies below 2 ** (exponent - 126), and comes to lie below 2 ** 15.
-    exponent = tl.maximum(tl.max(most, 0).to(tl.int32, bitcast=True) >> 23, 15)
-    factor = ((268 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
-    tl.store(unit_ptr + image * channels + offs_c, ((exponent - 14) << 23).to(tl.float32, bitcast=True),
-             mask=offs_c < channels)  # fmt: skip
-    for first in tl.range(0, n, BLOCK_X, num_stages=1):
+    unit, factor = _unit_below(tl.max(most, 0))
+    tl.store(unit_ptr + image * channels + offs_c, unit, mask=offs_c < channels)
+    of_keys = step > each
+    apart = tl.where(of_keys, 4, 1)
+    column = offs_c // each * step + offs_c % each * apart
+    for first in tl.range(0, n_cells, BLOCK_X, num_stages=1):
         place = first + offs_x
-        offs = (place // width).to(tl.int64) * x_h + (place % width).to(tl.int64) * x_w
-        mask = (place < n)[:, None] & mask_c
-        x = tl.load(base + offs[:, None], mask=mask, other=0.0) * factor
-        high = x.to(tl.float16)
-        out = (image * n + place)[:, None] * channels + offs_c[None, :]
+        row = place // width
+        col = place % width
+        offs = row.to(tl.int64) * x_h + col.to(tl.int64) * x_w
+        there = place < height * width
+        x = tl.load(base + offs[:, None], mask=there[:, None] & mask_c, other=0.0).to(tl.float32) * factor[None, :]
+        high, low = _halves(x)
+        out = (image * n_cells + place)[:, None] * pitch + column[None, :]
+        mask = (place < n_cells)[:, None] & mask_c
         tl.store(high_ptr + out, high, mask=mask)
-        tl.store(low_ptr + out, (x - high.to(tl.float32)).to(tl.float16), mask=mask)
+        tl.store(low_ptr + tl.where(of_keys, 1, 0) + out, low, mask=mask)
+        if of_keys:
+            tl.store(high_ptr + out + 2, high, mask=mask)
+            for more in tl.range(0, step // 4, each, num_stages=1):
+                n = (offs_c % each + more)[None, :]
+                own = tl.where(n < 16, row[:, None] % 16 == n, (n < 32) & (col[:, None] % 16 == n - 16))
+                own = own | ((there == 0)[:, None] & (n < 32))
+                value = tl.where(own, 32768.0, 0.0).to(tl.float16)
+                tl.store(high_ptr + out + (3 + 4 * more), value, mask=mask & (n < step // 4))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _halved_kernel(
+    q_ptr, k_ptr, unit_ptr, w_ptr, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, q_b, q_h, q_w, q_n,
+    height, width, grid_h, grid_w, n_tiles_h, n_tiles_w, first_tile, quarter, n_keys, qk_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What `_weights_kernel` makes for BLOCK_P pixels of a tile at once, in halves; keys are those of `_split_keys`."""
+    PROGRAMS: tl.constexpr = BLOCK_H * BLOCK_W // BLOCK_P
+    slot = tl.program_id(0) // PROGRAMS
+    first = tl.program_id(0) % PROGRAMS * BLOCK_P
+    image, i, j, mask_pix, r0, r1, c0, c1, span_r0, _, _, _, span_c0, _ = _tile(
+        first_tile + slot, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
+        BLOCK_H, BLOCK_W, first, BLOCK_P,
+    )  # fmt: skip
+    image = image.to(tl.int64)
+    pitch = quarter * 4
+    offs_k = tl.arange(0, BLOCK_K)
+    key_r, key_c = _key_places(pitch, BLOCK_K, 0)
+    row = span_r0 + key_r
+    col = span_c0 + key_c
+    # For keys that are not there stands the cell that everybody misses: where such are, no pixel sees 16 x 16 keys.
+    there = (key_r < 16) & (row < grid_h) & (col < grid_w)
+    place = tl.where(there, row * grid_w + col, grid_h * grid_w)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    offs_4 = tl.arange(0, 4 * BLOCK_D)
+    k_ptrs = k_ptr + ((image * (grid_h * grid_w + 1) + place) * (HEADS * 4 * BLOCK_D))[None, :] + offs_4[:, None]
+    n = offs_d[None, :]
+    unseen = tl.where(n < 16, (n - r0[:, None]) & 15, (n - c0[:, None]) & 15)
+    unseen = (unseen >= tl.where(n < 16, (r1 - r0)[:, None], (c1 - c0)[:, None])) & (n < 32)
+    unseen = tl.where(unseen, -65504.0, 0.0).to(tl.float16)
+    weights = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for head in tl.range(0, HEADS, num_stages=STAGES):
+        k = tl.load(k_ptrs + head * (4 * BLOCK_D))
+        units = tl.load(unit_ptr + (image * HEADS + head) * HEAD_DIM + offs_d, mask=mask_d, other=0.0) * qk_scale
+        q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
+        q = q.to(tl.float32) * units[None, :]
+        most = tl.abs(q)
+        # So that no sum of products comes near what hides a key, 2 ** 31, and 2 ** 31 of the least unit is enough.
+        unit, factor = _unit_below(tl.maximum(tl.max(tl.where(most < float("inf"), most, 0.0), 1), 2.0**-14))
+        unit *= 2.0 * BLOCK_D
+        high, low = _halves(q * (factor * (0.5 / BLOCK_D))[:, None])
+        # Four numbers of a query beside each other, as of a key: (first, first, second, whether unseen).
+        q = tl.reshape(tl.join(tl.join(high, low), tl.join(high, unseen)), (BLOCK_P, 4 * BLOCK_D))
+        s = _dot(q, k, None, "ieee")
+        e = tl.exp2(s * unit[:, None] - (tl.max(s, 1) * unit)[:, None])
+        # Times 4096, so that what is left of a half is no subnormal number.
+        weights += e * ((4096.0 / HEADS) / tl.sum(e, 1))[:, None]
+    high, low = _halves(weights)
+    P: tl.constexpr = BLOCK_H * BLOCK_W
+    rows = first + tl.arange(0, BLOCK_P)
+    w_ptrs = w_ptr + slot.to(tl.int64) * (2 * P * n_keys) + (rows * n_keys)[:, None] + offs_k[None, :]
+    mask = (offs_k < n_keys)[None, :]
+    tl.store(w_ptrs, high, mask=mask)
+    tl.store(w_ptrs + P * n_keys, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -687,7 +793,7 @@ class _Plan(NamedTuple):
     pointers: tuple  # rows, columns and their tiles, on the device
     n_tiles: tuple
     constants: dict
-    window: dict  # further constants of the design "window", further sizes of "stored"
+    window: dict  # width and constants of the design "window", sizes of "stored" and "halved"
 
 
 _plans = {}
@@ -716,22 +822,22 @@ def _plan(card, query, value, row_bounds, col_bounds, split, tile):
         tile = choose_tile(card, dtype, each, spans, head_dim=head_dim, heads=heads, stored=not split)
     rows, row_tiles, span_h = _tables(row_bounds, tile.block_h, query.device)
     cols, col_tiles, span_w = _tables(col_bounds, tile.block_w, query.device)
-    if tile.design in ("window", "stored") and (span_h is None or span_w is None):
+    if tile.design in ("window", "stored", "halved") and (span_h is None or span_w is None):
         raise ValueError(f"tile: the design {tile.design!r} needs bounds on the CPU")
-    if tile.design == "stored" and split:
-        raise ValueError("tile: the design 'stored' has no heads that split the channels")
+    if tile.design in ("stored", "halved") and split:
+        raise ValueError(f"tile: the design {tile.design!r} has no heads that split the channels")
     wide = torch.float32 in (query.dtype, value.dtype) and card.kind == "cuda"
     constants = dict(HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), SPLIT=split)
     constants.update(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, BLOCK_K=tile.block_k)
     constants.update(PRECISION=tile.precision or ("tf32x3" if wide else "ieee"), STAGES=tile.stages)
     constants.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     window = {}
-    if tile.design == "stored":
+    if tile.design in ("stored", "halved"):
         quarter = cdiv(span_w, 4)
         window = dict(quarter=quarter, n_keys=cdiv(span_h * 4 * quarter, MIX_KEYS) * MIX_KEYS)
     if tile.design == "window":
         width = _rounded(span_h, span_w, tile.block_k)
-        window = dict(SPAN_W=width, PACKED=width <= 16 and span_h <= 16)
+        window = dict(span_w=width, SPAN_W=known_width(tile, width), PACKED=width <= 16 and span_h <= 16)
         window["HIDE"] = window["PACKED"] and hides(tile)
     plan = _Plan(tile, (rows, cols, row_tiles, col_tiles), (len(row_tiles), len(col_tiles)), constants, window)
     if key is not None:
@@ -747,6 +853,14 @@ def hides(tile):
     Not where warps share rows: of two products, one after the other, each would compute all keys.
     """
     return tile.block_h * tile.block_w >= 16 * tile.warps
+
+
+def known_width(tile, width):
+    """The width of a "window" for which its kernel is compiled, 0 for one that serves all.
+
+    Of few keys it is one of many that don't round; for many keys, what is not known beforehand takes instructions.
+    """
+    return width if tile.block_k > 64 else 0
 
 
 def _rounded(span_h, span_w, block_k):
@@ -769,45 +883,79 @@ def _log_sum_exp(launch, query, key, pointers, qk_scale, constants):
     return lse
 
 
-def _parts(launch, value):
-    """Float32 values as two tensors of float16 and the units (B, C) of their channels; see `_parts_kernel`."""
-    batch, h, w, channels = value.shape
-    high, low = (torch.empty(value.shape, dtype=torch.float16, device=value.device) for _ in range(2))
-    units = torch.empty(batch, channels, dtype=torch.float32, device=value.device)
+def _parts(launch, x, parts, *sizes):
+    """The units (B, C) of the channels of `x` (B, h, w, C), whose halves go into `parts`; see `_parts_kernel`."""
+    batch, h, w, channels = x.shape
+    units = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
     blocks = cdiv(channels, PARTS_C)
     launch(
-        _parts_kernel, batch * blocks, value, high, low, units, *value.stride()[:3], h, w, channels, blocks,
-        BLOCK_X=128, BLOCK_C=PARTS_C, num_warps=8, enable_fp_fusion=True,
+        _parts_kernel, batch * blocks, x, *parts, units, *x.stride()[:3], h, w, channels, blocks, *sizes,
+        BLOCK_X=PARTS_X, BLOCK_C=PARTS_C, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
-    return high, low, units
+    return units
+
+
+def _split_values(launch, value):
+    """Float32 values as two tensors of float16, and the units (B, C) of their channels."""
+    high, low = (torch.empty(value.shape, dtype=torch.float16, device=value.device) for _ in range(2))
+    _, h, w, channels = value.shape
+    return high, low, _parts(launch, value, (high, low), h * w, channels, channels, channels)
+
+
+def _split_keys(launch, key, block_d):
+    """Keys as `_halved_kernel` reads them, (B, cells, heads, block_d, 4) float16, and the units of their channels.
+
+    There is one cell more than in the grid. The four parts are the first half, the second one, the first one again, and
+    the cell's own places: one of 16 for its row, one of 16 for its column.
+    """
+    batch, h, w, heads, head_dim = key.shape
+    make = torch.empty if head_dim == block_d else torch.zeros
+    out = make(batch, h * w + 1, heads, block_d, 4, dtype=torch.float16, device=key.device)
+    sizes = h * w + 1, head_dim, 4 * block_d, heads * 4 * block_d
+    return out, _parts(launch, key.flatten(3), (out, out), *sizes)
 
 
 def _launch_stored(launch, plan, query, key, value, out, qk_scale):
-    """The design "stored", slab by slab."""
+    """The designs "stored" and "halved", slab by slab."""
     tile, (rows, cols, row_tiles, col_tiles) = plan.tile, plan.pointers
     batch, height, width, _, _ = query.shape
     channels, quarter, n_keys = value.shape[3], plan.window["quarter"], plan.window["n_keys"]
-    first = {**plan.constants, "BLOCK_K": tile.stats_block_k}
-    lse = _log_sum_exp(launch, query, key, plan.pointers, qk_scale, first)
-    wide = torch.float32 in (query.dtype, value.dtype)
-    high, low, units = _parts(launch, value) if wide else (value, value, lse)
+    halved, pixels = tile.design == "halved", tile.block_h * tile.block_w
+    wide = halved or torch.float32 in (query.dtype, value.dtype)
+    both = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, enable_fp_fusion=True)
+    options = {name: value for name, value in plan.constants.items() if name != "SPLIT"}
+    if halved:
+        block_d = max(32, options["BLOCK_D"])
+        keys, key_units = _split_keys(launch, key, block_d)
+        del options["PRECISION"]
+        options.update(BLOCK_D=block_d, BLOCK_P=min(HALVED_P, pixels))
+    else:
+        lse = _log_sum_exp(
+            launch, query, key, plan.pointers, qk_scale, {**plan.constants, "BLOCK_K": tile.stats_block_k}
+        )
+        options.update(PARTS=2 if wide else 1, BLOCK_N=MIX_KEYS)
+    high, low, units = _split_values(launch, value) if wide else (value, value, lse)
     parts, kind = (2, torch.float16) if wide else (1, value.dtype)
-    tiles, pixels = batch * plan.n_tiles[0] * plan.n_tiles[1], tile.block_h * tile.block_w
+    tiles = batch * plan.n_tiles[0] * plan.n_tiles[1]
     room = max(1, min(tiles, SLAB // (parts * pixels * n_keys * kind.itemsize)))
     weights = torch.empty(room, parts, pixels, n_keys, dtype=kind, device=query.device)
     blocks = cdiv(channels, tile.block_c)
-    both = dict(BLOCK_H=tile.block_h, BLOCK_W=tile.block_w, PARTS=parts, enable_fp_fusion=True)
-    first_options = {name: value for name, value in plan.constants.items() if name != "SPLIT"}
-    first_options.update(both, BLOCK_N=MIX_KEYS)
-    mix = dict(both, BLOCK_N=tile.mix_k, BLOCK_C=tile.block_c, STAGES=tile.mix_stages)
+    mix = dict(both, PARTS=parts, BLOCK_N=tile.mix_k, BLOCK_C=tile.block_c, STAGES=tile.mix_stages)
     mix.update(num_warps=tile.warps, num_stages=tile.mix_stages)
     for first in range(0, tiles, room):
         count = min(room, tiles - first)
-        launch(
-            _weights_kernel, count, query, key, lse, weights, rows, cols, row_tiles, col_tiles, *query.stride()[:4],
-            *key.stride()[:4], height, width, key.shape[1], *plan.n_tiles, first, quarter, n_keys, qk_scale,
-            **first_options,
-        )  # fmt: skip
+        if halved:
+            launch(
+                _halved_kernel, count * (pixels // options["BLOCK_P"]), query, keys, key_units, weights, rows, cols,
+                row_tiles, col_tiles, *query.stride()[:4], height, width, *key.shape[1:3], *plan.n_tiles, first,
+                quarter, n_keys, qk_scale, **options,
+            )  # fmt: skip
+        else:
+            launch(
+                _weights_kernel, count, query, key, lse, weights, rows, cols, row_tiles, col_tiles,
+                *query.stride()[:4], *key.stride()[:4], height, width, key.shape[1], *plan.n_tiles, first, quarter,
+                n_keys, qk_scale, **options,
+            )  # fmt: skip
         launch(
             _mix_kernel, count * blocks, weights, high, low, units, out, row_tiles, col_tiles, *high.stride()[:3],
             height, width, channels, *plan.n_tiles, blocks, first, quarter, n_keys, **mix,
@@ -844,14 +992,15 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         if tile.design == "window":
             launch(
                 _window_kernel, programs, query, key, value, out, *plan.pointers, *strides, height, width, channels,
-                *plan.n_tiles, qk_scale, **options, **plan.window, BLOCK_C=tile.block_c,
+                *plan.n_tiles, plan.window["span_w"], qk_scale, **options, BLOCK_C=tile.block_c,
+                **{name: plan.window[name] for name in ("SPAN_W", "PACKED", "HIDE")},
             )  # fmt: skip
         elif tile.design == "heads":
             launch(
                 _heads_kernel, programs, query, key, value, _norms(key), out, *plan.pointers, *strides, height, width,
                 channels, *plan.n_tiles, qk_scale, SAFE_OFFSET[value.dtype], **options, BLOCK_C=tile.block_c,
             )  # fmt: skip
-        elif tile.design == "stored":
+        elif tile.design in ("stored", "halved"):
             _launch_stored(launch, plan, query, key, value, out, qk_scale)
         else:
             first = {**options, "BLOCK_K": tile.stats_block_k}

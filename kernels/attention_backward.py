@@ -82,7 +82,7 @@ def _query_window_kernel(
         BLOCK_H, BLOCK_W,
     )  # fmt: skip
     row, col, mask_k, key_bits, pix_bits = _rectangle(
-        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, BLOCK_K, SPAN_W, PACKED
+        span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, 0, BLOCK_K, SPAN_W, PACKED
     )
     key_h, key_w = row.to(tl.int64), col.to(tl.int64)
     image = image.to(tl.int64)

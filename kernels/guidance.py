@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import INTERPRETED, _dot, _on
+from .attention import INTERPRETED, _dot, _on, _unit_below
 from .launches import Launches, cdiv, layout, side_by_side
 from .queries import _dot_halves, in_halves, in_parts
 from .tiling import RDNA, Device
@@ -39,6 +39,7 @@ NORMS = 12
 PER_PROCESSOR = 3  # programs of a layer on a multiprocessor at once, each with its matrix
 PROGRAMS = 1024  # that keep a GPU busy while it pools to few cells
 POOL_PIXELS = 16  # of a program at a time
+POOL_STAGES = 3
 LAST_ROWS = 32  # of a program of the last product
 TABLES = 16  # of rotation, for as many sizes, that stay with weights that are kept
 # Sizes that no kernel gains by knowing: it is not compiled anew for those that 16 divides, or that are 1.
@@ -78,10 +79,29 @@ def _colours(image_ptr, image, image_b, image_c, image_h, image_w, offs_p, mask_
 
 
 @triton.jit
-def _conv(conv_ptr, offs_d, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Columns `offs_d` of the first convolution, a matrix (CHANNELS, D) of float32, with zeros to 16 rows."""
+def _rounded(x):
+    """Float32 rounded to the 11 bits of TF32."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _two_parts(x, second):
+    """What TF32 holds of float32, or where `second` what it holds of the rest."""
+    high = _rounded(x)
+    return tl.where(second, _rounded(x - high), high)
+
+
+@triton.jit
+def _conv(conv_ptr, offs_d, D: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr):
+    """Columns `offs_d` of the first convolution, a matrix (CHANNELS, D) of float32, as `_expanded` takes it."""
     offs_c = tl.arange(0, 16)
-    return tl.load(conv_ptr + offs_c[:, None] * D + offs_d[None, :], mask=(offs_c < CHANNELS)[:, None], other=0.0)
+    if PRECISION == "tf32x3" and 3 * CHANNELS <= 16:
+        ptrs = conv_ptr + (offs_c % CHANNELS)[:, None] * D + offs_d[None, :]
+        weights = tl.load(ptrs, mask=(offs_c < 3 * CHANNELS)[:, None], other=0.0)
+        return _two_parts(weights, (offs_c >= 2 * CHANNELS)[:, None])
+    else:
+        ptrs = conv_ptr + offs_c[:, None] * D + offs_d[None, :]
+        return tl.load(ptrs, mask=(offs_c < CHANNELS)[:, None], other=0.0)
 
 
 @triton.jit
@@ -89,12 +109,22 @@ def _expanded(
     image_ptr, conv, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, acc,
     CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc` plus the first convolution on the image, of which `conv` are some columns (see `_conv`)."""
+    """`acc` plus the first convolution on the image, of which `conv` are some columns (see `_conv`).
+
+    Of few channels the three products of "tf32x3" are one: 16 places are multiplied anyway.
+    """
     offs_c = tl.arange(0, 16)
+    ONE: tl.constexpr = PRECISION == "tf32x3" and 3 * CHANNELS <= 16
     offs = (offs_p // width).to(tl.int64) * image_h + (offs_p % width).to(tl.int64) * image_w
-    ptrs = image_ptr + image * image_b + offs[:, None] + (offs_c.to(tl.int64) * image_c)[None, :]
-    colours = tl.load(ptrs, mask=mask_p[:, None] & (offs_c < CHANNELS)[None, :], other=0.0).to(tl.float32)
-    return _dot(colours, conv, acc, PRECISION)
+    channel = offs_c % CHANNELS if ONE else offs_c
+    there = offs_c < 3 * CHANNELS if ONE else offs_c < CHANNELS
+    ptrs = image_ptr + image * image_b + offs[:, None] + (channel.to(tl.int64) * image_c)[None, :]
+    colours = tl.load(ptrs, mask=mask_p[:, None] & there[None, :], other=0.0).to(tl.float32)
+    if ONE:
+        colours = _two_parts(colours, ((offs_c >= CHANNELS) & (offs_c < 2 * CHANNELS))[None, :])
+        return _dot(colours, conv, acc, "tf32")
+    else:
+        return _dot(colours, conv, acc, PRECISION)
 
 
 @triton.jit
@@ -116,13 +146,6 @@ def _active(x, affine_ptr, image, offs_d, D: tl.constexpr, CUDA: tl.constexpr):
     scale = tl.load(affine_ptr + image * (2 * D) + offs_d)
     shift = tl.load(affine_ptr + image * (2 * D) + D + offs_d)
     return _silu(x.to(tl.float32) * scale[None, :] + shift[None, :], CUDA)
-
-
-@triton.jit
-def _unit_below(limit):
-    """A power of two and its reciprocal, by which what is no larger than `limit` comes into the range of float16."""
-    exponent = tl.minimum(tl.maximum(limit.to(tl.int32, bitcast=True) >> 23, 15), 254)
-    return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -325,7 +348,7 @@ def _layer_kernel(
     if WHOLE:  # stays in shared memory
         w = tl.load(weight_ptr + offs_d[None, :] * D + offs_d[:, None])
     if (FROM_IMAGE and WHOLE) or (SKIP == "image" and LOOP):
-        conv = _conv(conv_ptr, offs_d, D, CHANNELS)
+        conv = _conv(conv_ptr, offs_d, D, CHANNELS, IMAGE_PRECISION)
     if HALVES:
         unit, factor = _unit_of_norm(units_ptr, n_all, D, GROUPS)
     done = 0.0
@@ -349,7 +372,7 @@ def _layer_kernel(
             for first in tl.range(0, D, BLOCK_K, num_stages=STAGES):
                 offs_k = first + tl.arange(0, BLOCK_K)
                 if FROM_IMAGE:
-                    part = _conv(conv_ptr, offs_k, D, CHANNELS)
+                    part = _conv(conv_ptr, offs_k, D, CHANNELS, IMAGE_PRECISION)
                     x = _expanded(image_ptr, part, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width,
                                   None, CHANNELS, IMAGE_PRECISION)  # fmt: skip
                 else:
@@ -364,7 +387,7 @@ def _layer_kernel(
             acc *= (tl.load(units_ptr + offs_d) * unit)[None, :]
         if SKIP == "image":
             if not LOOP:
-                conv = _conv(conv_ptr, offs_d, D, CHANNELS)
+                conv = _conv(conv_ptr, offs_d, D, CHANNELS, IMAGE_PRECISION)
             acc = _expanded(image_ptr, conv, image, image_b, image_c, image_h, image_w, offs_p, mask_p, width, acc,
                             CHANNELS, IMAGE_PRECISION)  # fmt: skip
         if SKIP == "stored":
@@ -497,7 +520,7 @@ def _pool_kernel(
     x_ptr, y_ptr, affine_ptr, x_out_ptr, y_out_ptr, height, width, n_rows, n_cols, n_cells, n_blocks, n_images,
     n_splits,
     D: tl.constexpr, ACTIVE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
-    CUDA: tl.constexpr,
+    CUDA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Means over the cells of adaptive_avg_pool2d, of x and (ACTIVE) of silu(norm(y)).
 
@@ -524,15 +547,16 @@ def _pool_kernel(
     stop = top + rows * (split + 1) // n_splits
     x_sum = tl.zeros((BLOCK_J * BLOCK_X, BLOCK_D), tl.float32)
     y_sum = tl.zeros((BLOCK_J * BLOCK_X, BLOCK_D), tl.float32)
-    for down in tl.range(0, tl.max(stop - start, 0), num_stages=1):
-        for across in tl.range(0, tl.max(right - left, 0), BLOCK_X, num_stages=1):
-            col = left + across + offs_r % BLOCK_X
-            mask = (mask_j & (start + down < stop) & (col < right))[:, None]
-            offs = (((image * height + start + down) * width + col) * D)[:, None] + offs_d[None, :]
-            x_sum += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            if ACTIVE:
-                y = tl.load(y_ptr + offs, mask=mask, other=0.0)
-                y_sum += tl.where(mask, _active(y, affine_ptr, image, offs_d, D, CUDA), 0.0)
+    pieces = tl.cdiv(tl.max(right - left, 0).to(tl.int32), BLOCK_X)
+    for step in tl.range(0, tl.max(stop - start, 0).to(tl.int32) * pieces, num_stages=STAGES):
+        line = start + step // pieces
+        col = left + step % pieces * BLOCK_X + offs_r % BLOCK_X
+        mask = (mask_j & (line < stop) & (col < right))[:, None]
+        offs = (((image * height + line) * width + col) * D)[:, None] + offs_d[None, :]
+        x_sum += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if ACTIVE:
+            y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+            y_sum += tl.where(mask, _active(y, affine_ptr, image, offs_d, D, CUDA), 0.0)
     # Multiplied after the sum: fused with it, the product would be rounded otherwise in some threads than in others.
     area = tl.max(tl.reshape((rows * (right - left)).to(tl.float32), (BLOCK_J, BLOCK_X)), 1)
     share = (1.0 / area)[:, None]
@@ -895,7 +919,7 @@ class _Network:
             _pool_kernel, self.batch * n_blocks * n_splits * (self.dim // block_d), x, x if y is None else y,
             x if y is None else affine, x_out, x_out if y is None else y_out, self.height, self.width, *size, n_cells,
             n_blocks, self.batch, n_splits, D=self.dim, ACTIVE=y is not None, BLOCK_J=block_j, BLOCK_X=block_x,
-            BLOCK_D=block_d, CUDA=self.layer_sizes["CUDA"], num_warps=4, enable_fp_fusion=True,
+            BLOCK_D=block_d, CUDA=self.layer_sizes["CUDA"], STAGES=POOL_STAGES, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     def pooled(self, x, size):

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _dot, _on
+from .attention import _dot, _halves, _on
 from .launches import Launches, cdiv, layout, side_by_side
 from .tiling import Device
 
@@ -23,15 +23,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = ("tf32x3", "tf32", "ieee")
 # Of products of halves, by the first number of the compute capability: rows of pixels, channels in and out at a time,
 # warps, stages.
-HALVED = {8: (8, 32, 32, 8, 2), 9: (16, 32, 16, 8, 3), 10: (8, 32, 64, 8, 2), 12: (8, 32, 32, 8, 2)}
+HALVED = {8: (8, 32, 32, 8, 2), 9: (8, 32, 16, 8, 3), 10: (8, 32, 64, 8, 2), 12: (8, 32, 32, 8, 2)}
 SCALE = tl.constexpr(1024.0)  # of a normalised pixel, whose numbers lie within the square root of DIM
-
-
-@triton.jit
-def _halves(x):
-    """Float32 within the range of float16 as two of those, what is rounded off being the second."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -64,10 +57,10 @@ def _unit(
     return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_tiles_h", "n_tiles_w"])
+@triton.jit(do_not_specialize=["height", "width", "n_tiles_h", "n_tiles_w", "columns"])
 def _query_projection_kernel(
     x_ptr, conv_ptr, norm_ptr, proj_ptr, bias_ptr, out_ptr,
-    x_b, x_h, x_w, height, width, n_tiles_h, n_tiles_w, eps,
+    x_b, x_h, x_w, height, width, n_tiles_h, n_tiles_w, columns, eps,
     DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, HALVES: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +100,8 @@ def _query_projection_kernel(
         y = y.to(x_ptr.dtype.element_ty)
     offs_pix = (image * height + i) * width + j
     mask_pix = ((i < height) & (j < width))[:, None]
-    for n in tl.range(0, DIM, BLOCK_N, num_stages=1):
+    # All columns there are: a number known beforehand would have the loop unrolled, for which registers are missing.
+    for n in tl.range(0, columns, BLOCK_N, num_stages=1):
         proj_ptrs = proj_ptr + offs_d[:, None] * DIM + (n + offs_n)[None, :]
         bias = tl.load(bias_ptr + n + offs_n)[None, :]
         if HALVES:
@@ -162,10 +156,14 @@ def plan(device, dtype, dim, precision=None):
     elif dtype == torch.float32:
         rows, piece, columns, warps, stages = 4, 32, 32, 4, 2
     elif cuda and device.shared_memory >= 160000:
-        rows, piece, columns, warps, stages = (16 if generation < 10 else 8), 64, 64, 8, 3
+        rows, columns = (8, 32) if generation == 9 else (16 if generation < 9 else 8, 64)
+        piece, warps, stages = 64, 8, 3
     else:
         rows, piece, columns, warps, stages = 8, 32, 64, (4 if cuda else 8), 2
+    # On sm_90 registers for two programs on a multiprocessor.
+    options = dict(maxnreg=128) if halves and generation == 9 else {}
     return dict(
+        options,
         DIM=dim,
         BLOCK_H=rows,
         BLOCK_W=16,
@@ -247,7 +245,7 @@ def project_queries_fwd(
         launch = Launches(("project_queries", card, layout(query), precision))
         launch(
             _query_projection_kernel, batch * tiles[0] * tiles[1], query, conv, norm, proj, bias, out,
-            *query.stride()[:3], height, width, *tiles, eps, **constants,
+            *query.stride()[:3], height, width, *tiles, dim, eps, **constants,
         )  # fmt: skip
         launch.done()
     return out

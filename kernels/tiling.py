@@ -73,13 +73,13 @@ class Tile:
     """One way to run the kernels.
 
     Attributes:
-        design: "window", "two_pass", "stored" or "heads" (see `attention.py`).
+        design: "window", "halved", "two_pass", "stored" or "heads" (see `attention.py`).
         block_h, block_w: output pixels of a program.
-        block_k: keys at a time; "window" needs the whole rectangle of a tile in it.
+        block_k: keys at a time; "window" and "halved" need the whole rectangle of a tile in it.
         block_c: channels at a time.
         warps, stages: Triton's num_warps and num_stages.
         stats_block_k: keys at a time in the first of two passes.
-        mix_k, mix_stages: keys at a time and stages in the product with the values of "stored".
+        mix_k, mix_stages: keys at a time and stages in the product with the values of "stored" and "halved".
         precision: of float32 products ("tf32x3", "tf32", "ieee"); None means the most exact that is fast.
     """
 
@@ -106,6 +106,8 @@ class Tile:
         if self.design == "stored":
             return channels >= self.block_c
         rows, cols = spans(self.block_h, self.block_w)
+        if self.design == "halved":
+            return channels >= self.block_c and max(rows, cols) <= 16
         return rows * cols <= self.block_k
 
 
@@ -145,7 +147,8 @@ HALF_TILES = {
 WIDE_TILES = {
     _window(8, 8, 64, 32, 4): dict(sm_80=17, sm_90=24, sm_100=25, gfx9=25, gfx950=25),
     _window(8, 8, 64, 32, 8): dict(sm_120=17),
-    Tile("stored", 8, 16, 32, 256, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
+    Tile("halved", 8, 16, 256, 128, 8, mix_k=32): dict(sm_90=153),
+    Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32): dict(sm_90=153),
     Tile("stored", 8, 16, 32, 128, 8, stats_block_k=32, mix_k=32, mix_stages=2): dict(sm_80=153),
     _window(8, 8, 128, 16, 8): dict(sm_80=77, sm_90=88, sm_100=33, sm_120=77, gfx9=32, gfx950=32),
     _window(8, 8, 256, 16, 8): dict(sm_100=65),
@@ -191,7 +194,7 @@ def _compiled(tile, dtype):
     for wide, known in sizes.items():
         blocks = dict(block_k=wide.block_k, stats_block_k=wide.stats_block_k)
         narrower = tile.block_k <= wide.block_k and tile.stats_block_k <= wide.stats_block_k
-        if tile.design != "window" and narrower and replace(tile, **blocks) == wide:
+        if tile.design not in ("window", "halved") and narrower and replace(tile, **blocks) == wide:
             return known
     return {}
 
@@ -201,6 +204,10 @@ def _estimate(tile, kind, dtype, head_dim, heads):
     depth = 16
     while depth < head_dim:
         depth *= 2
+    if tile.design == "halved":  # whatever comes in, what is multiplied has 16 bits
+        depth = max(32, depth)
+        numbers = tile.block_k * (4 * depth * stages + pixels) + pixels * 4 * depth
+        return 2 * max(numbers, 2 * tile.mix_k * (pixels + tile.block_c) * tile.mix_stages) + 4096
     if tile.design in ("two_pass", "stored"):
         numbers = pixels * max(heads * depth + tile.block_k, tile.block_c)
         numbers += tile.block_k * (heads * depth + tile.block_c) * stages
@@ -250,7 +257,7 @@ def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4
     room = device.shared_memory
 
     def usable(tile):
-        if tile.design == "stored" and not stored:
+        if tile.design in ("stored", "halved") and not stored:
             return False
         return shared_memory(tile, device, dtype, head_dim, heads) <= room and tile.fits(channels, spans)
 
@@ -275,7 +282,7 @@ def choose_tile(device, dtype, channels, spans, tuned=None, head_dim=32, heads=4
 
 def _narrowed(tile, spans):
     """A looping tile with blocks of keys no wider than the rows of keys it meets."""
-    if tile.design == "window":
+    if tile.design in ("window", "halved"):
         return tile
     room = 16
     while room < spans(tile.block_h, tile.block_w)[1]:

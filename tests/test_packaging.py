@@ -186,6 +186,7 @@ def test_import_loads_nothing_heavy(probed, kind):
         "safetensors",
         "scipy",
         "skimage",
+        "sklearn",
         "tqdm",
         "transformers",
         "triton",

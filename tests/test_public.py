@@ -88,12 +88,12 @@ ARGUMENTS = {
         "image features output_size weights device backend precision value_range dtype values"
     ),
     "prepare": "image features weights device backend precision value_range dtype values",
+    "fit_head": "inputs targets kind classes encoder ignore samples seed C weights",
+    "prompt_head": "encoder prompts classes templates device",
     "view": (
         "pictures encoder layer weights size fit value_range upright prompts head directions attention_step names "
         "title max_bytes device backend precision dtype"
     ),
-    "fit_head": "inputs targets kind classes encoder ignore samples seed C weights",
-    "prompt_head": "encoder prompts classes templates device",
     "visualize_feature_comparison": "image lr_features hr_features mode path value_range",
 }
 

@@ -3,10 +3,9 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import warnings
 
+import forked
 import pytest
 import standins
 import tiny
@@ -312,9 +311,8 @@ needs_none = pytest.mark.skipif(importlib.util.find_spec("anyup") is not None, r
 
 
 def run(source, *arguments, cwd, folders=(), env=None):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, folders), str(ROOT)])} | (env or {})
-    command = [sys.executable, "-c", source, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    path = os.pathsep.join([*map(str, folders), str(ROOT)])
+    done = forked.run("-c", source, *arguments, cwd=cwd, PYTHONPATH=path, **(env or {}))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

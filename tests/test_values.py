@@ -1,13 +1,17 @@
 """What is mixed may differ from the features that make the keys, and gradients may be asked of it alone."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tree import ROOT
 
 import anyup_fast
 from anyup_fast import ops
+from anyup_fast import prepared as prepared_module
 from anyup_fast.ops import attention, reference
 from anyup_fast.padded import padded
 
@@ -156,9 +160,10 @@ def test_inference_tensors_make_no_trouble(model):
     assert layer.weight.grad.abs().max() > 0
 
 
-def test_a_compiled_model_trains_on_values(model):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_a_compiled_model_trains_on_values(model, backend):
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=backend != "eager", backend=backend)
     image, features, values = given()
     gradients = []
     for one in (compiled, model):
@@ -190,6 +195,33 @@ def test_everything_that_is_asked_of_a_prepared_image(model, bare, tmp_path):
     assert close(prepared.within(7, 9).full(), whole[:, :, :7, :9])
     assert close(prepared.attention_map(), model.prepare(image, features).attention_map().double())
     assert prepared.state().keys() == {"key", "norms"}
+
+
+def test_answers_of_a_prepared_image_record_gradients_of_the_values(model, monkeypatch):
+    monkeypatch.setattr(prepared_module, "BAND", 50)  # several pieces
+    image, features, values = given(batch=2)
+    values.requires_grad_()
+    weight = torch.randn(2, 3)
+    whole = twin(model, image, features, values)
+    prepared = model.prepare(image, features, values=values)
+    assert prepared.state()["key"].requires_grad is False
+    for found, expected in (
+        (prepared.full(), whole),
+        (prepared.region(2, 3, 5, 6), whole[:, :, 2:7, 3:9]),
+        (prepared.at([[1, 2], [11, 14], [1, 2]]), whole[:, :, [1, 11, 1], [2, 14, 2]].mT),
+        (prepared.head(weight).full(), torch.einsum("kv,bvhw->bkhw", weight.double(), whole)),
+        (prepared.within(7, 9).full(), whole[:, :, :7, :9]),
+        (torch.cat([tile for _, tile in prepared.stream((5, 15))], 2), whole),
+    ):
+        grad = torch.randn_like(expected)
+        (exact,) = torch.autograd.grad(expected, values, grad, retain_graph=True)
+        (ours,) = torch.autograd.grad(found, values, grad.float())
+        assert close(found.detach(), expected.detach(), 5e-6) and close(ours, exact.double(), 2e-5)
+    with torch.no_grad():
+        assert not prepared.full().requires_grad
+    assert not prepared.head(weight, argmax=True).full().requires_grad
+    filled = torch.zeros(2, 3, *SIZE)
+    assert not prepared.stream(5, out=filled).requires_grad and close(filled, whole.detach())
 
 
 def test_a_picture_that_is_read_and_one_that_is_padded(model):
@@ -253,3 +285,22 @@ def test_verbs_name_bad_values(model):
         )
         == 0
     )
+
+
+def test_the_recipe_of_the_page(tmp_path):
+    pytest.importorskip("transformers")
+    page = (ROOT / "docs" / "probing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", page, re.S)
+    for word, small in (
+        ("Conv2d(384, 21", "Conv2d(32, 3"),
+        ("dinov2_vits14", tiny.encoder_folder(tmp_path / "encoder")),
+    ):
+        assert word in code
+        code = code.replace(word, small)
+    mask = torch.arange(42).expand(1, 28, -1) * 3 // 42
+    image = F.one_hot(mask, 3).permute(0, 3, 1, 2) * 4.0 - 2
+    mask[:, 0] = 255
+    names = {"pictures": [(image, mask)] * 15}
+    exec(code, names)
+    right = (names["labels"] == mask)[mask != 255]
+    assert names["labels"].shape == (1, 28, 42) and right.float().mean() > 0.5

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..stores import open_zarr
 PARTIAL = ".partial"
 STORE = "store.zarr"
 CLASSES = "classes"  # what the names are called inside of files
+CLASS_COLOURS = "0072b2 e69f00 009e73 cc79a7 56b4e9 d55e00 f0e442 eeeeee 4b2a8c"  # as in viewer/colours.js
 ZARR_CHUNK = 512  # rows and columns of a chunk
 
 _BLOCK = 1 << 20
@@ -139,6 +141,19 @@ def _npy(tensor):
     return file.getbuffer()
 
 
+@cache
+def _palette():
+    """Colours of 256 classes: nine that common kinds of colour vision tell apart, each other far from those before."""
+    colours = [tuple(bytes.fromhex(colour)) for colour in CLASS_COLOURS.split()]
+    levels = np.minimum(np.arange(9) * 32, 255)
+    others = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    apart = np.abs(others[:, None] - np.array(colours)).sum(-1).min(1)
+    while len(colours) < 256:
+        colours.append(others[apart.argmax()])
+        apart = np.minimum(apart, np.abs(others - colours[-1]).sum(-1))
+    return np.array(colours, np.uint8).tobytes()
+
+
 def _png(tensor, about):
     from PIL import Image, PngImagePlugin
 
@@ -149,7 +164,10 @@ def _png(tensor, about):
     notes = PngImagePlugin.PngInfo()
     for key, text in (about or {}).items():
         notes.add_itxt(key, text)
-    Image.fromarray(array).save(file, "png", compress_level=4, pnginfo=notes)
+    picture = Image.fromarray(array)
+    if picture.mode == "L":  # labels, which would all look black; their values stay the pixels'
+        picture.putpalette(_palette())
+    picture.save(file, "png", compress_level=4, pnginfo=notes)
     return file.getbuffer()
 
 

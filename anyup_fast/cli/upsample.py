@@ -12,6 +12,7 @@ from .progress import Steps
 logger = logging.getLogger("anyup_fast")
 
 DEMO_PHOTO = "astronaut"
+NAMED = 20  # classes of a head whose names are told at most
 
 
 def add(commands):
@@ -104,7 +105,8 @@ def run(arguments):
         if reason := head.why_not_on(arguments.encoder):
             logger.warning("%s", reason)
         prepared = prepared.head(head, argmax=arguments.labels)
-        names = f" ({', '.join(head.classes)})" if head.classes else ""
+        names = list(head.classes or ())
+        names = f" ({', '.join(names[:NAMED] + ['...'] * (len(names) > NAMED))})" if names else ""
         steps.done(f"head: {prepared.channels} outputs{names} in place of {len(lr_features)} channels")
     if arguments.stream:
         streamed = prepared.stream(arguments.tile, size, out=arguments.stream, resume=arguments.resume)

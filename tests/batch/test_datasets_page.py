@@ -11,6 +11,7 @@ from PIL import Image
 from tree import ROOT
 
 from anyup_fast import cli
+from anyup_fast.batch import outputs
 
 pytest.importorskip("transformers")
 PAGE = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
@@ -57,6 +58,8 @@ def test_folder_to_label_maps(place, monkeypatch):
     labels = np.asarray(found)
     assert labels.shape == (56, 70) and labels.max() < 3 and len(np.unique(labels)) > 1
     assert found.text["classes"] == '["left", "middle", "right"]'
+    colours = np.unique(np.asarray(found.convert("RGB")).reshape(-1, 3), axis=0)
+    assert found.mode == "P" and len(colours) == len(np.unique(labels)) and colours.max() > 150
 
 
 def test_video_to_film(place, monkeypatch):
@@ -81,3 +84,11 @@ def test_data_set_on_ray_and_opened(place, monkeypatch):
     exec(code, names)
     assert names["archive"][names["name"]].region(0, 0, 32, 32).shape == (32, 32, 32)
     assert names["archive"].verify() == []
+
+
+def test_colours_of_classes_are_those_of_the_page_and_unlike():
+    script = (ROOT / "anyup_fast" / "viewer" / "colours.js").read_text(encoding="utf-8")
+    assert f'"{outputs.CLASS_COLOURS}"' in script
+    palette = np.frombuffer(outputs._palette(), np.uint8).reshape(256, 3).astype(int)
+    apart = np.abs(palette[:, None] - palette[None]).sum(-1) + 999 * np.eye(256, dtype=int)
+    assert apart.min() >= 16 and apart[:40, :40].min() > 60

@@ -99,6 +99,7 @@ def test_figures_of_made_up_counts():
     assert np.array_equal(np.flatnonzero(probing.near_edges(mask)[0]), np.arange(10 - probing.BAND, 10 + probing.BAND))
 
 
-def test_the_cost_is_told(capsys):
-    assert probing.main(["--cost", "values", "--size", "28", "--channels", "6", "--classes", "2"]) == 0
-    assert " s a step, " in capsys.readouterr().out
+@pytest.mark.parametrize("what", ["values", "features", "guide"])
+def test_the_cost_is_told(capsys, what):
+    assert probing.main(["--cost", what, "--size", "28", "--channels", "6", "--classes", "2"]) == 0
+    assert f"{what}: " in (told := capsys.readouterr().out) and " s a step, " in told

@@ -383,7 +383,7 @@ def test_an_interrupt_is_130(upsample, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.upsample, "_photo", interrupt)
+    monkeypatch.setattr(cli.upsample, "photograph", interrupt)
     code, _, err = upsample()
     assert code == 130 and err.endswith("anyup-fast: interrupted\n")
 

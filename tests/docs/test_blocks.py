@@ -5,8 +5,8 @@ import importlib.util
 import inspect
 from importlib import import_module
 
+import documents
 import numpy as np
-import pages
 import pytest
 import tiny
 import torch
@@ -74,9 +74,9 @@ def faults(source):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, text in pages.pages().items() if pages.blocks(text, "python")])
+@pytest.mark.parametrize("name", [name for name, text in documents.pages().items() if documents.blocks(text, "python")])
 def test_what_the_blocks_of_a_page_name_is_there(name):
-    blocks = pages.blocks(pages.pages()[name], "python")
+    blocks = documents.blocks(documents.pages()[name], "python")
     told = [(block, sorted(set(faults(block)))) for block in blocks]
     assert [(block, fault) for block, fault in told if fault] == []
 
@@ -98,7 +98,7 @@ def test_a_name_that_is_not_there_is_told(source, said):
 def test_languages_of_blocks_are_known():
     """A block without a language is looked at by nobody."""
     known = {"bash", "python", "bibtex", "text"}
-    found = {(name, lang) for name, text in pages.pages().items() for _, lang, _ in pages.FENCE.findall(text)}
+    found = {(name, lang) for name, text in documents.pages().items() for _, lang, _ in documents.FENCE.findall(text)}
     assert {pair for pair in found if pair[1] not in known} == set()
 
 
@@ -139,7 +139,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         **attention(),
         "my_network": torch.nn.Conv2d(3, 32, 14, stride=14).eval(),
     }
-    blocks = pages.blocks(pages.pages()[page], "python")
+    blocks = documents.blocks(documents.pages()[page], "python")
     assert blocks
     sentences = [block for block in blocks if block.startswith("inside = ")]
     for block in (block for block in blocks if block not in sentences):
@@ -160,4 +160,4 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def test_files_that_the_blocks_read_are_made_above():
-    assert (ROOT / "docs" / "usage.md").is_file() and set(RUN) <= set(pages.pages())
+    assert (ROOT / "docs" / "usage.md").is_file() and set(RUN) <= set(documents.pages())

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 
-import pages
+import documents
 import pytest
 from tree import ROOT
 
@@ -59,8 +59,8 @@ def checked(monkeypatch):
 
     def check(words, whole=True):
         program, *rest = words
-        if program not in pages.OURS:
-            return None if program in pages.OTHERS else f"no program that is known here: {program}"
+        if program not in documents.OURS:
+            return None if program in documents.OTHERS else f"no program that is known here: {program}"
         if program == "make":
             wrong = [word for word in rest if word not in TARGETS and not re.match(r"[A-Z]+=", word)]
             return f"no target of the Makefile: {wrong}" if wrong else None
@@ -98,20 +98,20 @@ def checked(monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("name", [name for name, text in pages.pages().items() if pages.commands(text)])
+@pytest.mark.parametrize("name", [name for name, text in documents.pages().items() if documents.commands(text)])
 def test_commands_of_a_page_are_taken(name, checked):
-    told = [(" ".join(words), checked(words)) for words in pages.commands(pages.pages()[name])]
+    told = [(" ".join(words), checked(words)) for words in documents.commands(documents.pages()[name])]
     assert [(words, fault) for words, fault in told if fault] == []
 
 
-@pytest.mark.parametrize("name", [name for name, text in pages.pages().items() if pages.mentions(text)])
+@pytest.mark.parametrize("name", [name for name, text in documents.pages().items() if documents.mentions(text)])
 def test_commands_within_sentences_are_there(name, checked):
-    told = [(" ".join(words), checked(words, whole=False)) for words in pages.mentions(pages.pages()[name])]
+    told = [(" ".join(words), checked(words, whole=False)) for words in documents.mentions(documents.pages()[name])]
     assert [(words, fault) for words, fault in told if fault] == []
 
 
 def test_there_are_commands_to_look_at():
-    counts = {name: len(pages.commands(text)) for name, text in pages.pages().items()}
+    counts = {name: len(documents.commands(text)) for name, text in documents.pages().items()}
     assert counts["README.md"] > 8 and sum(counts.values()) > 35
 
 
@@ -129,11 +129,11 @@ def test_there_are_commands_to_look_at():
     ],
 )
 def test_a_command_that_would_fail_is_told(line, checked, capsys):
-    (words,) = pages.commands(f"```bash\n{line}\n```")
+    (words,) = documents.commands(f"```bash\n{line}\n```")
     assert checked(words)
 
 
 @pytest.mark.parametrize("span", ["python benchmarks/quality.py --unknown", "anyup-fast batch --colour", "make coffee"])
 def test_a_mention_of_what_is_not_there_is_told(span, checked):
-    (words,) = pages.mentions(f"As `{span}` does.")
+    (words,) = documents.mentions(f"As `{span}` does.")
     assert checked(words, whole=False)

@@ -1,14 +1,17 @@
 """Figures in README are those of the tables that its commands make; pages keep to their length."""
 
-import csv
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 
-import pages
+import documents
 import pytest
 from tree import ROOT
 
-README = pages.pages()["README.md"]
-NOTES = pages.pages()["benchmarks/NOTES.md"]
+spec = spec_from_file_location("costs_of_cards", ROOT / "docs" / "costs.py")
+costs_of_cards = module_from_spec(spec)
+spec.loader.exec_module(costs_of_cards)
+README = documents.pages()["README.md"]
+NOTES = documents.pages()["benchmarks/NOTES.md"]
 LENGTHS = {
     "README.md": 150,
     "docs/training.md": 120,
@@ -20,7 +23,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_a_page_keeps_to_its_length(name):
-    assert len(pages.pages()[name].splitlines()) <= LENGTHS[name]
+    assert len(documents.pages()[name].splitlines()) <= LENGTHS[name]
 
 
 def costs():
@@ -37,18 +40,25 @@ def same(told, exact):
     return abs(float(told) - exact) <= 0.5 * 10**-digits * 1.0001
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_counted_figures_are_those_of_the_ledger(dtype):
-    with open(ROOT / "benchmarks" / "results" / "ledger.csv", newline="", encoding="utf-8") as file:
-        sums = {
-            row["shape"]: float(row["expected_ms"])
-            for row in csv.DictReader(file)
-            if (row["dtype"], row["target"], row["stage"]) == (dtype, "sm_90", "sum")
-        }
+def test_counted_figures_are_those_of_the_ledger():
+    """`python docs/costs.py` writes them."""
     shapes, rows = costs()
-    (cells,) = [cells for name, cells in rows.items() if f"H100, {dtype}: counted" in name]
-    told = dict(zip(shapes, cells, strict=True))
-    assert [shape for shape, cell in told.items() if not same(cell.removesuffix(" ms"), sums[shape])] == []
+    assert shapes == ["224/16/384", "448/32/384", "518/37/768", "1024/64/768"]
+    assert costs_of_cards.page(README) == README
+    assert sum("H100" in name and all(cells) for name, cells in rows.items()) == 2
+    assert costs_of_cards.page(README.replace("| 0.", "| 9.")) != README.replace("| 0.", "| 9.")
+
+
+def test_other_pages_tell_the_ledgers_figures():
+    page = " ".join(documents.pages()["docs/migration.md"].split())
+    (told,) = re.findall(
+        r"float32 takes ([\d.]+) ms at 448/32/384 where one in bfloat16 takes ([\d.]+), and ([\d.]+) at 1024/64/768 "
+        r"where that takes ([\d.]+):",
+        page,
+    )
+    shapes = ("448/32/384", "1024/64/768")
+    exact = [costs_of_cards.sums(dtype)[shape] for shape in shapes for dtype in ("float32", "bfloat16")]
+    assert all(same(*pair) for pair in zip(told, exact, strict=True)), (told, exact)
 
 
 @pytest.mark.parametrize(("row", "time", "memory"), [("float32: measured", 1, 0), ('precision="medium"', 2, 1)])
@@ -73,3 +83,9 @@ def test_no_figure_stands_without_its_command():
 
 def test_a_wrong_figure_is_told():
     assert same("0.97", 0.9693) and same("5.3", 5.265) and not same("0.96", 0.9693) and not same("5.2", 5.265)
+
+
+def test_no_page_waits_for_a_figure():
+    """Words in capitals that stand for what is to be measured."""
+    waiting = re.compile(r"^[A-Z]{4,}$|\b(?:TODO|FIXME|TBD|XXX|FOUND|MEASURED)\b(?!`)", re.M)
+    assert {name: waiting.findall(text) for name, text in documents.pages().items() if waiting.search(text)} == {}

@@ -2,7 +2,7 @@
 
 import re
 
-import pages
+import documents
 import pytest
 from tree import ROOT, project_files
 
@@ -15,7 +15,7 @@ MADE = {"benchmarks/results/gpu.csv"}  # by a command, on a machine with a GPU
 def faults(name, text, all_pages, files=FILES, folders=FOLDERS):
     """Sentences about the links of a page that lead nowhere."""
     found = []
-    for link in pages.links(text):
+    for link in documents.links(text):
         if re.match(r"(https?|mailto):", link):
             continue
         path, _, anchor = link.partition("#")
@@ -31,18 +31,18 @@ def faults(name, text, all_pages, files=FILES, folders=FOLDERS):
         target = "/".join(parts) if path else name
         if target not in files and target.rstrip("/") not in folders:
             found.append(f"{name}: {link}: no such file")
-        elif anchor and (target not in all_pages or anchor not in pages.anchors(all_pages[target])):
+        elif anchor and (target not in all_pages or anchor not in documents.anchors(all_pages[target])):
             found.append(f"{name}: {link}: no such heading")
     return found
 
 
-@pytest.mark.parametrize("name", pages.pages())
+@pytest.mark.parametrize("name", documents.pages())
 def test_links_of_a_page(name):
-    assert faults(name, pages.pages()[name], pages.pages()) == []
+    assert faults(name, documents.pages()[name], documents.pages()) == []
 
 
 def test_pages_have_links_that_are_looked_at():
-    counts = {name: len(pages.links(text)) for name, text in pages.pages().items()}
+    counts = {name: len(documents.links(text)) for name, text in documents.pages().items()}
     assert counts["README.md"] > 15 and sum(counts.values()) > 50
 
 
@@ -57,12 +57,12 @@ def test_pages_have_links_that_are_looked_at():
     ],
 )
 def test_a_link_that_leads_nowhere_is_told(link, said):
-    assert any(said in fault for fault in faults("README.md", link, pages.pages()))
+    assert any(said in fault for fault in faults("README.md", link, documents.pages()))
 
 
 def test_good_links_are_taken():
     text = "# A page, `code` & more\n[a](README.md) [b](docs/) [c](#a-page-code--more) [d](https://a.org) `[e](f.md)`"
-    assert faults("new.md", text, {**pages.pages(), "new.md": text}, FILES | {"new.md"}) == []
+    assert faults("new.md", text, {**documents.pages(), "new.md": text}, FILES | {"new.md"}) == []
 
 
 def test_pages_and_programs_that_files_name_are_there():

@@ -2,7 +2,7 @@
 
 import re
 
-import pages
+import documents
 import pytest
 from tree import ROOT, project_files
 
@@ -17,7 +17,7 @@ def text_of(name):
 
 def test_the_version_is_told_alike():
     (cited,) = re.findall(r"^version: (.+)$", text_of("CITATION.cff"), re.M)
-    changes = re.search(r"^## (\S+) - (\S+)$", pages.pages()["CHANGELOG.md"], re.M)
+    changes = re.search(r"^## (\S+) - (\S+)$", documents.pages()["CHANGELOG.md"], re.M)
     assert cited == changes[1] == anyup_fast.__version__
     assert f'date-released: "{changes[2]}"' in text_of("CITATION.cff")
 

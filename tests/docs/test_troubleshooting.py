@@ -5,11 +5,11 @@ import errno
 import os
 import re
 
-import pages
+import documents
 import pytest
 from tree import ROOT, project_files
 
-PAGE = pages.pages()["docs/troubleshooting.md"]
+PAGE = documents.pages()["docs/troubleshooting.md"]
 LONG = 12  # characters that a quotation has in common with a string of the sources at least, or
 SHORT = 5  # where the string is all there between two things that are put in
 # What others say: PyTorch, the system.

@@ -13,6 +13,7 @@ from tree import ROOT
 
 SUPPORT = ROOT / "tests" / "support"
 MOST_LAUNCHES = 50
+MOST_COMPILED = 24
 # On the machine of benchmarks/NOTES.md 0.55 to 0.6 ms; one that has other things to do takes several times as long.
 MOST_SECONDS = 0.6e-3
 PATIENCE = 4
@@ -129,11 +130,11 @@ print(json.dumps(compiled))
 """
 
 
-# In float32 the attention of a 64-grid has four kernels, two of them once more for wider windows.
-@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 24), ("float32", 27)])
-def test_compilations_of_many_sizes(dtype, most):
+# In float32 the attention of a 64-grid has three kernels, wider windows two more.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compilations_of_many_sizes(dtype):
     compiled = told(SIZES.replace("DTYPE", dtype))
-    assert sum(compiled[:12]) <= most and compiled[12] <= 1, compiled
+    assert sum(compiled[:12]) <= MOST_COMPILED and compiled[12] <= 1, compiled
 
 
 PREPARED = """

@@ -22,7 +22,7 @@ if not (SCRIPT.is_file() and CONSTRAINTS.is_file()):
 # Between them they have every design, plan and precision.
 TARGETS = ("sm_80", "sm_90", "gfx1100")
 KERNELS = {
-    "attention": {"window", "stats", "apply", "weights", "mix", "parts", "heads"},
+    "attention": {"window", "halved", "stats", "apply", "weights", "mix", "parts", "heads"},
     "backward": {"query_window", "query_blocks", "key", "value"},
     "guidance": {
         *("image stats", "image affine", "affine", "rotation", "guide", "pool", "pool after", "last"),

@@ -29,27 +29,31 @@ def _parent():
 
     @atexit.register
     def end():
-        process.stdin.close()
-        process.wait()
+        process.communicate()
 
     return process
 
 
-def run(*arguments, **environment):
+def run(*arguments, cwd=None, **environment):
     """A Python process with these arguments ("-c" and code, "-m" and a module, or a script) and those that follow.
 
     Args:
+        cwd: the folder to begin in; None is that of this process.
         environment: variables, beside those of this process without LEFT_OUT.
 
     Returns:
         a subprocess.CompletedProcess with text.
     """
-    parent = _parent()
     given = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+    environment, cwd = {**given, "OMP_NUM_THREADS": "1", **environment}, str(cwd or os.getcwd())
+    command = [str(argument) for argument in arguments]
+    if not sys.platform.startswith("linux"):  # where forking is missing, or takes what a system's libraries forbid
+        return subprocess.run([sys.executable, *command], env=environment, cwd=cwd, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        request = dict(arguments=[str(a) for a in arguments], environment={**given, **environment}, folder=os.getcwd())
-        print(json.dumps({**request, "out": str(out), "err": str(err)}), file=parent.stdin, flush=True)
+        request = dict(arguments=command, environment=environment, folder=cwd, out=str(out), err=str(err))
+        parent = _parent()
+        print(json.dumps(request), file=parent.stdin, flush=True)
         code = json.loads(parent.stdout.readline())
         return subprocess.CompletedProcess(arguments, code, out.read_text("utf-8"), err.read_text("utf-8"))
 

@@ -152,6 +152,11 @@ def _small_shapes(tile):
     if tile.design == "window":
         grid = {64: (5, 9), 128: (7, 13), 256: (11, 17)}[tile.block_k]
         shape, channels = dict(size=(9, 17), grid=grid, ratio=0.5, head_dim=32), (tile.block_c + 16, tile.block_c + 8)
+    elif tile.design == "halved":
+        shape, channels = (
+            dict(size=(9, 17), grid=(11, 15), ratio=0.5, head_dim=32),
+            (tile.block_c + 16, tile.block_c + 8),
+        )
     else:
         shape = dict(size=(9, 9), grid=(3, tile.block_k + 5), ratio=0.4, head_dim=32)
         few = tile.block_c - 16 or 8

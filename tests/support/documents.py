@@ -54,11 +54,13 @@ def commands(text):
     lines += re.findall(r"^    ((?:python (?:benchmarks|docs)/|anyup-fast |pytest ).*)$", FENCE.sub("", text), re.M)
     found = []
     for line in lines:
-        words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables of the environment
-            words = words[1:]
-        if words:
-            found.append(words)
+        commands = [[]]
+        for word in shlex.split(line.strip().removeprefix("$ "), comments=True):
+            if word in ("&&", "||", "|", ";"):
+                commands.append([])
+            elif commands[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):  # variables of the environment go before
+                commands[-1].append(word)
+        found += [words for words in commands if words]
     return found
 
 
