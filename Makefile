@@ -14,7 +14,7 @@ ARGS ?=
 .PHONY: help demo test test-all triton-releases lint docs clean browser FORCE
 
 help:
-	@echo "make demo    upsample the features of a photograph; the figure and the features go to demo/"
+	@echo "make demo    the features of a photograph; figure, features and a page to look at them go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
 	@echo "make test-all   the suite with the tests that are marked slow, the longer sweeps: an hour and more"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
