@@ -16,6 +16,7 @@ import anyup_fast
 from anyup_fast.encoders import dinov2
 from anyup_fast.encoders.base import wheel_file
 from anyup_fast.heads import read_head
+from anyup_fast.viewer.page import Page
 
 pytest.importorskip("transformers")
 data = pytest.importorskip("skimage.data")
@@ -283,6 +284,22 @@ def test_in_a_notebooks_frame_it_works_as_well(chromium, page, tmp_path):
         assert json.loads(file.metadata()["classes"])
     assert complaints == []
     context.close()
+
+
+def test_markup_in_names_and_prompts_stays_text(chromium, page, tmp_path):
+    data, evil = viewed.data(page.html), "<img src=x onerror=\"document.title='hacked'\"></script><b>bold</b>"
+    data["title"] = data["encoder"] = data["pictures"][0]["name"] = evil
+    data["prompts"] = [{"name": evil, "weight": data["views"][1]["weight"]}]
+    data["classes"] = [{"name": evil, "weight": data["views"][1]["weight"]}]
+    data["pictures"].append({**data["pictures"][0], "name": f"{evil} 2"})
+    path = Page(data).write(tmp_path / "evil.html")
+    with browser.Opened(chromium, path) as opened:
+        clicks(opened, [], SUIT)
+        opened.page.keyboard.press("PageDown")
+        opened.settle()
+        assert opened.page.locator("img[src=x]").count() == opened.page.locator("b").count() == 0
+        assert opened.page.title() == evil
+        assert opened.role("button", evil).count() >= 1 and evil in opened.page.locator("#title").inner_text()
 
 
 def test_a_page_of_another_format_says_so(chromium, page, tmp_path):
