@@ -32,6 +32,7 @@ from attention import SHAPES, percentiles, print_results, resident  # noqa: E402
 from roofline import stages  # noqa: E402
 
 import anyup_fast.decoder  # noqa: E402
+import anyup_fast.fused  # noqa: E402
 import anyup_fast.model  # noqa: E402
 from anyup_fast import AnyUp  # noqa: E402
 from anyup_fast.ops import reference, window_bounds  # noqa: E402
@@ -238,7 +239,8 @@ def by_stage(shape, repeats):
 
         return call
 
-    homes = {name: anyup_fast.decoder if name == "windowed_attention" else anyup_fast.model for name in names}
+    homes = dict.fromkeys(names, anyup_fast.fused)
+    homes.update(unit_channels=anyup_fast.model, windowed_attention=anyup_fast.decoder)
     plain = {name: getattr(home, name) for name, home in homes.items()}
     model = arguments[0]
     unify = model.key_features_encoder[0]

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from skimage.feature import corner_peaks, corner_shi_tomasi
-from skimage.transform import resize
 
 import anyup_fast
 from anyup_fast.encoders import load_encoder
@@ -17,6 +16,7 @@ from anyup_fast.encoders import load_encoder
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=392, help="shorter side to work at (default: 392)")
+    parser.add_argument("--points", type=int, default=400, help="keypoints at most (default: 400)")
     parser.add_argument("--encoder", default="dinov2_vits14", help="default: dinov2_vits14")
     parser.add_argument("--out", default="correspondence.jpg", help="picture to write (default: correspondence.jpg)")
     args = parser.parse_args(arguments)
@@ -26,15 +26,15 @@ def main(arguments=None):
     images = [anyup_fast.load_image(x, size=args.size, patch_multiple=encoder.patch_size) for x in (left, right)]
     features = [anyup_fast.extract_features(image, encoder) for image in images]
     size = images[0].shape[1:]
-    points = corner_peaks(corner_shi_tomasi(images[0].mean(0).numpy()), min_distance=4, exclude_border=5, num_peaks=400)
-    disparity = resize(disparity, size, order=0, anti_aliasing=False) * size[1] / left.shape[1]
-    truth = points[:, 1] - disparity[tuple(points.T)]
+    corners = corner_shi_tomasi(images[0].mean(0).numpy())
+    points = corner_peaks(corners, min_distance=4, exclude_border=5, num_peaks=args.points)
+    truth = points[:, 1] - disparity[tuple((points * disparity.shape // size).T)] * size[1] / left.shape[1]
     seen = np.isfinite(truth) & (truth >= 0)  # the disparity was measured, and the right picture reaches as far
     points, truth, errors = points[seen], truth[seen], {}
 
     figure = Figure(figsize=(10.2, 7.3), dpi=100, layout="constrained")
     at_left, *panels = figure.subplots(2, 2, subplot_kw=dict(xticks=[], yticks=[], frame_on=False)).flat
-    at_left.imshow(resize(left, size))
+    at_left.imshow(left, extent=(0, size[1], size[0], 0))
     at_left.scatter(points[:, 1], points[:, 0], s=9, c="white", edgecolors="black", linewidths=0.5)
     at_left.set_title(f"left picture: {len(points)} keypoints", fontsize=10)
     ways = {
@@ -47,7 +47,7 @@ def main(arguments=None):
         error = errors[name] = np.abs(found - truth)
         print(title := f"{name}: median error {np.median(error):.1f} px, {np.mean(error <= 2):.0%} within 2 px")
         colours = np.where(error <= 2, "#00c853", "#ff1744")
-        axes.imshow(resize(right, size), alpha=0.75)
+        axes.imshow(right, alpha=0.75, extent=(0, size[1], size[0], 0))
         axes.hlines(points[:, 0], truth, found, colors=colours, linewidth=1.3)
         axes.scatter(found, points[:, 0], s=9, c=colours, edgecolors="black", linewidths=0.5, zorder=3)
         axes.set_title(title, fontsize=10)

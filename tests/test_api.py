@@ -38,7 +38,8 @@ def images(*shape, seed=0):
 
 
 def test_the_public_names():
-    assert set(anyup_fast.__all__) == {"__version__", "AnyUp", "accelerate", "install_as_anyup", "wrap_encoder", *VERBS}
+    others = "__version__ AnyUp accelerate install_as_anyup wrap_encoder fit_head prompt_head view".split()
+    assert set(anyup_fast.__all__) == {*others, *VERBS}
     assert set(api.__all__) == VERBS
     assert all(getattr(anyup_fast, name) is getattr(api, name) for name in VERBS)
     assert set(anyup_fast.__all__) <= set(dir(anyup_fast))

@@ -59,7 +59,7 @@ def test_few_clicks_segment_better_than_low_res_ones(example, composite):
 
 
 def test_upsampled_correspondences_are_nearer_to_the_truth(example):
-    errors = example("correspondence").main(["--size", "168"])
+    errors = example("correspondence").main(["--size", "168", "--points", "100"])
     is_picture("correspondence.jpg")
     nearest, bilinear, upsampled = (np.median(error) for error in errors.values())
     assert upsampled < bilinear / 2 < nearest / 2
@@ -82,13 +82,13 @@ def test_a_folder_without_a_head_is_told(example, composite):
 
 def test_film(example):
     av = pytest.importorskip("av")
-    example("film").main(["--frames", "4", "--size", "112"])
+    example("film").main(["--frames", "4", "--size", "168"])
     is_picture("film.jpg")
     with av.open("film.mp4") as film:
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    assert [frame.shape for frame in frames] == [(112, 112, 3)] * 4
+    assert [frame.shape for frame in frames] == [(168, 168, 3)] * 4
     # What the camera has moved away from by (down, right) keeps its colour.
-    down, right = (round((length - 378) / 3 * 112 / 378) for length in (500, 741))
+    down, right = (round((length - 378) / 3 * 168 / 378) for length in (500, 741))
     for one, next_one in zip(frames, frames[1:], strict=False):
         one, next_one = one.astype(float), next_one.astype(float)
         moved = np.abs(one[down:, right:] - next_one[:-down, :-right]).mean()

@@ -21,6 +21,7 @@ def test_notebook_is_stored_as_it_ran():
     assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1))
     outputs = [output for cell in cells() for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} == {"execute_result", "stream"}
+    assert {output["name"] for output in outputs if output["output_type"] == "stream"} == {"stdout"}
     assert sum("image/jpeg" in output.get("data", {}) for output in outputs) == 2
 
 
