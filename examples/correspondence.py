@@ -25,10 +25,10 @@ def main(arguments=None):
     encoder = load_encoder(args.encoder)
     images = [anyup_fast.load_image(x, size=args.size, patch_multiple=encoder.patch_size) for x in (left, right)]
     features = [anyup_fast.extract_features(image, encoder) for image in images]
-    size = images[0].shape[1:]
-    corners = corner_shi_tomasi(images[0].mean(0).numpy())
+    size, corners = images[0].shape[1:], corner_shi_tomasi(images[0].mean(0).numpy())
     points = corner_peaks(corners, min_distance=4, exclude_border=5, num_peaks=args.points)
-    truth = points[:, 1] - disparity[tuple((points * disparity.shape // size).T)] * size[1] / left.shape[1]
+    there = tuple(((points + 0.5) * disparity.shape / size).astype(int).T)
+    truth = points[:, 1] - disparity[there] * size[1] / left.shape[1]
     seen = np.isfinite(truth) & (truth >= 0)  # the disparity was measured, and the right picture reaches as far
     points, truth, errors = points[seen], truth[seen], {}
 

@@ -59,7 +59,7 @@ def test_few_clicks_segment_better_than_low_res_ones(example, composite):
 
 
 def test_upsampled_correspondences_are_nearer_to_the_truth(example):
-    errors = example("correspondence").main(["--size", "168", "--points", "100"])
+    errors = example("correspondence").main(["--size", "140", "--points", "80"])
     is_picture("correspondence.jpg")
     nearest, bilinear, upsampled = (np.median(error) for error in errors.values())
     assert upsampled < bilinear / 2 < nearest / 2
