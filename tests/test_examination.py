@@ -134,11 +134,11 @@ def test_under_a_driver_without_a_device():
 
 
 @pytest.mark.slow("minutes in the interpreter; each kernel has tests of its own there")
-def test_the_kernels_are_judged_where_they_run(monkeypatch):
+def test_the_kernels_are_judged_where_they_run(one_dtype, monkeypatch):
     """In Triton's interpreter, which the tests stand for a GPU where there is none."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(choice, "_GPUS", ("cpu",))
         monkeypatch.setattr(choice, "_installation_fault", choice.cache(lambda kind: None))
     found = examine("cuda" if torch.cuda.is_available() else "cpu")
     assert found.faults == []
-    assert sum(row.backend == "triton" and row.verdict == "ok" for row in found.rows) > 60
+    assert sum(row.backend == "triton" and row.verdict == "ok" for row in found.rows) > 20
