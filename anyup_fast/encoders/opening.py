@@ -27,7 +27,8 @@ def open_model(place, ways):
     config = next((found for name in ("vision_config", "image_config") if (found := getattr(whole, name, None))), whole)
     _refuse_by_kind(place, config)
     model, why = None, None
-    if type(config) in transformers.AutoModel._model_mapping.keys() and not _has_backbone(config):
+    # Asked of the mapping itself: its keys are all configs of transformers, whose import takes seconds.
+    if type(config) in transformers.AutoModel._model_mapping and not _has_backbone(config):
         loader = transformers.AutoModel
         if config.model_type == "timm_wrapper":
             _free_of_one_size(config)

@@ -411,6 +411,13 @@ def test_trained_weights_are_read_as_those_who_trained_them_read_them():
     torch.testing.assert_close(found(image), known(image), rtol=0, atol=1e-5)
 
 
+def test_the_configs_of_other_models_stay_unread(tmp_path, monkeypatch):
+    """Importing those of all models that transformers knows takes longer than all the rest."""
+    folder = saved(tmp_path, build("dinov2"))
+    monkeypatch.setattr(type(transformers.AutoModel._model_mapping), "keys", lambda self: pytest.fail("all were read"))
+    assert load_encoder(folder).num_layers > 0
+
+
 @pytest.mark.parametrize("name", ["hiera", "swin", "aimv2"])
 def test_two_threads_may_ask_for_two_sizes(tmp_path, name):
     encoder = load_encoder(saved(tmp_path, build(name)))
