@@ -174,9 +174,11 @@ def _window_kernel(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_W: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HIDE: tl.constexpr,
 ):  # fmt: skip
+    # Heads that split the channels have a program each: nothing of a head is live while another is worked on.
+    PROGRAMS: tl.constexpr = HEADS if SPLIT else 1
     image, i, j, mask_pix, r0, r1, c0, c1, span_r0, span_r1, _, _, span_c0, span_c1 = _tile(
-        tl.program_id(0), row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h, n_tiles_w,
-        BLOCK_H, BLOCK_W,
+        tl.program_id(0) // PROGRAMS, row_ptr, col_ptr, row_tile_ptr, col_tile_ptr, height, width, n_tiles_h,
+        n_tiles_w, BLOCK_H, BLOCK_W,
     )  # fmt: skip
     P: tl.constexpr = BLOCK_H * BLOCK_W
     row, col, mask_k, key_bits, pix_bits = _rectangle(
@@ -186,16 +188,13 @@ def _window_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_c = tl.arange(0, BLOCK_C)
     k_ptrs = k_ptr + image.to(tl.int64) * k_b + (key_h * k_h + key_w * k_w)[None, :] + offs_d[:, None]
-    if SPLIT:
-        v_ptrs = v_ptr + image.to(tl.int64) * v_b + (key_h * v_h + key_w * v_w)[:, None] + offs_c[None, :]
-        offs_out = ((image.to(tl.int64) * height + i) * width + j) * channels
-        out_ptrs = out_ptr + offs_out[:, None] + offs_c[None, :]
     mask_key_dim = mask_k[None, :] & (offs_d < HEAD_DIM)[:, None]
-    per_head = channels // HEADS
     weights = tl.zeros((P, BLOCK_K), tl.float32)
     if HIDE:
         unseen, own = _hiding(span_r0, span_r1, span_c0, span_c1, r0, r1, c0, c1, mask_k, span_w, P, BLOCK_K, SPAN_W)
-    for head in tl.range(0, HEADS, num_stages=1):
+    first_head = tl.program_id(0) % PROGRAMS
+    n_heads: tl.constexpr = HEADS // PROGRAMS
+    for head in tl.range(first_head, first_head + n_heads, num_stages=1):
         q = _load_query(q_ptr, image, i, j, head, mask_pix, q_b, q_h, q_w, q_n, HEAD_DIM, BLOCK_D)
         k = tl.load(k_ptrs + tl.cast(head, tl.int64) * k_n, mask=mask_key_dim, other=0.0)
         if HIDE:
@@ -204,26 +203,18 @@ def _window_kernel(
             s = _dot(q, k, None, PRECISION)
             s = tl.where(_seen(row, col, mask_k, key_bits, pix_bits, r0, r1, c0, c1, PACKED), s, float("-inf"))
         e = tl.exp2(s * qk_scale - (tl.max(s, 1) * qk_scale)[:, None])
-        if SPLIT:
-            w = (e * (1.0 / tl.sum(e, 1))[:, None]).to(v_ptr.dtype.element_ty)
-            first = head * per_head
-            for c in tl.range(0, per_head, BLOCK_C, num_stages=STAGES):
-                mask_c = (c + offs_c < per_head)[None, :]
-                v = tl.load(v_ptrs + (first + c), mask=mask_k[:, None] & mask_c, other=0.0)
-                o = _dot(w, v, None, PRECISION).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptrs + (first + c), o, mask=mask_pix[:, None] & mask_c)
-        else:
-            weights += e * ((1.0 / HEADS) / tl.sum(e, 1))[:, None]
-    if not SPLIT:
-        w = weights.to(v_ptr.dtype.element_ty)
-        v_ptrs = v_ptr + image.to(tl.int64) * v_b + (key_h * v_h + key_w * v_w)[:, None] + offs_c[None, :]
-        offs_out = ((image.to(tl.int64) * height + i) * width + j) * channels
-        out_ptrs = out_ptr + offs_out[:, None] + offs_c[None, :]
-        for c in tl.range(0, channels, BLOCK_C, num_stages=STAGES):
-            mask_c = (c + offs_c < channels)[None, :]
-            v = tl.load(v_ptrs + c, mask=mask_k[:, None] & mask_c, other=0.0)
-            o = _dot(w, v, None, PRECISION).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptrs + c, o, mask=mask_pix[:, None] & mask_c)
+        weights += e * ((1.0 / n_heads) / tl.sum(e, 1))[:, None]
+    n_channels = channels // PROGRAMS
+    first = first_head * n_channels
+    w = weights.to(v_ptr.dtype.element_ty)
+    v_ptrs = v_ptr + image.to(tl.int64) * v_b + (key_h * v_h + key_w * v_w)[:, None] + (first + offs_c)[None, :]
+    offs_out = ((image.to(tl.int64) * height + i) * width + j) * channels + first
+    out_ptrs = out_ptr + offs_out[:, None] + offs_c[None, :]
+    for c in tl.range(0, n_channels, BLOCK_C, num_stages=STAGES):
+        mask_c = (c + offs_c < n_channels)[None, :]
+        v = tl.load(v_ptrs + c, mask=mask_k[:, None] & mask_c, other=0.0)
+        o = _dot(w, v, None, PRECISION).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs + c, o, mask=mask_pix[:, None] & mask_c)
 
 
 @triton.jit
@@ -991,9 +982,9 @@ def windowed_attention_fwd(query, key, value, row_bounds, col_bounds, *, scale=N
         launch = Launches(("windowed_attention", card, *given, tile, split, *plan.window.values()))
         if tile.design == "window":
             launch(
-                _window_kernel, programs, query, key, value, out, *plan.pointers, *strides, height, width, channels,
-                *plan.n_tiles, plan.window["span_w"], qk_scale, **options, BLOCK_C=tile.block_c,
-                **{name: plan.window[name] for name in ("SPAN_W", "PACKED", "HIDE")},
+                _window_kernel, programs * (heads if split else 1), query, key, value, out, *plan.pointers, *strides,
+                height, width, channels, *plan.n_tiles, plan.window["span_w"], qk_scale, **options,
+                BLOCK_C=tile.block_c, **{name: plan.window[name] for name in ("SPAN_W", "PACKED", "HIDE")},
             )  # fmt: skip
         elif tile.design == "heads":
             launch(
