@@ -69,16 +69,17 @@ def faults(rows, most_spilt=MOST_SPILT):
 def overrated(rows):
     """Tiles of the attention that are foretold to take far more shared memory than any of their kernels does.
 
+    The kernels of a tile may have stages of their own, and have its forecast in common.
     Forecasts are whole KiB, and the most of all releases: one takes 43 KiB on 3.4 and 30 on 3.9. On AMD releases differ
     too much for a limit.
     """
     most = {}
     for row in rows:
-        tile = tuple(row[name] for name in ("target", "dtype", "design", "tile", "block_c", "warps", "stages", "bound"))
+        tile = tuple(row[name] for name in ("target", "dtype", "design", "tile", "block_c", "warps", "bound"))
         tile += (row["block_k"],) if row["design"] == "window" else ()
-        if row["target"].startswith("sm_"):
+        if row["design"] and row["target"].startswith("sm_"):  # "parts" belongs to no tile
             most[tile] = max(row["shared"], most.get(tile, 0))
-    return [f"{tile}: takes {size}" for tile, size in most.items() if tile[7] > 1.5 * size + 3072]
+    return [f"{tile}: takes {size}" for tile, size in most.items() if tile[6] > 1.5 * size + 3072]
 
 
 @pytest.mark.parametrize("target", some(TARGETS, ("sm_90", "gfx1100")))
@@ -112,11 +113,11 @@ def test_backward(target, dtype):
         pytest.skip("plain PyTorch runs there")
     rows = compiled("--targets", target, "--groups", "backward", "--dtypes", dtype)
     assert {row["kernel"] for row in rows} == {"query_window", "query_blocks", "key", "value"}
-    assert {grid for row in rows for grid in row["default_for"].split()} == {*GRIDS, "any"}
+    assert {grid for row in rows for grid in row["default_for"].split()} == {*GRIDS, "224/16/384", "any"}
     assert faults(rows) == []
 
 
-@pytest.mark.parametrize("target", some([t for t in TARGETS if t not in RDNA], ("sm_90", "gfx942")))
+@pytest.mark.parametrize("target", some([t for t in TARGETS if t not in RDNA], ("sm_90",)))
 def test_unification(target):
     rows = compiled("--targets", target, "--groups", "unification", "--dtypes", "float32")
     assert sorted(row["kernel"] for row in rows) == sorted(UNIFICATION)
@@ -126,10 +127,17 @@ def test_unification(target):
 KEYS = {"unit", "project", "start", "layer", "layer of another width", "merge", "combine"}
 
 
+@pytest.mark.parametrize(
+    "dtypes, more",
+    [
+        pytest.param(("float32",), 0, id="float32"),
+        pytest.param(DTYPES, 4, id="all", marks=pytest.mark.slow("16 bits change two of seven kernels")),
+    ],
+)
 @pytest.mark.parametrize("target", some([t for t in TARGETS if t not in RDNA], ("sm_90",)))
-def test_keys(target):
-    rows = compiled("--targets", target, "--groups", "keys", "--dtypes", *DTYPES)
-    assert {row["kernel"] for row in rows} == KEYS and len(rows) == len(KEYS) + 4
+def test_keys(target, dtypes, more):
+    rows = compiled("--targets", target, "--groups", "keys", "--dtypes", *dtypes)
+    assert {row["kernel"] for row in rows} == KEYS and len(rows) == len(KEYS) + more
     assert faults(rows) == []
 
 
@@ -189,6 +197,6 @@ def test_forecasts_that_are_too_high_are_seen():
     row = dict(target="sm_90", dtype="float16", design="two_pass", tile="8x8", block_k=16, block_c=64)
     row.update(warps=4, stages=1)
     rows = [dict(row, shared=6000, bound=20480), dict(row, block_k=32, shared=19900, bound=20480)]
-    assert overrated(rows) == []
+    assert overrated([*rows, dict(rows[0], design=None)]) == []
     assert len(overrated(rows[:1])) == 1
     assert len(overrated([dict(rows[0], design="window"), dict(rows[1], design="window")])) == 1
