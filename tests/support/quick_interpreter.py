@@ -8,6 +8,8 @@ import inspect
 from dataclasses import replace
 from functools import cache, wraps
 
+# Types that every operation between two of them keeps, division among them.
+WIDE = {"fp32", "int32", "int64"}
 NOTHING_TO_RESTORE = type("NothingToRestore", (), {"restore": lambda self: None})()
 
 
@@ -82,6 +84,56 @@ def told_by_the_shape(make):
     return initialize
 
 
+def sooner_equal(equal):
+    """`dtype.__eq__` that looks no further where both are one object, as most are."""
+
+    @wraps(equal)
+    def same(self, other):
+        return self is other or equal(self, other)
+
+    return same
+
+
+def told_by_the_types(computation_type):
+    """`computation_type_impl` that looks the type of an operation up, which the names of its arguments' tell."""
+    known = {}
+
+    @wraps(computation_type)
+    def kind(self, a, a_is_scalar, b, b_is_scalar, div_or_mod):
+        key = a.name, a_is_scalar, b.name, b_is_scalar, div_or_mod
+        if key not in known:
+            known[key] = computation_type(self, a, a_is_scalar, b, b_is_scalar, div_or_mod)
+        return known[key]
+
+    return kind
+
+
+def as_they_are(check, tensor):
+    """`binary_op_type_checking_impl` that leaves two tensors of one shape and one wide type alone, as it would."""
+
+    @wraps(check)
+    def checked(self, lhs, rhs, *options, **named):
+        if isinstance(lhs, tensor) and isinstance(rhs, tensor) and lhs.dtype.name in WIDE:
+            if lhs.type.name == rhs.type.name:
+                return lhs, rhs
+        return check(self, lhs, rhs, *options, **named)
+
+    return checked
+
+
+def broadcast_where_shapes_differ(broadcast):
+    """`broadcast_impl_value` that compares two shapes as lists of numbers first."""
+
+    @wraps(broadcast)
+    def value(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and a.shape.values == b.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return value
+
+
 def hasten():
     """Shortens what the interpreter of this Triton does, where it is the one that the shortcuts were made for."""
     from triton.language import core
@@ -95,3 +147,9 @@ def hasten():
             builder.options = replace(builder.options, sanitize_overflow=False)
         core.tensor.__init__ = told_by_the_type(core.tensor.__init__)
         core.block_type.__init__ = told_by_the_shape(core.block_type.__init__)
+        core.dtype.__eq__ = sooner_equal(core.dtype.__eq__)
+        semantic = type(interpreter.interpreter_semantic)
+        semantic.computation_type_impl = told_by_the_types(semantic.computation_type_impl)
+        semantic.binary_op_type_checking_impl = as_they_are(semantic.binary_op_type_checking_impl, core.tensor)
+        if hasattr(core.block_type(core.int32, [2]).shape, "values"):
+            semantic.broadcast_impl_value = broadcast_where_shapes_differ(semantic.broadcast_impl_value)
