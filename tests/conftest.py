@@ -1,5 +1,6 @@
 """Where no GPU is at hand, Triton's kernels run in its interpreter; it has to know before anything imports it."""
 
+import gc
 import importlib.util
 import math
 import os
@@ -22,6 +23,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     quick_interpreter.hasten()
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: thousands of items and modules that no search for garbage frees."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """At the end everything goes, as in any process."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

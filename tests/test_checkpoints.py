@@ -64,7 +64,7 @@ class Site:
         self.hanging.set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, self))
         self.url = f"http://127.0.0.1:{self.server.server_port}/anyup_multi_backbone.pth"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()  # asks each 10 ms
 
     def close(self):
         self.server.shutdown()

@@ -66,7 +66,7 @@ def same(compiled, plain):
     [
         (False, 3),
         pytest.param(
-            True, 4, marks=pytest.mark.slow("ten seconds of tracing; ten sizes with gradients are traced below")
+            True, 4, marks=pytest.mark.slow("ten seconds of tracing; two sizes with gradients are traced below")
         ),
     ],
 )
@@ -84,6 +84,7 @@ def test_squares_first_and_rectangles_later(grad, limit):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow("six seconds of tracing; two sizes with gradients are traced below")
 def test_ten_sizes_with_gradients():
     model, counter = tiny.model(), CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)

@@ -51,7 +51,7 @@ def test_ray_goes_on_where_the_local_engine_was(tmp_path, given, local):
     assert len(files) == 8
     for path in files[1:-1]:
         path.unlink()
-    summary = run(data, tmp_path / "ray", engine="ray", **given)
+    summary = run(data, tmp_path / "ray", engine="ray", workers=1, writers=1, at_a_time=1, **given)
     assert (summary.done, summary.skipped, len(summary.failed)) == (6, 2, 4)
     assert contents(tmp_path / "ray") == contents(made)
     assert open_archive(tmp_path / "ray").verify() == []

@@ -27,15 +27,16 @@ def scripts(monkeypatch):
     return loaded
 
 
-def test_attention_command_prints_one_json_object():
+@pytest.mark.parametrize("memory", [False, pytest.param(True, marks=pytest.mark.slow("two processes more"))])
+def test_attention_command_prints_one_json_object(memory):
     given = "--device", "cpu", "--json", "--shapes", "40/8/12", "--repeats", "2"
-    result = forked.run(FOLDER / "attention.py", *given)
+    result = forked.run(FOLDER / "attention.py", *given, *([] if memory else ["--no-memory"]))
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     (row,) = report["results"]
     assert row["shape"] == "40/8/12" and row["error"] < 5e-6
     assert row["ratio"] == pytest.approx(row["reference"]["seconds"] / row["torch"]["seconds"])
-    assert all(row[name]["peak_gib"] >= 0 for name in ("torch", "reference"))
+    assert [row[name].get("peak_gib", -1) >= 0 for name in ("torch", "reference")] == [memory] * 2
 
 
 @pytest.mark.slow("two processes of half a gigabyte")

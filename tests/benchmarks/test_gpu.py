@@ -351,6 +351,7 @@ def test_a_rehearsal(tmp_path):
     assert not (tmp_path / "cache").exists(), "a rehearsal compiles nothing"
 
 
+@pytest.mark.slow("eight seconds: five processes that import Triton; the parts of it run by default")
 def test_kernels_are_compiled_beforehand_and_found(tmp_path):
     """In a cache that was carried elsewhere, too."""
     made, moved = tmp_path / "made", tmp_path / "moved"

@@ -103,7 +103,7 @@ def test_every_design_in_every_dtype(design, dtype):
 @pytest.mark.parametrize("dtype", SLOW_IN_16_BIT, ids=str)
 def test_every_candidate_tile(dtype):
     tiles = tiling.candidates(dtype)
-    assert {t.design for t in tiles} == set(DESIGNS)
+    assert {t.design for t in tiles} == set(DESIGNS) - (set() if dtype == torch.float32 else {"halved"})
     for tile in tiles:
         channels = min(tile.block_c + 5, 40) if tile.design != "heads" else tile.block_c - 3
         problem = attention_cases.make(2, dtype, (9, 17), (6, 7), 4 * (channels // 4), head_dim=32)
