@@ -1,10 +1,12 @@
 """Every command of every page is taken by the real program: parsed, not run."""
 
 import argparse
+import os
 import re
 from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from unittest.mock import patch
 
 import documents
 import pytest
@@ -23,10 +25,11 @@ class Parsed(Exception):
 
 @cache
 def script(path):
-    """The module of a script, and its parser or None."""
+    """The module of a script; the environment, which one that compiles kernels changes, stays as it was."""
     spec = spec_from_file_location("page_" + path.replace("/", "_").removesuffix(".py"), ROOT / path)
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.dict(os.environ):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -42,8 +45,8 @@ def checked(monkeypatch):
         raise Parsed(parse(parser, arguments, namespace))
 
     def run(main, words):
-        with monkeypatch.context() as patch:
-            patch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+        with monkeypatch.context() as change:
+            change.setattr(argparse.ArgumentParser, "parse_args", parsed)
             try:
                 main(words)
             except Parsed:
