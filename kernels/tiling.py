@@ -116,16 +116,17 @@ def _window(block_h, block_w, block_k, block_c, warps, **rest):
 
 
 # Best first; the first one that fits is taken. Beside each tile, for the families of chips where no kernel of it spills
-# more than 64 bytes, stand the KiB of shared memory that it takes: as compiled for 4 heads of 32 numbers, the most of
-# Triton 3.4 and 3.9 (on AMD the former takes up to five times as much, on NVIDIA mostly 1 KiB more).
+# more than 64 bytes, stand the KiB of shared memory that it takes: as compiled for 4 heads of 32 numbers, whether they
+# split the channels or not, the most of Triton 3.4 and 3.9 (on AMD the former takes up to five times as much, on NVIDIA
+# mostly 1 KiB more).
 HALF_TILES = {
-    _window(8, 8, 64, 64, 4): dict(sm_80=24, sm_90=25, sm_100=34, sm_120=21, gfx9=41, gfx950=41, gfx11=25, gfx12=25),
-    _window(8, 16, 64, 64, 8): dict(sm_80=40, sm_90=34, sm_100=51, sm_120=33, gfx9=16, gfx950=17, gfx11=16, gfx12=16),
-    _window(8, 16, 128, 64, 8): dict(sm_80=64, sm_90=50, sm_100=83, sm_120=57, gfx9=82, gfx950=82, gfx12=49),
-    _window(8, 8, 128, 64, 8): dict(sm_80=40, sm_90=57, sm_100=58, sm_120=37, gfx9=17, gfx950=34, gfx12=17),
+    _window(8, 8, 64, 64, 4): dict(sm_80=24, sm_90=25, sm_100=34, sm_120=24, gfx9=41, gfx950=41, gfx11=25, gfx12=25),
+    _window(8, 16, 64, 64, 8): dict(sm_80=40, sm_90=34, sm_100=51, sm_120=40, gfx9=16, gfx950=17, gfx11=16, gfx12=16),
+    _window(8, 16, 128, 64, 8): dict(sm_80=64, sm_90=50, sm_100=83, sm_120=64, gfx9=82, gfx950=82, gfx12=49),
+    _window(8, 8, 128, 64, 8): dict(sm_80=40, sm_90=57, sm_100=58, sm_120=40, gfx9=17, gfx950=34, gfx12=17),
     _window(8, 8, 128, 32, 8): dict(gfx11=16),
     _window(8, 8, 256, 128, 8): dict(sm_90=177),
-    _window(8, 8, 256, 64, 8): dict(sm_80=72, sm_90=105, sm_100=106, sm_120=69, gfx9=33, gfx950=68, gfx12=33),
+    _window(8, 8, 256, 64, 8): dict(sm_80=72, sm_90=105, sm_100=106, sm_120=72, gfx9=33, gfx950=68, gfx12=33),
     _window(8, 8, 256, 32, 8): dict(sm_80=53, sm_90=69, sm_100=70, sm_120=53, gfx9=33, gfx950=34, gfx12=33),
     Tile("heads", 8, 16, 64, 16, 8): dict(sm_80=16, sm_90=20, sm_100=39, sm_120=16, gfx9=36, gfx950=41, gfx12=36),
     Tile("heads", 8, 8, 16, 16, 4, stages=1): dict(gfx11=4),

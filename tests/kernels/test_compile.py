@@ -100,10 +100,10 @@ def test_every_tile(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_with_heads_that_split_channels(target):
     rows = compiled("--targets", target, "--groups", "attention", "--split", "--dtypes", *DTYPES)
-    assert faults(rows, MOST_SPILT_SPLIT) == []
+    assert faults(rows, MOST_SPILT_SPLIT if target == "gfx1201" else MOST_SPILT) == []
 
 
-MOST_SPILT_SPLIT = 64
+MOST_SPILT_SPLIT = 80  # twenty registers of windows of 256 keys
 
 
 @pytest.mark.parametrize("dtype", some(DTYPES, ("bfloat16",)))
