@@ -607,7 +607,8 @@ def tile_sizes(dtype, dim, device, halves=False):
     large = dim > 128
     common = dict(CUDA=device.kind == "cuda", HALVES=halves)
     if dtype == torch.float32:
-        layer = dict(common, BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4, num_stages=2)
+        layer = dict(common, BLOCK_P=32 if large else 64, BLOCK_K=32, num_warps=8 if old or large else 4)
+        layer["num_stages"] = 1 if large and device.family == "gfx950" else 2  # there two take more than 64 KiB
         guide = dict(layer, BLOCK_P=16 if large else 32 if old else 64, BLOCK_N=32, num_warps=8)
         return dict(layer, LOOP=False), guide
     if device.family in RDNA:
