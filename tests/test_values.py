@@ -160,7 +160,7 @@ def test_inference_tensors_make_no_trouble(model):
     assert layer.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow("tracing, once more"))])
 def test_a_compiled_model_trains_on_values(model, backend):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=backend != "eager", backend=backend)

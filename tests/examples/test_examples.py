@@ -113,7 +113,7 @@ def test_readme_shows_every_example_with_its_picture():
     assert len(re.findall(r"!\[", page)) >= len(SCRIPTS)
 
 
-@pytest.mark.slow  # two minutes: every example as it stands
+@pytest.mark.slow("two minutes: every example as it stands")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_examples_run_without_arguments(example, name):
     example(name.removesuffix(".py")).main([])

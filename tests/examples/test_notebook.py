@@ -42,7 +42,7 @@ def test_cells_of_the_notebook_on_a_small_picture(dinov2, monkeypatch, tmp_path)
     assert Image.open("labels.jpg").size == (280, 140)
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.slow("half a minute")
 def test_notebook_runs_in_jupyter(dinov2, tmp_path):
     for package in ("nbclient", "ipykernel"):
         pytest.importorskip(package, reason="needs pip install nbclient ipykernel")
