@@ -171,10 +171,11 @@ def test_guidance_of_every_width(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_guidance_of_the_largest_width(target):
     rows = compiled("--targets", target, "--groups", "guidance", "--dims", "256")
-    assert len(rows) == (1 if target in RDNA else 2) * 12 and faults(rows, MOST_SPILT_WIDE) == []
+    most = MOST_SPILT_WIDE if target == "gfx1100" else MOST_SPILT
+    assert len(rows) == (1 if target in RDNA else 2) * 12 and faults(rows, most) == []
 
 
-MOST_SPILT_WIDE = 1024  # a 16-bit layer onto the image spills: 960 bytes on sm_90, counted
+MOST_SPILT_WIDE = 184  # 46 registers of the layer onto x
 
 
 def test_faults_are_seen():
